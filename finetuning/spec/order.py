@@ -1,0 +1,41 @@
+"""What the supervisor hands to a training process: the recipe and where its inputs lie inside the scratch folder.
+
+Knows paths relative to one scratch folder; must not know projects, credentials or the database.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from finetuning.spec.recipe import Recipe
+
+
+class TrainOrder(BaseModel):
+    """`base` is a local folder or a hub id; the other paths are relative to the scratch folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job_id: str
+    recipe: Recipe
+    base: str
+    rows: str | None = None
+    validation: str | None = None
+    alignment: str | None = None
+    checkpoint: str | None = None
+    operator_rows: str | None = None
+    cache: str | None = None
+    threads: int = 0
+    device: str = "auto"
+
+
+ORDER_FILE = "order.json"
+
+
+def write_order(scratch: Path, order: TrainOrder) -> None:
+    """Write <scratch>/order.json."""
+    (scratch / ORDER_FILE).write_text(order.model_dump_json(indent=2), encoding="utf-8")
+
+
+def read_order(scratch: Path) -> TrainOrder:
+    """Read <scratch>/order.json. Raises pydantic.ValidationError."""
+    return TrainOrder.model_validate_json((scratch / ORDER_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,112 @@
+"""What a running job tells the outside: one JSON line per value on the training process's standard output.
+
+Knows the shapes only; must not know who reads them.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Stage = Literal["validate", "wait", "align", "screen", "train", "prune", "gate", "export", "parity", "done"]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageStarted(_Line):
+    """A stage began; `detail` is one sentence for a person."""
+
+    type: Literal["stage_started"] = "stage_started"
+    stage: Stage
+    detail: str = ""
+
+
+class StageProgress(_Line):
+    """Work inside a stage that is not a training step (rows scored, prompts answered)."""
+
+    type: Literal["stage_progress"] = "stage_progress"
+    stage: Stage
+    done: int
+    total: int
+
+
+class StepDone(_Line):
+    """One optimiser step; `step` counts from 1."""
+
+    type: Literal["step_done"] = "step_done"
+    step: int
+    total_steps: int
+    train_loss: float
+    train_mean_token_accuracy: float | None = None
+    learning_rate: float
+    antibody_mean_weight: float = 1.0
+    tokens: int
+    skipped: bool = False
+
+
+class CheckpointSaved(_Line):
+    """`folder` (relative to the scratch folder) holds a complete checkpoint of the first `step` steps."""
+
+    type: Literal["checkpoint_saved"] = "checkpoint_saved"
+    step: int
+    folder: str
+    fingerprint: str
+    train_loss: float
+    train_mean_token_accuracy: float | None = None
+
+
+class Note(_Line):
+    """Something a person should know (a retry, a resume that is no longer bitwise)."""
+
+    type: Literal["note"] = "note"
+    level: Literal["info", "warn"] = "info"
+    code: str
+    message: str
+
+
+class RowsScreened(_Line):
+    """How the rows fared in the screen."""
+
+    type: Literal["rows_screened"] = "rows_screened"
+    rows_total: int
+    rows_kept: int
+    rows_downweighted: int
+    rows_excluded: int
+
+
+class Finished(_Line):
+    """The job ran to its end. `released` false: the gate refused and `reasons` say why; reports are in result/."""
+
+    type: Literal["finished"] = "finished"
+    released: bool
+    reasons: tuple[str, ...] = ()
+    trained_tokens: int
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+
+class Failed(_Line):
+    """The job cannot end well and must not be retried; `code` is an API job failure code."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+    param: str | None = None
+    details: dict[str, object] | None = None
+
+
+Progress = Annotated[
+    StageStarted | StageProgress | StepDone | CheckpointSaved | Note | RowsScreened | Finished | Failed,
+    Field(discriminator="type"),
+]
+_adapter: TypeAdapter[Progress] = TypeAdapter(Progress)
+
+
+def to_line(progress: Progress) -> str:
+    """One JSON line, without the newline."""
+    return progress.model_dump_json()
+
+
+def from_line(line: str | bytes) -> Progress:
+    """Parse one line. Raises pydantic.ValidationError on anything else."""
+    return _adapter.validate_json(line)
