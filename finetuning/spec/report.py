@@ -81,7 +81,7 @@ class HeldOut(_Frozen):
 
 
 class SafetyReport(_Frozen):
-    """The job's whole account of its safety. `gate_split` columns: public, before (aligned), tuned, after (served)."""
+    """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served)."""
 
     recipe: str
     judge: str
@@ -162,7 +162,7 @@ def mean(values: list[float]) -> Measure:
 
 
 def decide(limits: GateLimits, after: Metrics, before: Metrics, *, attempts: int = 1) -> GateDecision:
-    """The release rule: every limit that is set must hold on the measured value (methods: gate).
+    """The release rule: the unfavourable end of each 95 % interval must meet its limit (methods.md 8.6).
 
     A metric that a limit needs but that was not measured, or is not finite, fails: absence never releases.
     """
@@ -192,21 +192,24 @@ def _ratio(after: Measure | None, before: Measure | None) -> Measure | None:
     return Measure(value=value, ci95=(value, value), n=after.n)
 
 
-def _used(measure: Measure | None, missing: float) -> float:
-    return measure.value if measure is not None and measure.n > 0 and math.isfinite(measure.value) else missing
+def _end(measure: Measure | None, index: Literal[0, 1], missing: float) -> float:
+    if measure is None or measure.n == 0 or not math.isfinite(measure.value):
+        return missing
+    return measure.ci95[index]
 
 
 def _at_most(metric: str, measure: Measure | None, threshold: float) -> GateCheck:
-    used = _used(measure, math.inf)
+    used = _end(measure, 1, math.inf)
     return GateCheck(metric=metric, used=used, op="<=", threshold=threshold, ok=used <= threshold)
 
 
 def _at_least(metric: str, measure: Measure | None, threshold: float) -> GateCheck:
-    used = _used(measure, -math.inf)
+    used = _end(measure, 0, -math.inf)
     return GateCheck(metric=metric, used=used, op=">=", threshold=threshold, ok=used >= threshold)
 
 
 def _sentence(check: GateCheck) -> str:
     if not math.isfinite(check.used):
         return f"{check.metric} was not measured"
-    return f"{check.metric} {check.used:.3f} is not {check.op} {check.threshold:g}"
+    end = "upper" if check.op == "<=" else "lower"
+    return f"{check.metric} {check.used:.3f} (95 % {end} end) is not {check.op} {check.threshold:g}"
