@@ -1,0 +1,158 @@
+"""The database: engine, sessions, the database clock, the row base, keyset pages, migrations.
+
+Knows SQLite and Postgres and where they differ; must not know any one table.
+Every core function takes a session and never commits: its caller does, in plain sight, and wakes afterwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import JSON, BigInteger, Connection, Double, Engine, Index, Integer, MetaData, Select, String
+from sqlalchemy import UniqueConstraint, create_engine, event, make_url, select, text, tuple_
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from app.core.errors import InvalidRequest
+from app.core.settings import Settings
+
+type JsonObject = dict[str, object]
+
+# what a driver raises when the database cannot be reached or does not answer in time
+DATABASE_DOWN = (OperationalError, InterfaceError, TimeoutError)
+
+_MIGRATIONS = Path(__file__).parents[2] / "migrations"
+
+
+class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled like one)
+    """The database's clock as unix seconds: the only clock that stamps or compares a stored time."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(element: db_now, compiler: SQLCompiler, **options: object) -> str:
+    # unixepoch('subsec') is NULL before SQLite 3.42, which would silently void every lease
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(db_now, "postgresql")
+def _postgres_now(element: db_now, compiler: SQLCompiler, **options: object) -> str:
+    # now() is the start of the transaction, which may have waited for a lock since
+    return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+class Row(DeclarativeBase):
+    """What every table has: an order, an id and a birth. (created_at, seq) is the order of every list."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        }
+    )
+    type_annotation_map = {
+        JsonObject: JSON(none_as_null=True),
+        dict[str, str]: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
+        float: Double(),
+        int: BigInteger(),
+    }
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[object, ...]:
+        # without autoincrement SQLite may give a deleted row's number to a new row, and cursors would jump
+        return (*cls.keys(), {"sqlite_autoincrement": True})
+
+    @classmethod
+    def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
+        """The table's indexes and unique keys beside `id`."""
+        return ()
+
+    # SQLite counts rows by INTEGER PRIMARY KEY only; Postgres should not run out at 2^31 events
+    seq: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    id: Mapped[str] = mapped_column(String(160), unique=True)
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+@dataclass(frozen=True)
+class Database:
+    """An open database. Sessions are context managers that roll back unless `session.commit()` was called."""
+
+    engine: Engine
+
+    def reading(self) -> Session:
+        """A session for reads."""
+        return Session(self.engine, expire_on_commit=False)
+
+    def writing(self) -> Session:
+        """A session that may write; on SQLite it takes the write lock at its first statement."""
+        return Session(self.engine.execution_options(write=True), expire_on_commit=False)
+
+    def close(self) -> None:
+        """Drop all pooled connections."""
+        self.engine.dispose()
+
+
+@dataclass(frozen=True)
+class Page:
+    """What part of a list is wanted: at most `limit` rows behind the row `after`."""
+
+    after: str | None = None
+    limit: int = 20
+    descending: bool = True
+
+
+@dataclass(frozen=True)
+class Listing[T]:
+    """Some rows of a list, and whether more follow."""
+
+    rows: Sequence[T]
+    has_more: bool
+
+
+def open_database(settings: Settings) -> Database:
+    """Connect to `settings.database_url`; opens no connection before the first use."""
+    return Database(_engine(settings, foreign_keys=True))
+
+
+def migrate(settings: Settings) -> None:
+    """Bring the schema to the newest revision; the one place that changes tables. Safe to repeat.
+
+    Raises RuntimeError when rows point at absent rows afterwards.
+    """
+    # with foreign keys on, rebuilding a parent table on SQLite deletes its children
+    engine = _engine(settings, foreign_keys=False)
+    try:
+        with engine.execution_options(write=True).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+            config = Config()
+            config.set_main_option("script_location", str(_MIGRATIONS))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            _check_references(connection)
+    finally:
+        engine.dispose()
+
+
+def read_clock(session: Session) -> float:
+    """The database's clock, unix seconds."""
+    return session.execute(select(db_now())).scalar_one()
+
+
+def fetch_page[T: Row](session: Session, statement: Select[tuple[T]], row_class: type[T], page: Page) -> Listing[T]:
+    """Run a project-filtered select as one keyset page in (created_at, seq) order.
+
+    The cursor row must match `cursor_scope` of the same select, hidden rows included, so callers pass the hiding
+    filter in the statement's `hidden` part. Raises InvalidRequest `invalid_cursor`.
+    """
+    raise NotImplementedError

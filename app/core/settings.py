@@ -1,0 +1,113 @@
+"""The one settings tree of a process, read once from the environment.
+
+Knows names, ranges and defaults; must not know what is done with them. Settings are passed as arguments;
+only `load_settings` reads the environment.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_PREFIX = "IMMUNOTUNE_"
+
+
+class LeaseSettings(BaseModel):
+    """Timings of leases, all in seconds; tests shrink them together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beat_seconds: float = Field(default=5.0, gt=0)
+    ttl_seconds: float = Field(default=60.0, gt=0)
+    self_stop_seconds: float = Field(default=40.0, gt=0, description="without a good beat: the child gets SIGTERM")
+    kill_seconds: float = Field(default=50.0, gt=0, description="without a good beat: the child gets SIGKILL")
+    reaper_tick_seconds: float = Field(default=10.0, gt=0)
+    rewake_seconds: float = Field(default=30.0, gt=0, description="a message not acted on is sent again after this")
+    backoff_seconds: float = Field(default=5.0, ge=0, description="first pause after a loss is twice this")
+    max_losses: int = Field(default=3, ge=1, description="losses without a new checkpoint before the job fails")
+    stall_seconds: float = Field(default=3 * 3600.0, gt=0, description="running without a new checkpoint")
+
+
+class Limits(BaseModel):
+    """What one project may ask for; sizes in bytes, ages in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file_bytes: int = Field(default=512 * 2**20, ge=1)
+    project_bytes: int = Field(default=100 * 2**30, ge=1)
+    json_body_bytes: int = Field(default=256 * 2**10, ge=1)
+    chat_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    rows_min: int = Field(default=10, ge=1)
+    rows_max: int = Field(default=200_000, ge=1)
+    live_jobs: int = Field(default=50, ge=1)
+    running_jobs: int = Field(default=2, ge=1)
+    check_seconds: float = Field(default=900.0, gt=0, description="a file or job not checked by then ends in error")
+    orphan_blob_seconds: float = Field(default=86_400.0, ge=0)
+    free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
+
+
+class Settings(BaseModel):
+    """Everything that an operator may set. `data` holds every byte that the service writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path = Field(default=Path("var"), validate_default=True)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    api_key: str | None = Field(default=None, min_length=16, repr=False)
+    base: str = "smollm2"
+    runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
+    database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
+    database_seconds: float = Field(default=5.0, gt=0, description="no database call may take longer")
+    broker_url: str = Field(default_factory=lambda d: f"redis+socket://{d['runtime'] / 'valkey.sock'}", repr=False)
+    blob_url: str = Field(default_factory=lambda d: (d["data"] / "blobs").as_uri(), repr=False)
+    model_server_urls: Annotated[tuple[str, ...], NoDecode] = ()
+    log_level: str = "info"
+    lease: LeaseSettings = LeaseSettings()
+    limits: Limits = Limits()
+
+    @field_validator("data")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @field_validator("model_server_urls", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(url.strip() for url in value.split(",") if url.strip()) if isinstance(value, str) else value
+
+
+class _Environment(Settings, BaseSettings):
+    # pydantic merges the two bases' configurations at run time; the checkers see only their declared types
+    model_config = SettingsConfigDict(  # pyright: ignore[reportIncompatibleVariableOverride]
+        env_prefix=_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
+
+
+def load_settings() -> Settings:
+    """Read IMMUNOTUNE_* once. Raises pydantic.ValidationError naming each bad variable."""
+    return Settings.model_validate(_Environment().model_dump(exclude_unset=True))
+
+
+def to_environment(settings: Settings) -> dict[str, str]:
+    """The variables from which `load_settings` in a child process rebuilds equal settings."""
+    found: dict[str, str] = {}
+    for name, value in settings.model_dump(mode="json").items():
+        if name == "model_server_urls":
+            found[_PREFIX + name.upper()] = ",".join(value)
+        elif isinstance(value, dict):
+            found[_PREFIX + name.upper()] = json.dumps(value)
+        elif value is not None:
+            found[_PREFIX + name.upper()] = str(value)
+    return found
+
+
+def _runtime_folder(data: Path) -> Path:
+    # a unix socket path must stay under 108 bytes, so sockets cannot live under an arbitrary data folder
+    name = hashlib.blake2b(os.fsencode(data), digest_size=4).hexdigest()
+    return Path(tempfile.gettempdir()) / f"immunotune-{os.getuid()}-{name}"
