@@ -1,0 +1,15 @@
+"""The whole job with the unmodified OpenAI SDK. First, in another terminal: ./run up (it prints address and key)."""
+
+import os
+
+from openai import OpenAI
+
+client = OpenAI(base_url=os.environ["OPENAI_BASE_URL"], api_key=os.environ["OPENAI_API_KEY"])
+with open("examples/tickets_train.jsonl", "rb") as rows:
+    file = client.files.create(file=rows, purpose="fine-tune")
+client.files.wait_for_processing(file.id)
+job = client.fine_tuning.jobs.create(model=client.models.list().data[0].id, training_file=file.id, suffix="tickets")
+while job.status not in ("succeeded", "failed", "cancelled"):
+    job = client.fine_tuning.jobs.retrieve(job.id, timeout=30)
+question = {"role": "user", "content": "Ticket: my parcel has not arrived."}
+print(client.chat.completions.create(model=job.fine_tuned_model, messages=[question]).choices[0].message.content)
