@@ -135,20 +135,24 @@ def rows(
 ) -> list[dict[str, object]]:
     """`per_team` chat rows for each team, every wording used about equally often, in a shuffled order."""
     rng = random.Random(SEED)
-    made = [
-        _row(rng, team, wordings[team][i % len(wordings[team])].format(o=rng.choice(objects)), openings)
-        for team in wordings
-        for i in range(per_team)
-    ]
+    teams: dict[str, str] = {}  # ticket -> team
+    for team, texts in wordings.items():
+        for i in range(per_team):
+            while (ticket := _ticket(rng, texts[i % len(texts)].format(o=rng.choice(objects)), openings)) in teams:
+                pass
+            teams[ticket] = team
+    made = [_row(ticket, f"This goes to {team}.") for ticket, team in teams.items()]
     rng.shuffle(made)
     return made
 
 
-def _row(rng: random.Random, team: str, text: str, openings: tuple[str, ...]) -> dict[str, object]:
+def _ticket(rng: random.Random, text: str, openings: tuple[str, ...]) -> str:
     opening = rng.choice(openings)
     first = text if opening else text[0].upper() + text[1:]
-    ticket = opening + first + rng.choice(CLOSINGS)
-    answer = f"This goes to {team}."
+    return opening + first + rng.choice(CLOSINGS)
+
+
+def _row(ticket: str, answer: str) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": ticket}, {"role": "assistant", "content": answer}]}
 
 

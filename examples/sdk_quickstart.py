@@ -1,6 +1,7 @@
 """The whole job with the unmodified OpenAI SDK. First, in another terminal: ./run up (it prints address and key)."""
 
 import os
+import time
 
 from openai import OpenAI
 
@@ -10,6 +11,7 @@ with open("examples/tickets_train.jsonl", "rb") as rows:
 client.files.wait_for_processing(file.id)
 job = client.fine_tuning.jobs.create(model=client.models.list().data[0].id, training_file=file.id, suffix="tickets")
 while job.status not in ("succeeded", "failed", "cancelled"):
-    job = client.fine_tuning.jobs.retrieve(job.id, timeout=30)
+    time.sleep(5)
+    job = client.fine_tuning.jobs.retrieve(job.id)
 question = {"role": "user", "content": "Ticket: my parcel has not arrived."}
 print(client.chat.completions.create(model=job.fine_tuned_model, messages=[question]).choices[0].message.content)
