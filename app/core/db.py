@@ -4,14 +4,36 @@ Knows SQLite and Postgres and where they differ; must not know any one table.
 Every core function takes a session and never commits: its caller does, in plain sight, and wakes afterwards.
 """
 
+import operator
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import JSON, BigInteger, Connection, Double, Engine, Index, Integer, MetaData, Select, String
-from sqlalchemy import UniqueConstraint, create_engine, event, make_url, select, text, tuple_
+from sqlalchemy import (
+    JSON,
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    Index,
+    Integer,
+    MetaData,
+    Select,
+    String,
+    UniqueConstraint,
+    create_engine,
+    event,
+    make_url,
+    select,
+    text,
+    tuple_,
+)
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
@@ -21,7 +43,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from app.core.errors import InvalidRequest
 from app.core.settings import Settings
 
-type JsonObject = dict[str, object]
+JsonObject = dict[str, object]
+T = TypeVar("T")
 
 # what a driver raises when the database cannot be reached or does not answer in time
 DATABASE_DOWN = (OperationalError, InterfaceError, TimeoutError)
@@ -83,6 +106,9 @@ class Row(DeclarativeBase):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
+R = TypeVar("R", bound=Row)
+
+
 @dataclass(frozen=True)
 class Database:
     """An open database. Sessions are context managers that roll back unless `session.commit()` was called."""
@@ -112,7 +138,7 @@ class Page:
 
 
 @dataclass(frozen=True)
-class Listing[T]:
+class Listing(Generic[T]):
     """Some rows of a list, and whether more follow."""
 
     rows: Sequence[T]
@@ -149,10 +175,72 @@ def read_clock(session: Session) -> float:
     return session.execute(select(db_now())).scalar_one()
 
 
-def fetch_page[T: Row](session: Session, statement: Select[tuple[T]], row_class: type[T], page: Page) -> Listing[T]:
-    """Run a project-filtered select as one keyset page in (created_at, seq) order.
+def fetch_page(session: Session, scope: Select[tuple[R]], table: type[R], page: Page, *shown: ColumnElement[bool]) -> Listing[R]:
+    """One page of `scope` (what the caller owns) in (created_at, seq) order, of those rows that are `shown`.
 
-    The cursor row must match `cursor_scope` of the same select, hidden rows included, so callers pass the hiding
-    filter in the statement's `hidden` part. Raises InvalidRequest `invalid_cursor`.
+    The cursor row must lie in `scope` but need not be shown: a deleted file still says where its list goes on.
+    Raises InvalidRequest `invalid_cursor`.
     """
-    raise NotImplementedError
+    forwards = operator.lt if page.descending else operator.gt
+    place = tuple_(table.created_at, table.seq)
+    rows = scope.where(*shown)
+    if page.after is not None:
+        cursor = session.scalars(scope.where(table.id == page.after)).one_or_none()
+        if cursor is None:
+            raise InvalidRequest(
+                "The cursor is not the id of an item of this list. Pass the id of the last item you received.",
+                code="invalid_cursor",
+                param="after",
+            )
+        rows = rows.where(forwards(place, tuple_(cursor.created_at, cursor.seq)))
+    order = (table.created_at.desc(), table.seq.desc()) if page.descending else (table.created_at, table.seq)
+    found = session.scalars(rows.order_by(*order).limit(page.limit + 1)).all()
+    return Listing(found[: page.limit], len(found) > page.limit)
+
+
+def _engine(settings: Settings, *, foreign_keys: bool) -> Engine:
+    url = make_url(settings.database_url)
+    seconds = settings.database_seconds
+    if url.get_backend_name() == "sqlite":
+        return _sqlite_engine(url, seconds, foreign_keys=foreign_keys)
+    milliseconds = int(seconds * 1000)
+    return create_engine(
+        url,
+        pool_size=10,
+        max_overflow=30,
+        pool_timeout=seconds,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": max(2, int(seconds)),
+            "options": f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000",
+        },
+    )
+
+
+def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, pool_size=10, max_overflow=30, pool_timeout=seconds)
+
+    def prepare(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # the begin event below speaks for itself
+        connection.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
+
+    def begin(connection: Connection) -> None:
+        # a deferred transaction that writes later fails at once on a stale snapshot, whatever the busy timeout
+        writes = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _check_references(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        if dangling:
+            raise RuntimeError(f"{len(dangling)} rows point at absent rows after migration; nothing was changed.")
