@@ -1,0 +1,57 @@
+"""Progress lines for a person: one line that renews itself in a terminal, a line now and then in a log.
+
+Knows how to print; must not know what is going on.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+TERMINAL_SECONDS = 0.2
+LOG_SECONDS = 15.0
+WIDTH = 24
+
+
+@dataclass
+class Ticker:
+    """One long part of the work. `expected_seconds` is what it took on two cores; steps sharpen the estimate."""
+
+    what: str
+    expected_seconds: float
+    begin: float = field(default_factory=time.monotonic)
+    _shown: float = field(default=-LOG_SECONDS)
+
+    def show(self, detail: str = "", share: float | None = None) -> None:
+        """Show how far it is: `share` (0..1) when steps tell, else time passed against the expectation."""
+        now = time.monotonic()
+        if now - self._shown < (TERMINAL_SECONDS if _is_terminal() else LOG_SECONDS):
+            return
+        self._shown = now
+        passed = now - self.begin
+        left = passed * (1 - share) / share if share else max(0.0, self.expected_seconds - passed)
+        filled = round(WIDTH * min(1.0, share if share is not None else passed / self.expected_seconds))
+        bar = "#" * filled + "." * (WIDTH - filled)
+        _print(f"  {self.what} [{bar}] {passed:.0f} s, about {left:.0f} s left  {detail}", renew=True)
+
+    def done(self, detail: str = "") -> float:
+        """Say that it is over; returns the seconds it took."""
+        seconds = time.monotonic() - self.begin
+        _print(f"  {self.what}: {seconds:.0f} s  {detail}".rstrip())
+        return seconds
+
+
+def say(text: str) -> None:
+    """One line that stays."""
+    _print(text)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _print(text: str, *, renew: bool = False) -> None:
+    if not _is_terminal():
+        print(text, flush=True)
+        return
+    # erase what the renewed line left, cut to the terminal so that the next renewal finds one line
+    print("\r\033[K" + (text[:118] if renew else text), end="" if renew else "\n", flush=True)
