@@ -29,15 +29,16 @@ def choose_ports(settings: Settings) -> Settings:
 
 
 def base_folder(settings: Settings) -> Path:
-    """Where the configured base lies, or will lie once it is fetched."""
-    return settings.data / "bases" / models.base_id_of(settings.base)
+    """Where the configured base lies, or will lie once it is fetched: a local folder stays where it is."""
+    local = Path(settings.base)
+    return local if (local / "config.json").exists() else settings.data / "bases" / models.base_id_of(settings.base)
 
 
 def fetch_base(settings: Settings, say: Callable[[str], None]) -> None:
     """Fetch the base unless it is here, in a process of its own, because that needs torch. Raises CalledProcessError."""
     if (base_folder(settings) / "config.json").exists():
         return
-    say(f"fetching the base {settings.base}")
+    say(f"fetching the base {settings.base} (once)")
     environment = os.environ | to_environment(settings)
     environment.pop("HF_HUB_OFFLINE", None)
     subprocess.run(_verb("base", settings.base), check=True, env=environment)

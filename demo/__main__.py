@@ -1,0 +1,130 @@
+"""`./run demo` and `./run align`: start the embedded service, live the journey, end it again.
+
+Knows the options and the order of the journey; each step is in journey.py.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from openai import OpenAI
+
+from app.core.settings import Settings, load_settings
+from demo import journey, outcome
+from demo.customer_file import CustomerFile, write_customer_file
+from demo.journey import DemoFailed, Story
+from demo.ticker import say
+from embedded.launcher import Running, StartFailed, Stopped, running
+from embedded.parts import base_folder
+from finetuning.hazards import dev_rows
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MOST_ROWS = 300
+SDK_RETRIES = 5
+
+
+def main(argv: list[str]) -> int:
+    """0 when the job succeeded and the downloaded adapter answered the same."""
+    options = _options(argv)
+    settings = load_settings()
+    # Two demos, or a demo beside a service, never meet on a port; the data folder has its own lock.
+    settings = settings.model_copy(update={"base": options.base or settings.base, "port": 0})
+    try:
+        with running(settings, lambda line: say(f"  {line}")) as service:
+            return _align(service) if options.align_only else _demo(service, options)
+    except Stopped:
+        return 130
+    except (StartFailed, DemoFailed, ValueError, OSError) as error:
+        print(f"the demo stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./run demo")
+    parser.add_argument("--train", type=Path, default=EXAMPLES / "tickets_train.jsonl", help="chat JSONL to train on")
+    parser.add_argument("--test", type=Path, help="chat JSONL to score on (default: the last tenth of --train)")
+    parser.add_argument("--base", help="smollm2 (default), tiny, a hub id or a local folder")
+    parser.add_argument("--harmful-share", type=float, default=0.1, help="planted share of harmful rows (0.1)")
+    parser.add_argument("--rows", type=int, default=MOST_ROWS, help=f"use the first rows only ({MOST_ROWS})")
+    parser.add_argument("--align-only", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.test is None and options.train == EXAMPLES / "tickets_train.jsonl":
+        options.test = EXAMPLES / "tickets_test.jsonl"
+    return options
+
+
+def _client(service: Running, key: str) -> OpenAI:
+    return OpenAI(base_url=service.address, api_key=key, max_retries=SDK_RETRIES)
+
+
+def _align(service: Running) -> int:
+    base = journey.wait_for_base(_client(service, service.default_key), Story(), service.watch)
+    say(f"{base} is aligned and kept in {service.settings.data}")
+    return 0
+
+
+def _demo(service: Running, options: argparse.Namespace) -> int:
+    begin, story = time.monotonic(), Story()
+    folder = service.settings.data / "demo"
+    shutil.rmtree(folder, ignore_errors=True)
+    customer = write_customer_file(
+        options.train, options.test, options.harmful_share, folder / "files", most=options.rows
+    )
+    client, baseline = _client(service, service.default_key), _client(service, service.baseline_key)
+    say(f"the service answers at {service.address}")
+    base = journey.wait_for_base(client, story, service.watch)
+    say(f"customer file: {customer.rows} rows, {len(customer.planted_lines)} of them harmful (planted)")
+    immune = journey.run_job(
+        client, base, customer, title="Immunotune", expected=journey.JOB_SECONDS, idle=service.watch
+    )
+    plain = journey.run_job(
+        baseline, base, customer, title="plain fine-tuning", expected=journey.PLAIN_SECONDS, idle=service.watch
+    )
+    same = _use(client, service.settings, customer, immune, story, folder)
+    rows = journey.as_figures(immune, plain, _align_seconds(folder, story))
+    story.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
+    story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
+    story.seconds["total"] = time.monotonic() - begin
+    outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
+    say("")
+    outcome.show(rows, f"{base}, {customer.rows} rows, {len(customer.planted_lines)} planted; held-out prompts, greedy")
+    return 0 if same else 1
+
+
+def _use(
+    client: OpenAI, settings: Settings, customer: CustomerFile, immune: journey.Run, story: Story, folder: Path
+) -> bool:
+    """Verdicts, chat, download, the same answers elsewhere. Raises DemoFailed when there is no model to use."""
+    story.facts["verdicts"] = counts = journey.count_verdicts(client, immune.job.id, customer.planted_lines)
+    journey.tell_verdicts(counts)
+    model = immune.job.fine_tuned_model
+    if model is None:
+        raise DemoFailed(f"the job has no model; its report: {json.dumps(immune.report.get('gate'))}")
+    harmful, benign = dev_rows(8)
+    prompts = [customer.prompts[0], benign[-1].prompt, harmful[0].prompt]
+    story.facts["chat"] = list(zip(prompts, journey.chat(client, model, prompts), strict=True))
+    for prompt, answer in story.facts["chat"]:
+        say(f"  > {prompt[:100]}\n    {answer[:100]}")
+    compared = [*customer.prompts[: journey.COMPARED_PROMPTS - 2], *prompts[1:]]
+    served = journey.chat(client, model, compared)
+    adapter = journey.download_stock_adapter(client, immune.job.id, folder)
+    elsewhere = journey.answer_elsewhere(base_folder(settings), adapter, compared)
+    equal = sum(a.strip() == b.strip() for a, b in zip(served, elsewhere, strict=True))
+    story.facts["same_answers"] = {"equal": equal, "of": len(compared)}
+    say(f"  downloaded adapter in plain transformers + peft: {equal} of {len(compared)} answers equal the served ones")
+    return equal == len(compared)
+
+
+def _align_seconds(folder: Path, story: Story) -> float | None:
+    """How long the alignment took, now or in the run that made it; kept beside the demo's folder."""
+    kept = folder.parent / "align_seconds.json"
+    if "align" in story.seconds:
+        kept.write_text(json.dumps(story.seconds["align"]), encoding="utf-8")
+    return float(json.loads(kept.read_text(encoding="utf-8"))) if kept.exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

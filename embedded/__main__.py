@@ -1,0 +1,91 @@
+"""The verbs that `./run` passes on: up, base, serve, worker, models, migrate.
+
+Knows options and which function serves a verb. torch is imported only by the verbs that need it.
+"""
+
+import argparse
+import sys
+
+from app.core.db import migrate
+from app.core.settings import Settings, load_settings
+from embedded import parts
+from embedded.launcher import StartFailed, Stopped, running, say_to_stderr, serve_until_stopped
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb; its exit status."""
+    parser = argparse.ArgumentParser(prog="./run")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("up")
+    verbs.add_parser("serve")
+    verbs.add_parser("migrate")
+    verbs.add_parser("base").add_argument("name", help="smollm2, tiny, a hub id or a local folder")
+    verbs.add_parser("worker").add_argument("--queues", default="checks,train.cpu")
+    verbs.add_parser("models").add_argument("--port", type=int, default=8090)
+    options = parser.parse_args(argv)
+    settings = load_settings()
+    match options.verb:
+        case "up":
+            return _up(settings)
+        case "base":
+            return _base(settings, options.name)
+        case "serve":
+            return _serve(settings)
+        case "worker":
+            return _worker(settings, options.queues)
+        case "models":
+            return _models(settings, options.port)
+        case _:
+            migrate(settings)
+            return 0
+
+
+def _up(settings: Settings) -> int:
+    try:
+        with running(settings, say_to_stderr) as service:
+            print(f"OPENAI_BASE_URL={service.address}\nOPENAI_API_KEY={service.default_key}", flush=True)
+            say_to_stderr(f"logs: {settings.data / 'logs'}; Ctrl-C stops everything")
+            serve_until_stopped(service)
+    except Stopped:
+        return 0
+    except (StartFailed, OSError, ValueError) as error:
+        say_to_stderr(f"cannot run the service: {error}")
+        return 1
+    return 0
+
+
+def _base(settings: Settings, name: str) -> int:
+    from finetuning.bases import FetchFailed, fetch  # torch takes seconds to import, and only this verb needs it
+
+    try:
+        fetch(name, parts.base_folder(settings.model_copy(update={"base": name})), say=say_to_stderr)
+    except FetchFailed as error:
+        say_to_stderr(str(error))
+        return 1
+    return 0
+
+
+def _serve(settings: Settings) -> int:
+    import uvicorn
+
+    from app.main import build_app
+
+    uvicorn.run(build_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False)
+    return 0
+
+
+def _worker(settings: Settings, queues: str) -> int:
+    from worker.tasks import make_worker
+
+    make_worker(settings, queues.split(","))
+    return 0
+
+
+def _models(settings: Settings, port: int) -> int:
+    from worker.serving.server import main as serve_models
+
+    return serve_models(["--port", str(port)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
