@@ -71,11 +71,12 @@ def check_row(row: dict[str, object]) -> Problems:
 
 
 def row_uses_tools(row: dict[str, object]) -> bool:
-    """Whether a well-formed chat row needs a base with tools."""
+    """Whether a row, well-formed or not, needs a base with tools."""
     if row.get("tools"):
         return True
-    messages = cast(list[dict[str, object]], row.get("messages", ()))
-    return any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
+    messages = row.get("messages")
+    turns = cast(list[object], messages) if isinstance(messages, list) else []
+    return any(_get(turn, "tool_calls") or _get(turn, "role") == "tool" for turn in turns)
 
 
 def text_of(content: object) -> str:

@@ -103,7 +103,7 @@ def _read_row(reader: JsonReader, number: int, line: bytes) -> Row:
     wrong = next((problem.code for problem in check_row(row) if problem.code not in WARNINGS), None)
     if wrong is not None or format_of(row) == "dpo":
         raise InvalidRowError(f"line {number}: {wrong or 'format_method_mismatch'}")
-    return Row(number, sha256_of(canonical), _messages_of(row), "messages" in row and row_uses_tools(row))
+    return Row(number, sha256_of(canonical), _messages_of(row), row_uses_tools(row))
 
 
 def _messages_of(row: dict[str, object]) -> tuple[Message, ...]:
@@ -269,7 +269,7 @@ class RowScanner:
             problems.insert(0, Problem("mixed_formats", (), message))
         if problems:
             self._found.add(self._line, text, problems)
-        if self._first_tools_line is None and "messages" in row and row_uses_tools(row):
+        if self._first_tools_line is None and row_uses_tools(row):
             self._first_tools_line = self._line
 
     def _decode(self, line: bytes) -> str | None:
