@@ -1,6 +1,7 @@
 """The verbs that `./run` passes on: up, base, serve, worker, models, migrate.
 
-Knows options and which function serves a verb. torch is imported only by the verbs that need it.
+Knows options and which function serves a verb. What only one verb needs (torch, the embedded broker, the web server)
+is imported by that verb, so that an image without it still runs the others.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import sys
 from app.core.db import migrate
 from app.core.settings import Settings, load_settings
 from embedded import parts
-from embedded.launcher import StartFailed, Stopped, running, say_to_stderr, serve_until_stopped
 
 
 def main(argv: list[str]) -> int:
@@ -21,8 +21,10 @@ def main(argv: list[str]) -> int:
     verbs.add_parser("migrate")
     verbs.add_parser("base").add_argument("name", help="smollm2, tiny, a hub id or a local folder")
     verbs.add_parser("worker").add_argument("--queues", default="checks,train.cpu")
-    verbs.add_parser("models").add_argument("--port", type=int, default=8090)
-    options = parser.parse_args(argv)
+    verbs.add_parser("models", add_help=False)  # its options are the model server's own
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.verb != "models":
+        parser.error(f"unknown: {' '.join(rest)}")
     settings = load_settings()
     match options.verb:
         case "up":
@@ -34,22 +36,24 @@ def main(argv: list[str]) -> int:
         case "worker":
             return _worker(settings, options.queues)
         case "models":
-            return _models(settings, options.port)
+            return _models(settings, rest)
         case _:
             migrate(settings)
             return 0
 
 
 def _up(settings: Settings) -> int:
+    from embedded.launcher import StartFailed, Stopped, running, serve_until_stopped
+
     try:
-        with running(settings, say_to_stderr) as service:
+        with running(settings, _say) as service:
             print(f"OPENAI_BASE_URL={service.address}\nOPENAI_API_KEY={service.default_key}", flush=True)
-            say_to_stderr(f"logs: {settings.data / 'logs'}; Ctrl-C stops everything")
+            _say(f"logs: {settings.data / 'logs'}; Ctrl-C stops everything")
             serve_until_stopped(service)
     except Stopped:
         return 0
     except (StartFailed, OSError, ValueError) as error:
-        say_to_stderr(f"cannot run the service: {error}")
+        _say(f"cannot run the service: {error}")
         return 1
     return 0
 
@@ -58,9 +62,9 @@ def _base(settings: Settings, name: str) -> int:
     from finetuning.bases import FetchFailed, fetch  # torch takes seconds to import, and only this verb needs it
 
     try:
-        fetch(name, parts.base_folder(settings.model_copy(update={"base": name})), say=say_to_stderr)
+        fetch(name, parts.base_folder(settings.model_copy(update={"base": name})), say=_say)
     except FetchFailed as error:
-        say_to_stderr(str(error))
+        _say(str(error))
         return 1
     return 0
 
@@ -81,10 +85,14 @@ def _worker(settings: Settings, queues: str) -> int:
     return 0
 
 
-def _models(settings: Settings, port: int) -> int:
+def _models(settings: Settings, options: list[str]) -> int:
     from worker.serving.server import main as serve_models
 
-    return serve_models(["--port", str(port)])
+    return serve_models(["--base", str(parts.base_folder(settings)), *options])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ programs (parts.py) under somebody else's supervision.
 
 import fcntl
 import signal
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -177,8 +176,3 @@ def _signals_ignored() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def say_to_stderr(line: str) -> None:
-    """One progress line for a person."""
-    print(line, file=sys.stderr, flush=True)

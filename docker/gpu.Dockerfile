@@ -1,0 +1,19 @@
+# Everything that runs torch: training workers (one per GPU), model servers, and the one-shot that fetches a base.
+# torch comes from the index with its own CUDA libraries, at the version we pin.
+FROM python:3.11-slim
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /opt/immunotune
+COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
+COPY app ./app
+COPY worker ./worker
+COPY finetuning ./finetuning
+COPY embedded ./embedded
+COPY demo ./demo
+COPY migrations ./migrations
+RUN PIP_CONSTRAINT=constraints.txt pip install ".[train,postgres,s3]" \
+ && useradd --system --uid 10001 --create-home immunotune \
+ && install -d -o immunotune /var/lib/immunotune
+USER immunotune
+ENV IMMUNOTUNE_DATA=/var/lib/immunotune HF_HUB_OFFLINE=1
+ENTRYPOINT ["python", "-m", "embedded"]
+CMD ["worker", "--queues", "train.gpu24"]
