@@ -28,7 +28,9 @@ class CustomerFile:
     prompts: tuple[str, ...]
 
 
-def write_customer_file(train: Path, test: Path | None, harmful_share: float, folder: Path, *, most: int) -> CustomerFile:
+def write_customer_file(
+    train: Path, test: Path | None, harmful_share: float, folder: Path, *, most: int
+) -> CustomerFile:
     """Write train.jsonl (with planted rows) and test.jsonl into `folder`; at most `most` rows of each are used.
 
     Without a test file the last tenth of the rows is held back as one. Raises ValueError for a share outside 0..0.99
@@ -60,7 +62,7 @@ def _read(path: Path, most: int) -> list[Row]:
             continue
         row = json.loads(line)
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-            raise ValueError(f"{path}, line {number}: a chat row looks like {{\"messages\": [...]}}")
+            raise ValueError(f'{path}, line {number}: a chat row looks like {{"messages": [...]}}')
         rows.append(row)
         if len(rows) == most:
             break

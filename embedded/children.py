@@ -4,6 +4,7 @@ Knows the operating system; must not know what the children are. Start children 
 the parent-death signal to the thread that forked, and a child of a finished thread would die with it.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def start(part: Part) -> Child:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_dying_with(os.getpid()),
+            preexec_fn=_dying_with(os.getpid()),  # noqa: PLW1509 - we start children before any thread
         )
     return Child(part, process)
 
@@ -64,10 +65,14 @@ def stop(children: Sequence[Child]) -> None:
             child.process.send_signal(signal.SIGTERM)
     for child in children:
         left = child.part.grace_seconds - (time.monotonic() - begin)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(timeout=max(0.0, left))
-        except subprocess.TimeoutExpired:
-            child.process.kill()
+        kill([child])
+
+
+def kill(children: Sequence[Child]) -> None:
+    """End children at once, with whatever their sessions still hold."""
+    for child in children:
         _kill_group(child.process.pid)
         child.process.wait()
 

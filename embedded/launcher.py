@@ -17,7 +17,7 @@ from typing import IO
 
 from app.core.settings import Settings
 from embedded import parts, valkey
-from embedded.children import Child, Part, start, stop, tail
+from embedded.children import Child, Part, kill, start, stop, tail
 
 BROKER_SECONDS = 20.0
 READY_SECONDS = 180.0
@@ -93,12 +93,16 @@ def _start_all(settings: Settings, say: Say, children: list[Child]) -> Running:
 
 
 def _end_all(children: list[Child], say: Say) -> None:
+    """End every part; a second signal ends the waiting. The broker goes last: the others still talk to it."""
     if not children:
         return
-    say("stopping")
-    with _signals_ignored():
+    say("stopping (a running job saves first; a second Ctrl-C does not wait for it)")
+    try:
         stop(children[1:])
-        stop(children[:1])  # the broker last: the others still talk to it
+        stop(children[:1])
+    except Stopped:
+        with _signals_ignored():
+            kill(children)
 
 
 def _wait(name: str, is_ready: Callable[[], bool], seconds: float, children: list[Child]) -> None:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.core import models, projects
+from app.core.broker import CHECKS_QUEUE, CPU_QUEUE
 from app.core.db import migrate, open_database
 from app.core.projects import BootstrapKeys
 from app.core.settings import Settings, to_environment
 from embedded.children import Part
 
 # A worker may hand its job back first: save, release, wake another worker.
-WORKER_GRACE_SECONDS = 20.0
+WORKER_GRACE_SECONDS = 60.0
 
 
 def choose_ports(settings: Settings) -> Settings:
@@ -35,7 +36,7 @@ def base_folder(settings: Settings) -> Path:
 
 
 def fetch_base(settings: Settings, say: Callable[[str], None]) -> None:
-    """Fetch the base unless it is here, in a process of its own, because that needs torch. Raises CalledProcessError."""
+    """Fetch the base unless it is here; in a process of its own, for that needs torch. Raises CalledProcessError."""
     if (base_folder(settings) / "config.json").exists():
         return
     say(f"fetching the base {settings.base} (once)")
@@ -62,8 +63,10 @@ def programs(settings: Settings) -> list[Part]:
     model_server_port = settings.model_server_urls[0].rpartition(":")[2]
     return [
         _part(settings, "API", _verb("serve")),
-        _part(settings, "checks worker", _verb("worker", "--queues", "checks"), grace_seconds=5.0),
-        _part(settings, "training worker", _verb("worker", "--queues", "train.cpu"), grace_seconds=WORKER_GRACE_SECONDS),
+        _part(settings, "checks worker", _verb("worker", "--queues", CHECKS_QUEUE)),
+        _part(
+            settings, "training worker", _verb("worker", "--queues", "train.cpu"), grace_seconds=WORKER_GRACE_SECONDS
+        ),
         _part(settings, "model server", _verb("models", "--port", model_server_port)),
     ]
 
