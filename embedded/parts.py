@@ -64,9 +64,7 @@ def programs(settings: Settings) -> list[Part]:
     return [
         _part(settings, "API", _verb("serve")),
         _part(settings, "checks worker", _verb("worker", "--queues", CHECKS_QUEUE)),
-        _part(
-            settings, "training worker", _verb("worker", "--queues", "train.cpu"), grace_seconds=WORKER_GRACE_SECONDS
-        ),
+        _part(settings, "training worker", _verb("worker", "--queues", CPU_QUEUE), grace_seconds=WORKER_GRACE_SECONDS),
         _part(settings, "model server", _verb("models", "--port", model_server_port)),
     ]
 
