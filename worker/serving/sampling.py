@@ -1,0 +1,84 @@
+"""How one token is drawn from one row's logits: temperature, nucleus, penalties, biases and the reported logprobs.
+
+Knows one row at a time, so a row's draw never depends on its neighbours; must not know models, text or requests.
+Legend: V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The choices of one request. `top_logprobs` None reports none; 0..20 reports the drawn token and that many."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its natural logprob under the model's own distribution, before penalties and temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The token drawn, and its logprobs when they were asked for."""
+
+    token: int
+    logprob: TokenLogprob | None
+
+
+def draw(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int], generator: torch.Generator) -> Drawn:  # noqa: N803
+    """Draw the next token from (V,) fp32 logits; `counts` says how often the completion already holds each token.
+
+    Temperature 0 takes the largest adjusted logit (the lowest id on a tie) and leaves the generator untouched.
+    """
+    adjusted_V = _adjust(logits_V, sampling, counts)  # noqa: N806
+    token = int(adjusted_V.argmax()) if sampling.temperature == 0 else _sample(adjusted_V, sampling, generator)
+    return Drawn(token, _report(logits_V, token, sampling.top_logprobs))
+
+
+def _adjust(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Tensor:  # noqa: N803
+    penalised = bool(counts) and (sampling.presence_penalty != 0 or sampling.frequency_penalty != 0)
+    if not penalised and not sampling.logit_bias:
+        return logits_V
+    adjusted_V = logits_V.clone()  # noqa: N806
+    if penalised:
+        tokens = torch.tensor(list(counts), device=logits_V.device)
+        times = torch.tensor(list(counts.values()), dtype=adjusted_V.dtype, device=logits_V.device)
+        adjusted_V[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    if sampling.logit_bias:
+        tokens = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
+        adjusted_V[tokens] += torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device)
+    return adjusted_V
+
+
+def _sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:  # noqa: N803
+    # the generator lives on the CPU, so that a seed means the same draw on every device
+    probabilities_V = torch.softmax(logits_V.double().cpu() / sampling.temperature, dim=-1)  # noqa: N806
+    if sampling.top_p >= 1:
+        return int(torch.multinomial(probabilities_V, 1, generator=generator))
+    ordered, tokens = probabilities_V.sort(descending=True, stable=True)
+    kept = ordered.cumsum(0) - ordered < sampling.top_p  # the smallest set that reaches top_p, never empty
+    return int(tokens[torch.multinomial(ordered * kept, 1, generator=generator)])
+
+
+def _report(logits_V: Tensor, token: int, top: int | None) -> TokenLogprob | None:  # noqa: N803
+    if top is None:
+        return None
+    logprobs_V = torch.log_softmax(logits_V, dim=-1)  # noqa: N806
+    values, tokens = logprobs_V.topk(min(top, logprobs_V.numel()))
+    best = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs_V[token]), best)
