@@ -47,8 +47,25 @@ class Limits(BaseModel):
     live_jobs: int = Field(default=50, ge=1)
     running_jobs: int = Field(default=2, ge=1)
     check_seconds: float = Field(default=900.0, gt=0, description="a file or job not checked by then ends in error")
-    orphan_blob_seconds: float = Field(default=86_400.0, ge=0)
+    orphan_blob_seconds: float = Field(default=86_400.0, ge=0, description="a blob that no row needs goes after this")
+    sweep_seconds: float = Field(default=3600.0, gt=0, description="between two looks for such blobs")
     free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
+
+
+class ServingSettings(BaseModel):
+    """One model server: how much it takes at once and keeps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int = Field(default=1, ge=1, description="torch threads; training on the same machine wants the others")
+    rows: int = Field(default=16, ge=1, description="answers decoded together")
+    cached_tokens: int = Field(default=32_768, ge=1, description="rows times their longest possible length")
+    waiting: int = Field(default=64, ge=1, description="requests in line before the server says overloaded")
+    adapters: int = Field(default=8, ge=1, description="adapters in memory")
+    adapter_cache_bytes: int = Field(default=4 * 2**30, ge=1, description="adapters on disk")
+    new_tokens: int = Field(default=512, ge=1, description="length of an answer when the request names none")
+    chat_seconds: float = Field(default=600.0, gt=0, description="an answer that takes longer is broken off")
+    ping_seconds: float = Field(default=15.0, gt=0, description="pause of a stream before a comment keeps it alive")
 
 
 class Settings(BaseModel):
@@ -61,6 +78,7 @@ class Settings(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535)
     api_key: str | None = Field(default=None, min_length=16, repr=False)
     base: str = "smollm2"
+    train_queue: str = Field(default="train.cpu", pattern=r"train\.[a-z0-9]+", description="where new jobs queue")
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
     database_seconds: float = Field(default=5.0, gt=0, description="no database call may take longer")
@@ -70,6 +88,7 @@ class Settings(BaseModel):
     log_level: str = "info"
     lease: LeaseSettings = LeaseSettings()
     limits: Limits = Limits()
+    serving: ServingSettings = ServingSettings()
 
     @field_validator("data")
     @classmethod
