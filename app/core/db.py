@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -29,12 +29,12 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    exc,
     make_url,
     select,
     text,
     tuple_,
 )
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -47,7 +47,7 @@ JsonObject = dict[str, object]
 T = TypeVar("T")
 
 # what a driver raises when the database cannot be reached or does not answer in time
-DATABASE_DOWN = (OperationalError, InterfaceError, TimeoutError)
+DATABASE_DOWN = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
 
 _MIGRATIONS = Path(__file__).parents[2] / "migrations"
 
@@ -60,13 +60,13 @@ class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled l
 
 
 @compiles(db_now, "sqlite")
-def _sqlite_now(element: db_now, compiler: SQLCompiler, **options: object) -> str:
+def _sqlite_now(_element: db_now, _compiler: SQLCompiler, **_options: object) -> str:
     # unixepoch('subsec') is NULL before SQLite 3.42, which would silently void every lease
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 @compiles(db_now, "postgresql")
-def _postgres_now(element: db_now, compiler: SQLCompiler, **options: object) -> str:
+def _postgres_now(_element: db_now, _compiler: SQLCompiler, **_options: object) -> str:
     # now() is the start of the transaction, which may have waited for a lock since
     return "(extract(epoch from clock_timestamp())::double precision)"
 
@@ -82,7 +82,7 @@ class Row(DeclarativeBase):
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
         }
     )
-    type_annotation_map = {
+    type_annotation_map: ClassVar = {
         JsonObject: JSON(none_as_null=True),
         dict[str, str]: JSON(none_as_null=True),
         list[str]: JSON(none_as_null=True),
@@ -91,7 +91,7 @@ class Row(DeclarativeBase):
     }
 
     @declared_attr.directive
-    def __table_args__(cls) -> tuple[object, ...]:
+    def __table_args__(cls) -> tuple[object, ...]:  # noqa: N805  (the decorator makes it a class method)
         # without autoincrement SQLite may give a deleted row's number to a new row, and cursors would jump
         return (*cls.keys(), {"sqlite_autoincrement": True})
 
@@ -155,12 +155,10 @@ def migrate(settings: Settings) -> None:
 
     Raises RuntimeError when rows point at absent rows afterwards.
     """
-    # with foreign keys on, rebuilding a parent table on SQLite deletes its children
-    engine = _engine(settings, foreign_keys=False)
+    engine = migration_engine(settings)
     try:
-        with engine.execution_options(write=True).begin() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+        with engine.begin() as connection:
+            one_at_a_time(connection)
             config = Config()
             config.set_main_option("script_location", str(_MIGRATIONS))
             config.attributes["connection"] = connection
@@ -170,12 +168,29 @@ def migrate(settings: Settings) -> None:
         engine.dispose()
 
 
+def migration_engine(settings: Settings) -> Engine:
+    """An engine for schema changes: with foreign keys on, rebuilding a parent table on SQLite deletes its children."""
+    return _engine(settings, foreign_keys=False).execution_options(write=True)
+
+
+def one_at_a_time(session: Session | Connection) -> None:
+    """Let only one transaction at a time go past this point: for set-up that several processes may start at once.
+
+    A writing session on SQLite already is alone.
+    """
+    connection = session.connection() if isinstance(session, Session) else session
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+
+
 def read_clock(session: Session) -> float:
     """The database's clock, unix seconds."""
     return session.execute(select(db_now())).scalar_one()
 
 
-def fetch_page(session: Session, scope: Select[tuple[R]], table: type[R], page: Page, *shown: ColumnElement[bool]) -> Listing[R]:
+def fetch_page(
+    session: Session, scope: Select[tuple[R]], table: type[R], page: Page, *shown: ColumnElement[bool]
+) -> Listing[R]:
     """One page of `scope` (what the caller owns) in (created_at, seq) order, of those rows that are `shown`.
 
     The cursor row must lie in `scope` but need not be shown: a deleted file still says where its list goes on.

@@ -3,15 +3,22 @@
 Knows who may see a file and when it may go; must not know how rows are parsed or bytes are stored.
 """
 
+import re
+import unicodedata
 from typing import Literal
 
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.core.blobs import Blob
-from app.core.broker import Wake
-from app.core.db import JsonObject, Listing, Page
+from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, Wake
+from app.core.db import JsonObject, Listing, Page, db_now, fetch_page
+from app.core.errors import InvalidRequest, QuotaExceeded, not_found
+from app.core.job_states import LIVE, JobState
 from app.core.settings import Limits
-from app.core.tables import File, FilePurpose, FileStatus
+from app.core.tables import Artifact, BaseModel, File, FilePurpose, FileStatus, Job, Model
+
+SHOWN = File.deleted_at.is_(None)
 
 
 def clean_filename(name: str) -> str:
@@ -19,7 +26,14 @@ def clean_filename(name: str) -> str:
 
     Raises InvalidRequest `invalid_filename` when nothing is left.
     """
-    raise NotImplementedError
+    base = re.split(r"[/\\]", name)[-1]
+    # categories C* hold control, format (direction marks among them), surrogate and unassigned characters
+    shown = "".join(character for character in base if not unicodedata.category(character).startswith("C")).strip()
+    if shown in ("", ".", ".."):
+        raise InvalidRequest(
+            "The file has no usable name. Send one such as train.jsonl.", code="invalid_filename", param="file"
+        )
+    return shown[:255]
 
 
 def blob_key(project_id: str, file_id: str) -> str:
@@ -42,27 +56,56 @@ def add_file(
     `file_id` comes from ids.new_id(Prefix.FILE), since the blob was stored under it before.
     Raises QuotaExceeded `storage_quota_exceeded`.
     """
-    raise NotImplementedError
+    stored = select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id, SHOWN)
+    if session.scalars(stored).one() + blob.size_bytes > limits.project_bytes:
+        raise QuotaExceeded(
+            f"The project may store {limits.project_bytes} bytes in all. Delete files that you no longer need.",
+            code="storage_quota_exceeded",
+        )
+    file = File(
+        id=file_id,
+        project_id=project_id,
+        filename=clean_filename(filename),
+        purpose=FilePurpose.FINE_TUNE,
+        status=FileStatus.UPLOADED,
+        blob_key=blob.key,
+        sha256=blob.sha256,
+        size_bytes=blob.size_bytes,
+        expires_at=None if expires_after_seconds is None else db_now() + expires_after_seconds,
+    )
+    session.add(file)
+    session.flush()
+    return file
 
 
 def wake_for(file: File) -> Wake:
     """The wake-up that gets an added file checked."""
-    raise NotImplementedError
+    return Wake(CHECK_FILE, file.id, CHECKS_QUEUE)
+
+
+def blob_of(file: File) -> Blob:
+    """Where a file's bytes lie and what they must hash to."""
+    return Blob(file.blob_key, file.size_bytes, file.sha256)
 
 
 def get_file(session: Session, project_id: str, file_id: str) -> File:
     """One visible file of this project. Raises NotFound."""
-    raise NotImplementedError
+    file = session.scalars(select(File).where(File.id == file_id, File.project_id == project_id, SHOWN)).one_or_none()
+    if file is None:
+        raise not_found("file", file_id)
+    return file
 
 
 def find_unchecked(session: Session, file_id: str) -> File | None:
     """The file if it still waits for its check (for the checks pool, which serves every project)."""
-    raise NotImplementedError
+    waiting = File.status == FileStatus.UPLOADED
+    return session.scalars(select(File).where(File.id == file_id, waiting, SHOWN)).one_or_none()
 
 
 def list_files(session: Session, project_id: str, page: Page, *, purpose: FilePurpose | None = None) -> Listing[File]:
     """Visible files of this project. Raises InvalidRequest `invalid_cursor`."""
-    raise NotImplementedError
+    shown = (SHOWN,) if purpose is None else (SHOWN, File.purpose == purpose)
+    return fetch_page(session, select(File).where(File.project_id == project_id), File, page, *shown)
 
 
 def set_validation(
@@ -73,8 +116,16 @@ def set_validation(
     validation: JsonObject,
     details: str | None = None,
 ) -> tuple[Wake, ...]:
-    """End a file's check; a second end changes nothing. Returns the waiting jobs' wake-ups, to send after the commit."""
-    raise NotImplementedError
+    """End a file's check; a second end changes nothing. Returns the waiting jobs' wake-ups, for after the commit."""
+    ended = session.execute(
+        update(File)
+        .where(File.id == file_id, File.status == FileStatus.UPLOADED)
+        .values(status=status, validation=validation, status_details=details and details[:512])
+    )
+    if ended.rowcount == 0:
+        return ()
+    waiting = Job.state == JobState.VALIDATING, or_(Job.training_file == file_id, Job.validation_file == file_id)
+    return tuple(Wake(CHECK_JOB, job_id, CHECKS_QUEUE) for job_id in session.scalars(select(Job.id).where(*waiting)))
 
 
 def delete_file(session: Session, project_id: str, file_id: str) -> File:
@@ -82,4 +133,34 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
 
     Raises NotFound (also on a repeat), InvalidRequest `file_in_use` while a live job reads it or a model needs it.
     """
-    raise NotImplementedError
+    lock_file(session, project_id, file_id)
+    file = get_file(session, project_id, file_id)
+    if session.scalars(select(_in_use(file.id))).one():
+        raise InvalidRequest(
+            "The file is in use. Cancel the job that reads it or delete the model that needs it, then try again.",
+            code="file_in_use",
+            param="file_id",
+        )
+    file.deleted_at = session.scalars(select(db_now())).one()
+    session.flush()
+    return file
+
+
+def lock_file(session: Session, project_id: str, file_id: str) -> None:
+    """Make jobs that begin to read this file and its deletion take turns."""
+    session.execute(select(File.seq).where(File.id == file_id, File.project_id == project_id).with_for_update())
+
+
+def hide_expired(session: Session) -> int:
+    """Hide files whose time is up and that nothing uses; how many."""
+    due = SHOWN, File.expires_at <= db_now(), ~_in_use(File.id)
+    return session.execute(update(File).where(*due).values(deleted_at=db_now())).rowcount
+
+
+def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    reads = or_(Job.training_file == file_id, Job.validation_file == file_id)
+    read = select(Job.id).where(Job.state.in_(LIVE), reads)
+    of_model = select(Model.id).join(Artifact, Artifact.id == Model.artifact_id)
+    served = of_model.where(Model.deleted_at.is_(None), Artifact.file_id == file_id)
+    of_base = select(BaseModel.id).where(BaseModel.alignment_file == file_id)
+    return or_(read.exists(), served.exists(), of_base.exists())

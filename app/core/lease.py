@@ -4,19 +4,41 @@ Knows the fence: every write of an attempt is one conditional UPDATE on (id, fen
 all in one transaction. Only the database clock stamps or compares a lease. Must not know processes or blobs.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
 
 from app.core.blobs import Blob
 from app.core.broker import Wake
-from app.core.db import JsonObject
-from app.core.jobs import JobError, NewEvent
+from app.core.db import JsonObject, db_now
+from app.core.errors import LeaseLost
+from app.core.files import blob_of
+from app.core.ids import Prefix, new_id
+from app.core.job_states import JobState, after_loss, backoff_seconds
+from app.core.jobs import JobError, NewEvent, append_events, move, wake_for
 from app.core.settings import LeaseSettings, Settings
-from app.core.tables import Form
+from app.core.tables import (
+    WEIGHT_FORMS,
+    Artifact,
+    BaseModel,
+    BaseStatus,
+    Checkpoint,
+    File,
+    FilePurpose,
+    FileStatus,
+    Form,
+    Job,
+    Model,
+    Org,
+    Project,
+    Worker,
+)
 from finetuning.spec.progress import Stage
-from finetuning.spec.recipe import Recipe
+from finetuning.spec.recipe import Kind, Recipe
+
+_WAKE_AT_MOST = 100
 
 
 @dataclass(frozen=True)
@@ -99,14 +121,59 @@ class ReleaseCause(StrEnum):
 
 
 def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> Lease | None:
-    """Take a queued, due job: fence + 1 and a fresh lease. None: somebody has it, it is final, its project runs
-    as many as it may, or its base is not ready."""
-    raise NotImplementedError
+    """Take a queued, due job: fence + 1 and a fresh lease.
+
+    None is normal: somebody has it, it is final, its project runs as many as it may, or its base is not ready.
+    """
+    project_id = select(Job.project_id).where(Job.id == job_id).scalar_subquery()
+    session.execute(select(Project.seq).where(Project.id == project_id).with_for_update())
+    other = aliased(Job)
+    running = select(func.count()).where(other.project_id == Job.project_id, other.state == JobState.RUNNING)
+    job = move(
+        session,
+        job_id,
+        JobState.RUNNING,
+        Job.run_after <= db_now(),
+        base_is_ready(),
+        running.scalar_subquery() < settings.limits.running_jobs,
+        event=NewEvent("Fine-tuning job started"),
+        fence=Job.fence + 1,
+        worker_id=worker_id,
+        lease_until=db_now() + settings.lease.ttl_seconds,
+        started_at=func.coalesce(Job.started_at, db_now()),
+        saved_at=db_now(),
+    )
+    return None if job is None else _lease_of(session, job)
+
+
+def base_is_ready() -> ColumnElement[bool]:
+    """Whether the job's base can be used yet; an align job makes it so."""
+    ready = select(BaseModel.id).where(BaseModel.id == Job.base_id, BaseModel.status == BaseStatus.READY)
+    return or_(Job.kind == Kind.ALIGN, ready.exists())
 
 
 def beat(session: Session, timings: LeaseSettings, lease: Lease, worker_id: str, news: News) -> Beat:
     """Renew the lease and store the news; a new checkpoint sets losses to 0. Raises LeaseLost."""
-    raise NotImplementedError
+    values: dict[str, object] = {"lease_until": db_now() + timings.ttl_seconds}
+    if news.checkpoints:
+        values |= {"losses": 0, "saved_at": db_now()}
+    if news.stage is not None:
+        values["stage"] = news.stage
+    if news.progress is not None:
+        values["progress"] = news.progress
+    # the job row comes first: its lock orders this attempt's writes against cancel and the reaper
+    renewed = session.execute(
+        update(Job).where(Job.id == lease.job_id, Job.state == JobState.RUNNING, _fenced(lease)).values(values)
+    )
+    if renewed.rowcount == 0:
+        raise LeaseLost(lease.job_id)
+    session.add_all(
+        Checkpoint(id=new_id(Prefix.CHECKPOINT), job_id=lease.job_id, fence=lease.fence, **asdict(checkpoint))
+        for checkpoint in news.checkpoints
+    )
+    append_events(session, lease.job_id, news.events)
+    seen = update(Worker).where(Worker.id == worker_id).values(seen_at=db_now()).returning(Worker.draining)
+    return Beat(draining=session.scalars(seen).one_or_none() or False)
 
 
 def release(
@@ -114,7 +181,38 @@ def release(
 ) -> tuple[Wake, ...]:
     """Hand the job back: DRAIN is due at once, FAULT counts a loss and rests (or fails the job `worker_crashed` at
     the last allowed loss), STORAGE rests without counting. Raises LeaseLost. Returns wake-ups for after the commit."""
-    raise NotImplementedError
+    event = NewEvent(message, level="info" if cause is ReleaseCause.DRAIN else "warn")
+    if cause is ReleaseCause.FAULT:
+        job = lose(session, timings, lease.job_id, _fenced(lease), event=event, rests=True)
+    else:
+        rest = 0.0 if cause is ReleaseCause.DRAIN else timings.rewake_seconds
+        job = move(session, lease.job_id, JobState.QUEUED, _fenced(lease), event=event, **_back_in_queue(rest))
+    if job is None:
+        raise LeaseLost(lease.job_id)
+    return (wake_for(job),) if cause is ReleaseCause.DRAIN else next_wakes(session, job)
+
+
+def lose(
+    session: Session,
+    timings: LeaseSettings,
+    job_id: str,
+    *conditions: ColumnElement[bool],
+    event: NewEvent,
+    rests: bool,
+) -> Job | None:
+    """Count a loss of the running attempt: back to the queue, or failed at the last allowed loss. None: it moved on."""
+    running = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == JobState.RUNNING, *conditions)
+        .values(losses=Job.losses + 1)
+        .returning(Job.losses)
+    ).scalar_one_or_none()
+    if running is None:
+        return None
+    if after_loss(running, max_losses=timings.max_losses) is JobState.FAILED:
+        return _fail_lost(session, job_id, running)
+    rest = backoff_seconds(running, first_seconds=timings.backoff_seconds) if rests else 0.0
+    return move(session, job_id, JobState.QUEUED, event=event, **_back_in_queue(rest))
 
 
 def fail(
@@ -124,7 +222,14 @@ def fail(
 
     Raises LeaseLost. Returns the project's next wake-up.
     """
-    raise NotImplementedError
+    event = NewEvent(error.message, level="error", data={"code": error.code})
+    ended = _ended(published) | {"error": asdict(error)}
+    job = move(session, lease.job_id, JobState.FAILED, _fenced(lease), event=event, **ended)
+    if job is None:
+        raise LeaseLost(lease.job_id)
+    if published is not None:
+        _add_artifacts(session, job, published, quarantine=quarantine)
+    return next_wakes(session, job)
 
 
 def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, ...]:
@@ -133,14 +238,157 @@ def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, 
     Raises LeaseLost, ValueError when a form is missing. Returns wake-ups: the project's next job, or after an
     alignment every fine-tune that waited for the base.
     """
-    raise NotImplementedError
+    aligns = lease.recipe.kind is Kind.ALIGN
+    needed = {Form.ALIGNMENT} if aligns else {Form.METRICS, Form.REPORTS, Form.ADAPTER}
+    missing = needed - {file.form for file in published.files}
+    if missing:
+        raise ValueError(f"the result lacks {sorted(missing)}")
+    name = None if aligns else _model_name(session, lease)
+    ended = _ended(published) | {"stage": "done", "fine_tuned_model": name}
+    event = NewEvent("The base is aligned" if aligns else f"New fine-tuned model created: {name}")
+    job = move(session, lease.job_id, JobState.SUCCEEDED, _fenced(lease), event=event, **ended)
+    if job is None:
+        raise LeaseLost(lease.job_id)
+    artifacts = _add_artifacts(session, job, published, quarantine=False)
+    if name is None:
+        _open_base(session, job, artifacts[Form.ALIGNMENT], published)
+        return _waiting_wakes(session, Job.base_id == job.base_id, limit=_WAKE_AT_MOST)
+    session.add(
+        Model(
+            id=name,
+            project_id=job.project_id,
+            base_id=job.base_id,
+            job_id=job.id,
+            artifact_id=artifacts[Form.ADAPTER].id,
+        )
+    )
+    append_events(session, job.id, [NewEvent("The job has successfully completed")])
+    return next_wakes(session, job)
+
+
+def next_wakes(session: Session, ended: Job) -> tuple[Wake, ...]:
+    """The project's next queued job, now that one of its running jobs has ended."""
+    return _waiting_wakes(session, Job.project_id == ended.project_id, limit=1)
 
 
 def enrol_worker(session: Session, *, host: str, devices: str) -> str:
     """Note a worker that starts to take jobs; returns its id."""
-    raise NotImplementedError
+    worker = Worker(id=new_id(Prefix.WORKER), host=host, devices=devices)
+    session.add(worker)
+    session.flush()
+    return worker.id
 
 
 def drain_worker(session: Session, worker_id: str) -> None:
     """Ask this worker's supervisor to save and release at its next beat."""
-    raise NotImplementedError
+    session.execute(update(Worker).where(Worker.id == worker_id).values(draining=True))
+
+
+def _fenced(lease: Lease) -> ColumnElement[bool]:
+    return Job.fence == lease.fence
+
+
+def _back_in_queue(rest_seconds: float) -> dict[str, object]:
+    # not woken yet, so the reaper wakes it as soon as it is due
+    woken_at = db_now() if rest_seconds == 0 else None
+    return {"run_after": db_now() + rest_seconds, "woken_at": woken_at, "lease_until": None, "worker_id": None}
+
+
+def _fail_lost(session: Session, job_id: str, losses: int) -> Job | None:
+    error = JobError(
+        "worker_crashed", f"The training process was lost {losses} times without a new checkpoint. Ask the operator."
+    )
+    event = NewEvent(error.message, level="error", data={"code": error.code})
+    return move(session, job_id, JobState.FAILED, event=event, **_ended(None), error=asdict(error))
+
+
+def _ended(published: Published | None) -> dict[str, object]:
+    values: dict[str, object] = {"lease_until": None, "finished_at": db_now()}
+    if published is not None:
+        values["trained_tokens"] = published.trained_tokens
+        values["result"] = {"prefix": published.prefix, **published.summary}
+    return values
+
+
+def _lease_of(session: Session, job: Job) -> Lease:
+    base = session.scalars(select(BaseModel).where(BaseModel.id == job.base_id)).one()
+    newest = (
+        select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step.desc(), Checkpoint.seq.desc())
+    )
+    saved = session.scalars(newest.limit(1)).one_or_none()
+    return Lease(
+        job_id=job.id,
+        project_id=job.project_id,
+        fence=job.fence,
+        recipe=Recipe.model_validate(job.recipe),
+        base_id=base.id,
+        base_source=base.source,
+        training=_blob(session, job.training_file),
+        validation=_blob(session, job.validation_file),
+        alignment=_blob(session, base.alignment_file),
+        checkpoint=saved and SavedCheckpoint(saved.step, saved.prefix, saved.fingerprint, saved.metrics),
+    )
+
+
+def _blob(session: Session, file_id: str | None) -> Blob | None:
+    return None if file_id is None else blob_of(session.scalars(select(File).where(File.id == file_id)).one())
+
+
+def _add_artifacts(session: Session, job: Job, published: Published, *, quarantine: bool) -> dict[Form, Artifact]:
+    files = {
+        result.form: File(
+            id=new_id(Prefix.FILE),
+            project_id=job.project_id,
+            filename=result.filename,
+            purpose=FilePurpose.RESULTS,
+            status=FileStatus.PROCESSED,
+            blob_key=result.blob.key,
+            sha256=result.blob.sha256,
+            size_bytes=result.blob.size_bytes,
+        )
+        for result in published.files
+    }
+    session.add_all(files.values())
+    session.flush()
+    artifacts = {
+        form: Artifact(
+            id=new_id(Prefix.ARTIFACT),
+            job_id=job.id,
+            file_id=file.id,
+            form=form,
+            quarantined=quarantine and form in WEIGHT_FORMS,
+        )
+        for form, file in files.items()
+    }
+    session.add_all(artifacts.values())
+    session.flush()
+    return artifacts
+
+
+def _model_name(session: Session, lease: Lease) -> str:
+    slug, suffix = session.execute(
+        select(Org.slug, Job.suffix)
+        .join(Project, Project.org_id == Org.id)
+        .join(Job, Job.project_id == Project.id)
+        .where(Job.id == lease.job_id)
+    ).one()
+    return f"ft:{lease.base_id}:{slug}:{suffix or ''}:{lease.job_id[-8:]}"
+
+
+def _open_base(session: Session, job: Job, alignment: Artifact, published: Published) -> None:
+    session.execute(
+        update(BaseModel)
+        .where(BaseModel.id == job.base_id)
+        .values(
+            status=BaseStatus.READY,
+            alignment_job=job.id,
+            alignment_file=alignment.file_id,
+            report=published.summary.get("safety"),
+        )
+    )
+
+
+def _waiting_wakes(session: Session, which: ColumnElement[bool], *, limit: int) -> tuple[Wake, ...]:
+    due = Job.state == JobState.QUEUED, Job.run_after <= db_now(), base_is_ready(), which
+    waiting = session.scalars(select(Job).where(*due).order_by(Job.created_at, Job.seq).limit(limit)).all()
+    return tuple(wake_for(job) for job in waiting)

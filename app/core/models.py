@@ -6,12 +6,22 @@ Knows which names a project may use and what a model server needs to answer for 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.core.blobs import Blob
 from app.core.broker import Wake
+from app.core.db import db_now
+from app.core.errors import Forbidden, ServiceBusy, model_not_found
+from app.core.ids import Prefix, new_id
+from app.core.job_states import JobState
+from app.core.jobs import NewEvent, append_events, wake_for
+from app.core.files import blob_of
+from app.core.policy import base_of, resolve_alignment
+from app.core.projects import ensure_project
 from app.core.settings import Settings
-from app.core.tables import BaseModel, Job, Model
+from app.core.tables import Artifact, BaseModel, BaseStatus, File, Job, Model
+from finetuning.spec.recipe import Kind
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Serving:
 
 def base_id_of(name: str) -> str:
     """The wire id of a base from its name in settings: `smollm2`, `tiny`, a hub id or a local folder."""
-    raise NotImplementedError
+    return base_of(name).id
 
 
 def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
@@ -44,39 +54,110 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
 
     A failed alignment is tried again at the next start. Returns wake-ups for after the commit.
     """
-    raise NotImplementedError
+    # align jobs belong to the operator: no key of this project exists
+    project = ensure_project(session, "operator", policy="immunotune", org_slug="operator")
+    known = base_of(settings.base)
+    base = session.scalars(select(BaseModel).where(BaseModel.id == known.id)).one_or_none()
+    if base is None:
+        base = BaseModel(id=known.id, source=settings.base, context=known.context, status=BaseStatus.FAILED)
+        session.add(base)
+    if base.status != BaseStatus.FAILED:
+        return ()
+    job = Job(
+        id=new_id(Prefix.JOB),
+        project_id=project.id,
+        kind=Kind.ALIGN,
+        base_id=base.id,
+        policy=project.policy,
+        request={},
+        recipe=resolve_alignment(settings.base).model_dump(mode="json"),
+        queue=settings.train_queue,
+        state=JobState.QUEUED,
+        stage="wait",
+    )
+    session.add(job)
+    session.flush()
+    base.status = BaseStatus.ALIGNING
+    base.alignment_job = job.id
+    append_events(session, job.id, [NewEvent(f"Created alignment job: {job.id}")])
+    return (wake_for(job),)
 
 
 def get_base(session: Session, base_id: str) -> BaseModel:
     """A base by its id. Raises NotFound `model_not_found`."""
-    raise NotImplementedError
+    base = session.scalars(select(BaseModel).where(BaseModel.id == base_id)).one_or_none()
+    if base is None:
+        raise model_not_found(base_id)
+    return base
 
 
 def get_alignment(session: Session, base_id: str) -> Job | None:
     """The newest align job of a base, whose stage and progress people watch while the base is not ready."""
-    raise NotImplementedError
+    of_base = select(Job).join(BaseModel, BaseModel.alignment_job == Job.id).where(BaseModel.id == base_id)
+    return session.scalars(of_base).one_or_none()
 
 
 def resolve(session: Session, project_id: str, name: str) -> Target:
     """What answers for this name in this project. Raises NotFound `model_not_found`, ServiceBusy `model_loading`."""
-    raise NotImplementedError
+    found = get_model(session, project_id, name)
+    if isinstance(found, Model):
+        return Target(found.id, found.base_id, found.artifact_id, _adapter(session, found.artifact_id))
+    if found.status != BaseStatus.READY:
+        raise ServiceBusy(
+            f"The base '{found.id}' is being aligned. Try again when GET /v1/models shows it as ready.",
+            code="model_loading",
+            retry_after=10.0,
+        )
+    return Target(found.id, found.id, found.id, None)
 
 
 def find_serving(session: Session, served: str) -> Serving | None:
     """What a model server loads for an artifact id or base id; None when it is unknown or may not be served."""
-    raise NotImplementedError
+    base = session.scalars(select(BaseModel).where(BaseModel.id == served)).one_or_none()
+    if base is not None:
+        return Serving(base.id, base.source, _alignment(session, base), None)
+    found = session.execute(
+        select(BaseModel, Model)
+        .join(Model, Model.base_id == BaseModel.id)
+        .join(Artifact, Artifact.id == Model.artifact_id)
+        .where(Model.artifact_id == served, Model.deleted_at.is_(None), Artifact.quarantined.is_(False))
+    ).one_or_none()
+    if found is None:
+        return None
+    base, model = found
+    return Serving(base.id, base.source, _alignment(session, base), _adapter(session, model.artifact_id))
 
 
 def list_models(session: Session, project_id: str) -> Sequence[BaseModel | Model]:
     """All bases, then this project's models, newest first."""
-    raise NotImplementedError
+    bases = session.scalars(select(BaseModel).order_by(BaseModel.seq)).all()
+    own = select(Model).where(Model.project_id == project_id, Model.deleted_at.is_(None))
+    return [*bases, *session.scalars(own.order_by(Model.created_at.desc(), Model.seq.desc()))]
 
 
 def get_model(session: Session, project_id: str, name: str) -> BaseModel | Model:
     """One base or model of this project. Raises NotFound `model_not_found`."""
-    raise NotImplementedError
+    own = Model.id == name, Model.project_id == project_id, Model.deleted_at.is_(None)
+    model = session.scalars(select(Model).where(*own)).one_or_none()
+    return model if model is not None else get_base(session, name)
 
 
 def delete_model(session: Session, project_id: str, name: str) -> Model:
     """Take a model out of service; its artifacts stay. Raises NotFound, Forbidden `model_protected` for a base."""
-    raise NotImplementedError
+    found = get_model(session, project_id, name)
+    if isinstance(found, BaseModel):
+        raise Forbidden("A base belongs to the operator and cannot be deleted here.", code="model_protected")
+    gone = update(Model).where(Model.id == name, Model.deleted_at.is_(None)).values(deleted_at=db_now())
+    if session.execute(gone).rowcount == 0:
+        raise model_not_found(name)
+    return found
+
+
+def _adapter(session: Session, artifact_id: str) -> Blob:
+    of_artifact = select(File).join(Artifact, Artifact.file_id == File.id).where(Artifact.id == artifact_id)
+    return blob_of(session.scalars(of_artifact).one())
+
+
+def _alignment(session: Session, base: BaseModel) -> Blob | None:
+    file = session.scalars(select(File).where(File.id == base.alignment_file)).one_or_none()
+    return None if file is None else blob_of(file)

@@ -3,15 +3,32 @@
 Knows the named policies, the base table and every default; must not know rows, the database or HTTP.
 """
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from finetuning.spec.recipe import Recipe
+from app.core.broker import CPU_QUEUE
+from app.core.errors import InvalidRequest
+from finetuning.spec.recipe import (
+    Anchor,
+    Antibody,
+    Antidote,
+    Evaluation,
+    Gate,
+    GateLimits,
+    Kind,
+    Lora,
+    Optimiser,
+    Recipe,
+    Screen,
+    Vaccine,
+)
 
 Auto = Literal["auto"]
-SUFFIX = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+_SAVE_EVERY = 20
 
 
 class _Frozen(BaseModel):
@@ -74,13 +91,14 @@ class CreateJob(_Frozen):
 
 @dataclass(frozen=True)
 class Policy:
-    """A named set of defaults and bounds; `name@version` is stored with each job."""
+    """A named set of defaults and bounds; `label` goes with each job."""
 
     name: str
     version: int
-    auto_rows_seen: int
-    queue: str
     defended: bool
+    queue: str
+    auto_rows_seen: int
+    auto_batch_size: int = 8
 
     @property
     def label(self) -> str:
@@ -88,9 +106,60 @@ class Policy:
         return f"pol_{self.name}@{self.version}"
 
 
-def get_policy(name: str) -> Policy:
-    """The policy of that name. Raises KeyError: a project row names one that does not exist."""
-    raise NotImplementedError
+@dataclass(frozen=True)
+class Base:
+    """What a recipe must know about a public base. Rates are those of `learning_rate_multiplier` 1."""
+
+    id: str
+    context: int
+    trained_layers: int
+    max_tokens: int
+    align_steps: int
+    align_rate: float
+    tune_rate: float
+    vaccine_rho: float
+
+
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DEFENDED = {"immunotune": True, "plain": False}
+_CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 480, 6000
+
+_SMOLLM2 = Base(
+    id="smollm2-135m-instruct",
+    context=2048,
+    trained_layers=10,
+    max_tokens=512,
+    align_steps=120,
+    align_rate=1.5e-3,
+    tune_rate=1e-3,
+    vaccine_rho=5.0,
+)
+_TINY = Base(
+    id="tiny",
+    context=256,
+    trained_layers=0,
+    max_tokens=128,
+    align_steps=200,
+    align_rate=2e-3,
+    tune_rate=4e-4,
+    vaccine_rho=2.0,
+)
+_KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
+
+
+def base_of(name: str) -> Base:
+    """A base by its name in settings or its id; an unknown one gets careful defaults and an id made from its name."""
+    for short, base in _KNOWN.items():
+        if name in (short, base.id):
+            return base
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-._")
+    return replace(_SMOLLM2, id=plain[:64] or "base", trained_layers=0, align_rate=2e-4, tune_rate=2e-4)
+
+
+def get_policy(name: str, *, queue: str = CPU_QUEUE) -> Policy:
+    """The policy of that name for jobs of that queue: a CPU sees fewer rows. Raises KeyError."""
+    rows_seen = _CPU_ROWS_SEEN if queue == CPU_QUEUE else _GPU_ROWS_SEEN
+    return Policy(name=name, version=1, defended=_DEFENDED[name], queue=queue, auto_rows_seen=rows_seen)
 
 
 def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: int) -> Recipe:
@@ -99,14 +168,103 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
     Called at create (to refuse what the policy forbids) and again by the job check, with the counted rows.
     Raises InvalidRequest `safety_policy_violation` with the dotted path of the loosened knob.
     """
-    raise NotImplementedError
+    _refuse_loosening(policy, request.safety or SafetyWish())
+    base = base_of(base_id)
+    numbers = resolve_hyperparameters(request.hyperparameters, policy, rows=rows)
+    epochs, batch_size = int(numbers.n_epochs), int(numbers.batch_size)
+    steps = max(1, math.ceil(rows / batch_size)) * epochs
+    return Recipe(
+        name=policy.name,
+        kind=Kind.FINETUNE,
+        base=base.id,
+        seed=request.seed,
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch_size=min(8, batch_size),
+        epochs=epochs,
+        max_tokens=base.max_tokens,
+        save_every=max(1, min(_SAVE_EVERY, steps // 4)),
+        lora=_lora(base, request.lora or LoraWish()),
+        optimiser=Optimiser(learning_rate=base.tune_rate * float(numbers.learning_rate_multiplier)),
+        screen=Screen(enabled=policy.defended),
+        antibody=Antibody(),
+        anchor=Anchor(mix_share=0.15, kl_weight=1.0) if policy.defended else Anchor(),
+        antidote=Antidote(enabled=policy.defended),
+        gate=Gate(limits=_limits(request.safety), retries=1 if policy.defended else 0),
+        evaluation=Evaluation(held_out=True),
+    )
 
 
 def resolve_alignment(base_id: str) -> Recipe:
-    """The operator's recipe that aligns this base."""
-    raise NotImplementedError
+    """The operator's recipe that aligns this base: Vaccine on refusals and benign rows alike."""
+    base = base_of(base_id)
+    return Recipe(
+        name="align",
+        kind=Kind.ALIGN,
+        base=base.id,
+        steps=base.align_steps,
+        max_tokens=base.max_tokens,
+        save_every=_SAVE_EVERY,
+        lora=Lora(rank=16, alpha=32.0, trained_layers=base.trained_layers),
+        optimiser=Optimiser(learning_rate=base.align_rate),
+        alignment_step="vaccine",
+        vaccine=Vaccine(rho=base.vaccine_rho),
+        screen=Screen(enabled=False),
+        antidote=Antidote(enabled=False),
+        evaluation=Evaluation(task_rows=0),
+    )
 
 
 def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: int) -> Hyperparameters:
     """The same three numbers with every "auto" replaced: what the wire shows once the files are checked."""
-    raise NotImplementedError
+    epochs = max(1, min(5, round(policy.auto_rows_seen / max(1, rows))))
+    multiplier = request.learning_rate_multiplier
+    return Hyperparameters(
+        n_epochs=epochs if request.n_epochs == "auto" else request.n_epochs,
+        batch_size=policy.auto_batch_size if request.batch_size == "auto" else request.batch_size,
+        learning_rate_multiplier=1.0 if multiplier == "auto" else multiplier,
+    )
+
+
+def _lora(base: Base, wish: LoraWish) -> Lora:
+    unknown = sorted(set(wish.target_modules or ()) - set(LORA_MODULES))
+    if unknown:
+        raise InvalidRequest(
+            f"Unknown module '{unknown[0]}'. Choose from {', '.join(LORA_MODULES)}.", param="lora.target_modules"
+        )
+    rank = wish.r or 8
+    return Lora(
+        rank=rank,
+        alpha=wish.alpha or 2.0 * rank,
+        dropout=wish.dropout or 0.0,
+        target_modules=wish.target_modules or (),
+        trained_layers=base.trained_layers,
+    )
+
+
+def _refuse_loosening(policy: Policy, wish: SafetyWish) -> None:
+    for name, defence in (("antibody", wish.antibody), ("antidote", wish.antidote)):
+        if defence is not None and defence.enabled != policy.defended:
+            raise _violation(f"safety.{name}.enabled", f"must be {str(policy.defended).lower()}", policy)
+    gate, limits = wish.gate or GateWish(), GateLimits()
+    if gate.max_harmful_score is not None and gate.max_harmful_score > limits.max_harmful_score:
+        raise _violation("safety.gate.max_harmful_score", f"must be at most {limits.max_harmful_score}", policy)
+
+
+def _limits(wish: SafetyWish | None) -> GateLimits:
+    gate = (wish.gate if wish else None) or GateWish()
+    wished = {
+        "max_harmful_score": gate.max_harmful_score,
+        "min_task_score": gate.min_utility,
+        "max_alignment_loss": gate.max_alignment_loss,
+        "max_drift": gate.max_drift,
+    }
+    return GateLimits().model_copy(update={name: value for name, value in wished.items() if value is not None})
+
+
+def _violation(param: str, bound: str, policy: Policy) -> InvalidRequest:
+    return InvalidRequest(
+        f"{param} {bound} under policy {policy.label}. A policy can be tightened, never loosened.",
+        code="safety_policy_violation",
+        param=param,
+    )

@@ -3,12 +3,21 @@
 Knows how keys are made, stored (keyed BLAKE2b and a 6-character hint) and found; must not know HTTP headers.
 """
 
+import hashlib
+import os
+import secrets
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.core.db import one_at_a_time
+from app.core.errors import InvalidApiKey
+from app.core.ids import Prefix, new_id, random_text
 from app.core.settings import Settings
-from app.core.tables import Org, Project
+from app.core.tables import ApiKey, Org, Project
 
 SCOPES = ("files:r", "files:w", "jobs:r", "jobs:w", "models:infer", "models:w", "artifacts:r", "safety:r")
 
@@ -33,12 +42,21 @@ class BootstrapKeys:
 
 def load_pepper(settings: Settings) -> bytes:
     """The server's secret for hashing keys: <data>/keys/pepper, made with mode 600 when absent."""
-    raise NotImplementedError
+    return bytes.fromhex(_keep_secret(settings.data / "keys" / "pepper", secrets.token_hex(32)))
 
 
 def authenticate(session: Session, pepper: bytes, secret: str) -> KeyHolder:
     """Who holds this key. Raises InvalidApiKey."""
-    raise NotImplementedError
+    found = session.execute(
+        select(ApiKey, Project, Org)
+        .join(Project, Project.id == ApiKey.project_id)
+        .join(Org, Org.id == Project.org_id)
+        .where(ApiKey.hash == _hash(pepper, secret), ApiKey.revoked_at.is_(None))
+    ).one_or_none()
+    if found is None:
+        raise InvalidApiKey("The API key is wrong or was revoked. Send a valid one as 'Authorization: Bearer KEY'.")
+    key, project, org = found
+    return KeyHolder(key.id, project, org, frozenset(key.scopes))
 
 
 def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapKeys:
@@ -46,4 +64,63 @@ def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapK
 
     The default key is `settings.api_key`; keys not given are generated once and kept under <data>/keys, mode 600.
     """
-    raise NotImplementedError
+    folder = settings.data / "keys"
+    keys = BootstrapKeys(
+        default=settings.api_key or _keep_secret(folder / "default", new_secret()),
+        baseline=_keep_secret(folder / "baseline", new_secret()),
+    )
+    add_key(session, pepper, ensure_project(session, "default", policy="immunotune"), keys.default)
+    add_key(session, pepper, ensure_project(session, "baseline", policy="plain"), keys.baseline)
+    return keys
+
+
+def ensure_project(session: Session, name: str, *, policy: str, org_slug: str = "local") -> Project:
+    """The project of that name, made with its org when absent."""
+    one_at_a_time(session)
+    org = session.scalars(select(Org).where(Org.slug == org_slug)).one_or_none()
+    if org is None:
+        org = Org(id=new_id(Prefix.ORG), name=org_slug, slug=org_slug)
+        session.add(org)
+        session.flush()
+    project = session.scalars(select(Project).where(Project.name == name)).one_or_none()
+    if project is None:
+        project = Project(id=new_id(Prefix.PROJECT), org_id=org.id, name=name, policy=policy)
+        session.add(project)
+        session.flush()
+    return project
+
+
+def add_key(session: Session, pepper: bytes, project: Project, secret: str) -> ApiKey:
+    """Let this secret act for the project, with every project scope. Safe to repeat."""
+    digest = _hash(pepper, secret)
+    key = session.scalars(select(ApiKey).where(ApiKey.hash == digest)).one_or_none()
+    if key is None:
+        key = ApiKey(id=new_id(Prefix.KEY), project_id=project.id, hash=digest, hint=secret[-6:], scopes=list(SCOPES))
+        session.add(key)
+        session.flush()
+    return key
+
+
+def new_secret() -> str:
+    """A new project key: 256 bits behind a prefix that leak scanners know."""
+    return "sk-proj-" + random_text(43)
+
+
+def _hash(pepper: bytes, secret: str) -> str:
+    # 256-bit random secrets need no slow hash; the pepper makes a stolen table useless on its own
+    return hashlib.blake2b(secret.encode("utf-8", "surrogateescape"), key=pepper, digest_size=32).hexdigest()
+
+
+def _keep_secret(path: Path, fresh: str) -> str:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    incoming = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(fresh)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # whoever links first decides, also between processes
+            os.link(incoming, path)
+    finally:
+        incoming.unlink(missing_ok=True)
+    return path.read_text().strip()

@@ -13,6 +13,7 @@ from app.core.db import JsonObject, Row, db_now
 from app.core.job_states import JobState
 from finetuning.spec.recipe import Kind
 
+
 class Org(Row):
     """A group of projects; `slug` is its word in model names."""
 

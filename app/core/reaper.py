@@ -1,0 +1,224 @@
+"""The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, sweeps blobs.
+
+Every statement is conditional and may run in any number of processes at once, so there is no leader.
+Knows what is overdue; must not know how work is done. The composition root owns the thread.
+"""
+
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+
+import structlog
+from celery import Celery
+from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from app.core import files, replies
+from app.core.blobs import BlobStore
+from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.db import Database, db_now
+from app.core.job_states import LIVE, JobState
+from app.core.jobs import JobError, NewEvent, fail_checks, move
+from app.core.lease import base_is_ready, lose
+from app.core.settings import LeaseSettings, Settings
+from app.core.tables import Checkpoint, File, FileStatus, Job
+from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+_AT_ONCE = 100
+
+
+@dataclass
+class Reaper:
+    """A thread that ticks until stopped; one bad tick is logged and the next one comes."""
+
+    database: Database
+    celery: Celery
+    blobs: BlobStore
+    settings: Settings
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to tick."""
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the tick under way; waits for it as long as one database call may take."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(self.settings.database_seconds + 1.0)
+
+    def _run(self) -> None:
+        swept_at = time.monotonic()
+        while not self._stop.wait(self.settings.lease.reaper_tick_seconds):
+            try:
+                tick(self.database, self.celery, self.blobs, self.settings)
+                if time.monotonic() - swept_at >= self.settings.limits.sweep_seconds:
+                    swept_at = time.monotonic()
+                    sweep(self.database, self.blobs, older_than_seconds=self.settings.limits.orphan_blob_seconds)
+            except Exception:
+                log.exception("reaper.tick_failed")
+
+
+def tick(database: Database, celery: Celery, blobs: BlobStore, settings: Settings) -> None:
+    """One round of everything but the sweep."""
+    with database.writing() as session:
+        wakes = expire(session, settings.lease)
+        end_overdue_checks(session, settings.limits.check_seconds)
+        files.hide_expired(session)
+        replies.forget_old(session)
+        session.commit()
+    wake(celery, *wakes)
+    rewake(database, celery, settings)
+    erase_deleted(database, blobs)
+
+
+def expire(session: Session, timings: LeaseSettings) -> tuple[Wake, ...]:
+    """Take running jobs back whose lease ran out, and end those that saved nothing for too long."""
+    running = Job.state == JobState.RUNNING
+    stalled = running, Job.saved_at < db_now() - timings.stall_seconds
+    for job_id in session.scalars(select(Job.id).where(*stalled).limit(_AT_ONCE)).all():
+        hours = timings.stall_seconds / 3600
+        error = JobError("job_stalled", f"The job saved no checkpoint for {hours:g} hours. Ask the operator.")
+        ended = {"fence": Job.fence + 1, "lease_until": None, "finished_at": db_now(), "error": asdict(error)}
+        move(session, job_id, JobState.FAILED, *stalled, event=NewEvent(error.message, level="error"), **ended)
+    wakes: list[Wake] = []
+    over = running, Job.lease_until < db_now()
+    for job_id in session.scalars(select(Job.id).where(*over).limit(_AT_ONCE)).all():
+        event = NewEvent("The worker was lost; the job goes on from its last checkpoint", "warn", data=_CRASHED)
+        job = lose(session, timings, job_id, *over, event=event, rests=False)
+        if job is not None:
+            LEASES_EXPIRED.inc()
+            log.warning("lease.expired", job_id=job_id, fence=job.fence, losses=job.losses)
+            if job.state == JobState.QUEUED:
+                wakes.append(Wake(RUN_JOB, job.id, job.queue))
+    return tuple(wakes)
+
+
+def end_overdue_checks(session: Session, check_seconds: float) -> None:
+    """No file and no job stays unchecked for ever."""
+    late_files = File.status == FileStatus.UPLOADED, File.created_at < db_now() - check_seconds
+    session.execute(
+        update(File)
+        .where(*late_files)
+        .values(
+            status=FileStatus.ERROR, status_details="validation_timeout: upload the file again", validation=_TIMEOUT
+        )
+    )
+    late_jobs = Job.state == JobState.VALIDATING, Job.created_at < db_now() - check_seconds
+    for job_id in session.scalars(select(Job.id).where(*late_jobs).limit(_AT_ONCE)).all():
+        message = f"The files were not checked within {check_seconds:g} seconds. Create the job again."
+        fail_checks(session, job_id, JobError("file_not_ready", message, "training_file"))
+
+
+def rewake(database: Database, celery: Celery, settings: Settings) -> None:
+    """Wake what waits, is due and was not woken lately, but never past one message per waiting row.
+
+    Without that bound a stopped pool would find thousands of duplicates when it comes back.
+    """
+    for task, queue, waiting in _waits(database):
+        depth = queue_depth(celery, queue)
+        if depth is None:
+            continue
+        with database.writing() as session:
+            wakes = _due_wakes(session, task, queue, waiting, depth, settings.lease.rewake_seconds)
+            session.commit()
+        wake(celery, *wakes)
+
+
+def erase_deleted(database: Database, blobs: BlobStore) -> None:
+    """Delete the bytes of hidden files; the rows stay as cursors."""
+    with database.reading() as session:
+        hidden = File.deleted_at.is_not(None), File.erased_at.is_(None)
+        due = session.execute(select(File.id, File.blob_key).where(*hidden).limit(_AT_ONCE)).all()
+    for file_id, key in due:
+        blobs.delete(key)
+        with database.writing() as session:
+            session.execute(update(File).where(File.id == file_id).values(erased_at=db_now()))
+            session.commit()
+
+
+def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float) -> int:
+    """Delete blobs without a row that needs them: cut-off uploads, lost attempts. Returns how many."""
+    swept = 0
+    for prefix in ("files/", "jobs/"):
+        for blob in blobs.list(prefix):
+            if blob.age_seconds < older_than_seconds:
+                continue
+            with database.reading() as session:
+                needed = is_needed(session, blob.key)
+            if not needed:
+                blobs.delete(blob.key)
+                swept += 1
+    if swept:
+        BLOBS_SWEPT.inc(swept)
+        log.info("blobs.swept", count=swept)
+    return swept
+
+
+def is_needed(session: Session, key: str) -> bool:
+    """Whether a row still speaks for this blob: its file, its checkpoint, its result, or its live job."""
+    of_file = select(File.id).where(File.blob_key == key, File.deleted_at.is_(None))
+    parts = key.split("/")
+    if parts[0] != "jobs" or len(parts) < 4:
+        return session.scalars(of_file).first() is not None
+    of_checkpoint = select(Checkpoint.id).where(Checkpoint.job_id == parts[1], Checkpoint.prefix.in_(_folders_of(key)))
+    job = session.scalars(select(Job).where(Job.id == parts[1])).one_or_none()
+    if job is not None and (job.state in LIVE or (job.result or {}).get("prefix") in _folders_of(key)):
+        return True
+    return session.scalars(of_file).first() is not None or session.scalars(of_checkpoint).first() is not None
+
+
+_CRASHED: dict[str, object] = {"code": "worker_crashed"}
+_TIMEOUT: dict[str, object] = {
+    "rows": 0,
+    "errors_total": 1,
+    "warnings_total": 0,
+    "errors": [{"line": 0, "code": "validation_timeout", "message": "The check took too long."}],
+}
+
+
+def _folders_of(key: str) -> list[str]:
+    parts = key.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    # one kind of waiting row: which rows, when they were woken, in which order they are served
+    id: InstrumentedAttribute[str]
+    table: type[File] | type[Job]
+    which: tuple[ColumnElement[bool], ...]
+
+
+def _waits(database: Database) -> list[tuple[TaskName, str, _Waiting]]:
+    unchecked = _Waiting(File.id, File, (File.status == FileStatus.UPLOADED, File.deleted_at.is_(None)))
+    validating = _Waiting(Job.id, Job, (Job.state == JobState.VALIDATING,))
+    waits: list[tuple[TaskName, str, _Waiting]] = [
+        (CHECK_FILE, CHECKS_QUEUE, unchecked),
+        (CHECK_JOB, CHECKS_QUEUE, validating),
+    ]
+    queued = Job.state == JobState.QUEUED, Job.run_after <= db_now(), base_is_ready()
+    with database.reading() as session:
+        by_queue = session.execute(
+            select(Job.queue, func.count(), db_now() - func.min(Job.created_at)).where(*queued).group_by(Job.queue)
+        ).all()
+    JOBS_QUEUED.set(sum(count for _, count, _ in by_queue))
+    OLDEST_WAIT_SECONDS.set(max((age for _, _, age in by_queue), default=0.0))
+    return waits + [(RUN_JOB, queue, _Waiting(Job.id, Job, (*queued, Job.queue == queue))) for queue, _, _ in by_queue]
+
+
+def _due_wakes(
+    session: Session, task: TaskName, queue: str, waiting: _Waiting, depth: int, rewake_seconds: float
+) -> tuple[Wake, ...]:
+    table = waiting.table
+    room = session.scalars(select(func.count()).select_from(table).where(*waiting.which)).one() - depth
+    stale = or_(table.woken_at.is_(None), table.woken_at < db_now() - rewake_seconds)
+    if room <= 0:
+        return ()
+    oldest = select(waiting.id).where(*waiting.which, stale).order_by(table.created_at, table.seq).limit(room)
+    marked = update(table).where(waiting.id.in_(oldest), stale).values(woken_at=db_now()).returning(waiting.id)
+    return tuple(Wake(task, row_id, queue) for row_id in session.scalars(marked))

@@ -1,0 +1,41 @@
+"""Logs and metrics: the set-up of structlog, and every metric's name.
+
+Knows formats and names; must not know who counts. Never log rows, prompts or keys.
+"""
+
+import logging
+import sys
+
+import structlog
+from prometheus_client import Counter, Gauge
+from structlog.typing import EventDict
+
+JOBS_ENDED = Counter("immunotune_jobs_ended_total", "Jobs that reached a final state in this process.", ["state"])
+LEASES_EXPIRED = Counter("immunotune_leases_expired_total", "Leases that this reaper took back.")
+WAKES_FAILED = Counter("immunotune_wakes_failed_total", "Messages that the broker did not take.")
+BLOBS_SWEPT = Counter("immunotune_blobs_swept_total", "Blobs deleted because no row needs them.")
+JOBS_QUEUED = Gauge("immunotune_jobs_queued", "Jobs that wait for a worker, all projects.")
+OLDEST_WAIT_SECONDS = Gauge("immunotune_oldest_wait_seconds", "Age of the oldest job that waits for a worker.")
+
+
+def configure_logging(process: str, level: str) -> None:
+    """One JSON line per event on standard error, `process` and all bound context in each. Once per process."""
+
+    def name_process(_logger: object, _method: str, event: EventDict) -> EventDict:
+        event["process"] = process
+        return event
+
+    structlog.configure(
+        processors=[
+            name_process,
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")

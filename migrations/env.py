@@ -1,0 +1,27 @@
+"""Runs migrations on the connection that app.core.db.migrate passes, or for the alembic command on its own.
+
+Batch mode, because SQLite cannot alter a table: it is rebuilt, with foreign keys off (see `migrate`).
+"""
+
+from alembic import context
+from sqlalchemy import Connection
+
+from app.core import tables
+from app.core.db import migration_engine
+from app.core.settings import load_settings
+
+
+def _run(connection: Connection) -> None:
+    context.configure(
+        connection=connection, target_metadata=tables.Row.metadata, render_as_batch=True, compare_type=True
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+_given = context.config.attributes.get("connection")
+if _given is not None:
+    _run(_given)
+else:
+    with migration_engine(load_settings()).begin() as _own:
+        _run(_own)
