@@ -79,10 +79,9 @@ def _serve(settings: Settings) -> int:
 
 
 def _worker(settings: Settings, queues: str) -> int:
-    from worker.tasks import make_worker
+    from worker.tasks import run_worker
 
-    make_worker(settings, queues.split(","))
-    return 0
+    return run_worker(settings, queues.split(","))
 
 
 def _models(settings: Settings, options: list[str]) -> int:

@@ -1,0 +1,83 @@
+"""What style.md and architecture.md ask of the tree itself."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("app", "worker", "finetuning", "embedded", "demo")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MOST_LINES, MOST_FUNCTION_LINES = 400, 40
+BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "service"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_can_be_read_in_one_sitting(module: Path) -> None:
+    source = module.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES
+    assert module.stem not in BANNED_NAMES
+    tree = ast.parse(source)
+    assert not source.strip() or ast.get_docstring(tree), "a module says what it knows"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("module", ["app.main", "worker.tasks", "worker.checks", "embedded.__main__"])
+def test_processes_that_do_not_train_do_not_import_torch(module: str) -> None:
+    probe = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_requirement_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = {_plain(re.split(r"[\[=<>; ]", line)[0]) for lines in lists for line in lines}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {_plain(line.split("==")[0]) for line in lines if line and not line.startswith("#")}
+    assert wanted <= pinned
+
+
+def test_the_compose_file_starts_nothing_before_the_migrations_and_holds_no_secret() -> None:
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    services = yaml.safe_load(text)["services"]
+    for name in ("api", "checks", "trainer", "models"):
+        assert services[name]["depends_on"]["migrate"]["condition"] == "service_completed_successfully"
+    for service in services.values():
+        if "build" in service:
+            recipe = (ROOT / service["build"]["dockerfile"]).read_text(encoding="utf-8")
+            assert "\nUSER immunotune\n" in recipe
+    for line in text.splitlines():
+        name, _, value = line.strip().partition(": ")
+        if re.search("PASSWORD|SECRET|API_KEY", name) and not line.strip().startswith("#"):
+            assert value.startswith("${"), f"{name} must come from outside"
+
+
+def test_the_ticket_files_are_what_their_generator_writes(tmp_path: Path) -> None:
+    script = tmp_path / "make_tickets.py"
+    script.write_bytes((ROOT / "examples" / "make_tickets.py").read_bytes())
+    subprocess.run([sys.executable, str(script)], check=True)
+    for name in ("tickets_train.jsonl", "tickets_test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "examples" / name).read_bytes()
+
+
+def test_training_and_test_tickets_share_no_wording_and_no_object() -> None:
+    prompts = [
+        {json.loads(line)["messages"][0]["content"] for line in (ROOT / "examples" / name).read_text().splitlines()}
+        for name in ("tickets_train.jsonl", "tickets_test.jsonl")
+    ]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[0]) >= 160
+    assert len(prompts[1]) == 96
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
