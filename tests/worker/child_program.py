@@ -1,0 +1,145 @@
+"""A stand-in for the training process: it speaks the Progress wire and makes bytes that depend on every step.
+
+The "adapter" is a hash chain over steps, so a resumed run equals an uninterrupted one only if nothing was lost
+or done twice. Run as `python child_program.py SCRATCH SCRIPT_JSON`.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from finetuning.spec.order import read_order  # noqa: E402
+from finetuning.spec.progress import (  # noqa: E402
+    CheckpointSaved,
+    Failed,
+    Finished,
+    Progress,
+    StageStarted,
+    StepDone,
+    to_line,
+)
+from finetuning.spec.recipe import GateLimits, Kind  # noqa: E402
+from finetuning.spec.report import GateDecision, SafetyReport  # noqa: E402
+
+
+def main() -> None:
+    scratch, script = Path(sys.argv[1]), json.loads(sys.argv[2])
+    stubborn = script.get("ignore_sigterm", False)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else stop)
+    threading.Thread(target=exit_at_eof, daemon=True).start()
+    if "pid_file" in script:
+        Path(script["pid_file"]).write_text(str(os.getpid()))
+    if "--parity" in sys.argv[3:]:
+        certify(scratch, passed=script.get("parity", True))
+        return
+    train(scratch, script)
+
+
+def train(scratch: Path, script: dict[str, object]) -> None:
+    order = read_order(scratch)
+    total = order.recipe.steps
+    step, chain = resume(scratch, order.checkpoint)
+    chain = chain or hashlib.sha256((scratch / order.rows).read_bytes() if order.rows else b"align").hexdigest()
+    say(StageStarted(stage="train"))
+    if "failed" in script:
+        say(Failed(code=str(script["failed"]), message="it cannot be done", param="training_file"))
+        return
+    while step < total:
+        time.sleep(float(script.get("step_seconds", 0.0)))
+        if script.get("hang_at") == step:
+            threading.Event().wait()
+        if should_die(script, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        chain = hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
+        step += 1
+        say(StepDone(step=step, total_steps=total, train_loss=1.0 / step, learning_rate=1e-3, tokens=10, skipped=False))
+        if order.recipe.saves_after(step - 1):
+            save(scratch, step, chain)
+    finish(scratch, chain, order.recipe.kind, script)
+
+
+def should_die(script: dict[str, object], step: int) -> bool:
+    if script.get("die_at") != step:
+        return False
+    tombstone = script.get("die_once")
+    if tombstone is None:
+        return True
+    if Path(str(tombstone)).exists():
+        return False
+    Path(str(tombstone)).touch()
+    return True
+
+
+def resume(scratch: Path, checkpoint: str | None) -> tuple[int, str]:
+    if checkpoint is None:
+        return 0, ""
+    state = json.loads((scratch / checkpoint / "loop.json").read_text())
+    return state["step"], state["chain"]
+
+
+def save(scratch: Path, step: int, chain: str) -> None:
+    folder = scratch / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    (folder / "loop.json").write_text(json.dumps({"step": step, "chain": chain}))
+    (folder / "adapter.safetensors").write_bytes(chain.encode())
+    say(CheckpointSaved(step=step, folder=f"checkpoints/{step}", fingerprint="stand-in", train_loss=1.0 / step))
+
+
+def finish(scratch: Path, chain: str, kind: Kind, script: dict[str, object]) -> None:
+    result = scratch / "result"
+    folders = ["alignment"] if kind is Kind.ALIGN else ["adapter", "adapter_stock"]
+    for name in folders:
+        (result / name).mkdir(parents=True)
+        (result / name / "adapter_model.safetensors").write_bytes(chain.encode())
+        (result / name / "adapter_config.json").write_text("{}")
+    if kind is Kind.ALIGN:
+        (result / "alignment" / "alignment.json").write_text("{}")
+    released = bool(script.get("released", True))
+    reasons = () if released else ("harmful_score 0.210 (95 % upper end) is not <= 0.1",)
+    (result / "reports").mkdir(parents=True)
+    report = SafetyReport(
+        recipe="stand-in",
+        judge="none",
+        probe_sha256="0" * 64,
+        gate=GateDecision(decision="pass" if released else "fail", reasons=reasons),
+    )
+    (result / "reports" / "safety.json").write_text(report.model_dump_json())
+    (result / "reports" / "rows.json").write_text("[]")
+    (result / "mask.safetensors").write_bytes(b"mask")
+    (result / "metrics.csv").write_text("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,1,,,\n")
+    (result / "recipe.json").write_text(GateLimits().model_dump_json())
+    say(Finished(released=released, reasons=reasons, trained_tokens=1234, seconds={"train": 1.0}))
+
+
+def certify(scratch: Path, *, passed: bool) -> None:
+    say(StageStarted(stage="parity"))
+    (scratch / "result" / "reports" / "parity.json").write_text(json.dumps({"passed": passed}))
+    say(Finished(released=passed, reasons=() if passed else ("logits differ",), trained_tokens=0))
+
+
+def say(progress: Progress) -> None:
+    sys.stdout.write(to_line(progress) + "\n")
+    sys.stdout.flush()
+
+
+def exit_at_eof() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(144)
+
+
+def stop(_signal: int, _frame: FrameType | None) -> None:
+    os._exit(143)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The Celery side of a worker: tasks by name, what each process opens, and the drain signal.
+
+Knows Celery; must not import torch or decide anything about a job. A message only says "look": the database is the
+truth, so a lost or doubled message costs one reminder or one refused claim.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+from celery import Celery
+from celery.signals import worker_init, worker_process_init, worker_shutting_down
+
+from app.core import broker, lease
+from app.core.blobs import open_blobs
+from app.core.broker import CHECK_FILE, CHECK_JOB, RUN_JOB, Wake
+from app.core.db import DATABASE_DOWN, open_database
+from app.core.settings import Settings
+from app.core.telemetry import configure_logging
+from worker import checks
+from worker.devices import Launcher, die_with_parent, launch_command, usable_cores
+from worker.supervisor import Host, supervise
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Process:
+    """What this process opened: the parent enrols the worker, its pool process opens the rest after the fork."""
+
+    worker_id: str = ""
+    host: Host | None = field(default=None)
+
+    @property
+    def opened(self) -> Host:
+        assert self.host is not None, "the pool process was not initialised"
+        return self.host
+
+
+def run_worker(settings: Settings, queues: Sequence[str]) -> int:
+    """Serve these queues until SIGTERM, one message at a time; returns the exit status.
+
+    SIGTERM drains: the job under way is saved, handed back and taken up by another worker.
+    """
+    celery = build_worker(settings)
+    arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
+    arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]
+    celery.worker_main(arguments)
+    return 0
+
+
+def build_worker(settings: Settings, *, launcher: Launcher = launch_command) -> Celery:
+    """The composition root of a worker: the Celery object with its tasks and signal handlers; opens nothing yet."""
+    celery = broker.make_celery(settings)
+    celery.conf.update(worker_hijack_root_logger=False, worker_redirect_stdouts=False, worker_disable_prefetch=True)
+    process = _Process()
+    _connect_signals(settings, celery, process, launcher)
+
+    def run_job(job_id: str) -> None:
+        _guarded(lambda: supervise(process.opened, job_id))
+
+    def check_file(file_id: str) -> None:
+        _guarded(lambda: checks.check_file(process.opened, file_id))
+
+    def check_job(job_id: str) -> None:
+        _guarded(lambda: checks.check_job(process.opened, job_id))
+
+    for name, body in ((RUN_JOB, run_job), (CHECK_FILE, check_file), (CHECK_JOB, check_job)):
+        celery.task(body, name=name)
+    return celery
+
+
+def _connect_signals(settings: Settings, celery: Celery, process: _Process, launcher: Launcher) -> None:
+    def enrol(**_: object) -> None:
+        configure_logging("worker", settings.log_level)
+        database = open_database(settings)
+        try:
+            with database.writing() as session:
+                process.worker_id = lease.enrol_worker(
+                    session, host=socket.gethostname(), devices=f"{usable_cores()} cores"
+                )
+                session.commit()
+        finally:
+            database.close()  # a connection must not cross the fork
+
+    def open_all(**_: object) -> None:
+        die_with_parent()
+        process.host = Host(
+            settings=settings,
+            database=open_database(settings),
+            blobs=open_blobs(settings),
+            worker_id=process.worker_id,
+            wake=_waker(celery),
+            launcher=launcher,
+        )
+
+    def drain(**_: object) -> None:
+        database = open_database(settings)
+        try:
+            with database.writing() as session:
+                lease.drain_worker(session, process.worker_id)
+                session.commit()
+        except DATABASE_DOWN as error:
+            _log.warning("drain.unsaid", error=type(error).__name__)  # the lease runs out instead
+        finally:
+            database.close()
+
+    worker_init.connect(enrol, weak=False)
+    worker_process_init.connect(open_all, weak=False)
+    worker_shutting_down.connect(drain, weak=False)
+
+
+def _waker(celery: Celery) -> Callable[[tuple[Wake, ...]], None]:
+    return lambda wakes: broker.wake(celery, *wakes)
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except DATABASE_DOWN as error:
+        _log.error("database.down", error=type(error).__name__)  # the reaper wakes us again

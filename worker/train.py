@@ -1,0 +1,82 @@
+"""The training process: run one order in one scratch folder and print each Progress as a JSON line.
+
+Knows the library and the scratch folder; must not know projects, credentials, the database or the network.
+It ends by itself when its standard input reaches EOF: the supervisor holds the other end for as long as it lives.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from finetuning.spec.order import read_order
+from finetuning.spec.progress import Finished, Progress, StageStarted, to_line
+from worker.devices import die_with_parent
+
+STOPPED = 143
+ORPHANED = 144
+
+
+def main(argv: list[str]) -> int:
+    """Run or certify; 0 after a `finished` or `failed` line. Any other end is a loss to the supervisor."""
+    parser = argparse.ArgumentParser(prog="worker.train")
+    parser.add_argument("--parity", action="store_true", help="certify the result in SCRATCH from this fresh process")
+    parser.add_argument("scratch", type=Path)
+    arguments = parser.parse_args(argv)
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_exit_at_eof, name="parent-watch", daemon=True).start()
+    lines = _claim_stdout()
+    for progress in _certify(arguments.scratch) if arguments.parity else _run(arguments.scratch):
+        lines.write(to_line(progress) + "\n")
+        lines.flush()
+    return 0
+
+
+def _run(scratch: Path) -> Iterator[Progress]:
+    from finetuning import pipeline  # torch takes seconds to import; the watch on stdin must stand before that
+
+    yield from pipeline.run(read_order(scratch), scratch)
+
+
+def _certify(scratch: Path) -> Iterator[Progress]:
+    from finetuning import parity
+
+    yield StageStarted(stage="parity", detail="Comparing the downloadable adapter with the measured model")
+    certificate = parity.certify(scratch)
+    target = scratch / "result" / "reports" / "parity.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(certificate.model_dump_json(indent=2), encoding="utf-8")
+    reasons = () if certificate.passed else (_difference(certificate.max_abs_logit_diff, certificate.tolerance),)
+    yield Finished(released=certificate.passed, reasons=reasons, trained_tokens=0)
+
+
+def _difference(found: float, tolerance: float) -> str:
+    return f"the adapter's logits differ by up to {found:.2e} from the measured model's; {tolerance:.0e} is allowed"
+
+
+def _claim_stdout() -> TextIO:
+    """Keep the real standard output for Progress lines and send every stray print to standard error."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return os.fdopen(kept, "w", encoding="utf-8")
+
+
+def _exit_at_eof() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(ORPHANED)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
