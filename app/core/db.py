@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 from alembic import command
 from alembic.config import Config
@@ -19,6 +19,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    CursorResult,
     Double,
     Engine,
     Index,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     Select,
     String,
     UniqueConstraint,
+    Update,
     create_engine,
     event,
     exc,
@@ -188,8 +190,13 @@ def read_clock(session: Session) -> float:
     return session.execute(select(db_now())).scalar_one()
 
 
+def change(session: Session, statement: Update) -> int:
+    """Run an UPDATE and say how many rows it changed: the count is how a conditional change knows that it won."""
+    return cast("CursorResult[object]", session.execute(statement)).rowcount
+
+
 def fetch_page(
-    session: Session, scope: Select[tuple[R]], table: type[R], page: Page, *shown: ColumnElement[bool]
+    session: Session, scope: Select[R], table: type[R], page: Page, *shown: ColumnElement[bool]
 ) -> Listing[R]:
     """One page of `scope` (what the caller owns) in (created_at, seq) order, of those rows that are `shown`.
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.core.blobs import Blob
 from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, Wake
-from app.core.db import JsonObject, Listing, Page, db_now, fetch_page
+from app.core.db import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
 from app.core.errors import InvalidRequest, QuotaExceeded, not_found
 from app.core.job_states import LIVE, JobState
 from app.core.settings import Limits
@@ -71,7 +71,7 @@ def add_file(
         blob_key=blob.key,
         sha256=blob.sha256,
         size_bytes=blob.size_bytes,
-        expires_at=None if expires_after_seconds is None else db_now() + expires_after_seconds,
+        expires_at=expires_after_seconds and read_clock(session) + expires_after_seconds,
     )
     session.add(file)
     session.flush()
@@ -117,12 +117,12 @@ def set_validation(
     details: str | None = None,
 ) -> tuple[Wake, ...]:
     """End a file's check; a second end changes nothing. Returns the waiting jobs' wake-ups, for after the commit."""
-    ended = session.execute(
+    ended = (
         update(File)
         .where(File.id == file_id, File.status == FileStatus.UPLOADED)
         .values(status=status, validation=validation, status_details=details and details[:512])
     )
-    if ended.rowcount == 0:
+    if change(session, ended) == 0:
         return ()
     waiting = Job.state == JobState.VALIDATING, or_(Job.training_file == file_id, Job.validation_file == file_id)
     return tuple(Wake(CHECK_JOB, job_id, CHECKS_QUEUE) for job_id in session.scalars(select(Job.id).where(*waiting)))
@@ -141,7 +141,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
             code="file_in_use",
             param="file_id",
         )
-    file.deleted_at = session.scalars(select(db_now())).one()
+    file.deleted_at = read_clock(session)
     session.flush()
     return file
 
@@ -154,7 +154,7 @@ def lock_file(session: Session, project_id: str, file_id: str) -> None:
 def hide_expired(session: Session) -> int:
     """Hide files whose time is up and that nothing uses; how many."""
     due = SHOWN, File.expires_at <= db_now(), ~_in_use(File.id)
-    return session.execute(update(File).where(*due).values(deleted_at=db_now())).rowcount
+    return change(session, update(File).where(*due).values(deleted_at=db_now()))
 
 
 def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:

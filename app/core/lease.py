@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 
 from app.core.blobs import Blob
 from app.core.broker import Wake
-from app.core.db import JsonObject, db_now
+from app.core.db import JsonObject, change, db_now
 from app.core.errors import LeaseLost
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
@@ -162,10 +162,8 @@ def beat(session: Session, timings: LeaseSettings, lease: Lease, worker_id: str,
     if news.progress is not None:
         values["progress"] = news.progress
     # the job row comes first: its lock orders this attempt's writes against cancel and the reaper
-    renewed = session.execute(
-        update(Job).where(Job.id == lease.job_id, Job.state == JobState.RUNNING, _fenced(lease)).values(values)
-    )
-    if renewed.rowcount == 0:
+    running = Job.id == lease.job_id, Job.state == JobState.RUNNING, _fenced(lease)
+    if change(session, update(Job).where(*running).values(values)) == 0:
         raise LeaseLost(lease.job_id)
     session.add_all(
         Checkpoint(id=new_id(Prefix.CHECKPOINT), job_id=lease.job_id, fence=lease.fence, **asdict(checkpoint))
@@ -326,7 +324,9 @@ def _lease_of(session: Session, job: Job) -> Lease:
         training=_blob(session, job.training_file),
         validation=_blob(session, job.validation_file),
         alignment=_blob(session, base.alignment_file),
-        checkpoint=saved and SavedCheckpoint(saved.step, saved.prefix, saved.fingerprint, saved.metrics),
+        checkpoint=None
+        if saved is None
+        else SavedCheckpoint(saved.step, saved.prefix, saved.fingerprint, saved.metrics),
     )
 
 

@@ -11,12 +11,12 @@ from sqlalchemy.orm import Session
 
 from app.core.blobs import Blob
 from app.core.broker import Wake
-from app.core.db import db_now
+from app.core.db import change, db_now
 from app.core.errors import Forbidden, ServiceBusy, model_not_found
+from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
 from app.core.job_states import JobState
 from app.core.jobs import NewEvent, append_events, wake_for
-from app.core.files import blob_of
 from app.core.policy import base_of, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
@@ -148,7 +148,7 @@ def delete_model(session: Session, project_id: str, name: str) -> Model:
     if isinstance(found, BaseModel):
         raise Forbidden("A base belongs to the operator and cannot be deleted here.", code="model_protected")
     gone = update(Model).where(Model.id == name, Model.deleted_at.is_(None)).values(deleted_at=db_now())
-    if session.execute(gone).rowcount == 0:
+    if change(session, gone) == 0:
         raise model_not_found(name)
     return found
 
