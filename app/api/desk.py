@@ -1,0 +1,37 @@
+"""What the front desk opened at start, handed to every handler.
+
+Knows the open resources of this process; must not know requests beyond finding them.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from anyio import CapacityLimiter
+from celery import Celery
+from fastapi import Depends, Request
+
+from app.core.blobs import BlobStore
+from app.core.db import Database
+from app.core.settings import Settings
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Settings and open resources; `pepper` hashes API keys, `upload_threads` bounds uploads in progress."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    celery: Celery
+    pepper: bytes
+    upload_threads: CapacityLimiter
+
+
+def get_desk(request: Request) -> Desk:
+    """The desk of the app that serves this request."""
+    desk = request.app.state.desk
+    assert isinstance(desk, Desk)
+    return desk
+
+
+DeskDep = Annotated[Desk, Depends(get_desk)]

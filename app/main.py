@@ -1,0 +1,63 @@
+"""The API process: builds the app from settings and holds its resources open while it serves.
+
+Knows every part of the front desk; only the server that runs it imports this. The schema must be there already:
+one runner migrates before any API starts.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI
+
+from app.api import failures, files, health, jobs, models, results
+from app.api.desk import Desk
+from app.api.middleware import Guards, Requests
+from app.core import projects
+from app.core.blobs import open_blobs
+from app.core.broker import make_celery, wake
+from app.core.db import open_database
+from app.core.models import ensure_base
+from app.core.reaper import Reaper
+from app.core.settings import Settings
+from app.core.telemetry import configure_logging
+
+ROUTERS = (files.router, results.router, jobs.router, models.router, health.router)
+_UPLOADS_AT_ONCE = 16
+
+
+def build_app(settings: Settings) -> FastAPI:
+    """The whole API as one ASGI app; resources open when it starts, not here."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        configure_logging("api", settings.log_level)
+        async with AsyncExitStack() as stack:
+            app.state.desk = desk = await to_thread.run_sync(_open_desk, settings, stack)
+            reaper = Reaper(desk.database, desk.celery, desk.blobs, settings)
+            reaper.start()
+            stack.callback(reaper.stop)
+            yield
+
+    # no schema pages: the wire's description is the OpenAI SDK, and a redirect would make its clients loop
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    for router in ROUTERS:
+        app.include_router(router)
+    failures.install(app, ROUTERS)
+    app.add_middleware(Guards, limits=settings.limits)
+    app.add_middleware(Requests)
+    return app
+
+
+def _open_desk(settings: Settings, stack: AsyncExitStack) -> Desk:
+    database = open_database(settings)
+    stack.callback(database.close)
+    celery = make_celery(settings)
+    stack.callback(celery.close)
+    pepper = projects.load_pepper(settings)
+    with database.writing() as session:
+        projects.bootstrap(session, settings, pepper)
+        wakes = ensure_base(session, settings)
+        session.commit()
+    wake(celery, *wakes)
+    return Desk(settings, database, open_blobs(settings), celery, pepper, CapacityLimiter(_UPLOADS_AT_ONCE))
