@@ -122,6 +122,11 @@ def find_unchecked(session: Session, job_id: str) -> Job | None:
     return session.scalars(select(Job).where(Job.id == job_id, Job.state == JobState.VALIDATING)).one_or_none()
 
 
+def model_name(base_id: str, org_slug: str, suffix: str | None, job_id: str) -> str:
+    """The wire name of the model that a job makes; an empty suffix keeps its colons."""
+    return f"ft:{base_id}:{org_slug}:{suffix or ''}:{job_id[-8:]}"
+
+
 def list_jobs(
     session: Session,
     project_id: str,

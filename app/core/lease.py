@@ -17,7 +17,7 @@ from app.core.errors import LeaseLost
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
 from app.core.job_states import JobState, after_loss, backoff_seconds
-from app.core.jobs import JobError, NewEvent, append_events, move, wake_for
+from app.core.jobs import JobError, NewEvent, append_events, model_name, move, wake_for
 from app.core.settings import LeaseSettings, Settings
 from app.core.tables import (
     WEIGHT_FORMS,
@@ -372,7 +372,7 @@ def _model_name(session: Session, lease: Lease) -> str:
         .join(Job, Job.project_id == Project.id)
         .where(Job.id == lease.job_id)
     ).one()
-    return f"ft:{lease.base_id}:{slug}:{suffix or ''}:{lease.job_id[-8:]}"
+    return model_name(lease.base_id, slug, suffix, lease.job_id)
 
 
 def _open_base(session: Session, job: Job, alignment: Artifact, published: Published) -> None:
