@@ -84,7 +84,7 @@ def _demo(service: Running, options: argparse.Namespace) -> int:
         baseline, base, customer, title="plain fine-tuning", expected=journey.PLAIN_SECONDS, idle=service.watch
     )
     same = _use(client, service.settings, customer, immune, story, folder)
-    rows = journey.as_figures(immune, plain, _align_seconds(folder, story))
+    rows = journey.as_figures(immune, plain, story.facts["align_seconds"])
     story.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
     story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
     story.seconds["total"] = time.monotonic() - begin
@@ -116,14 +116,6 @@ def _use(
     story.facts["same_answers"] = {"equal": equal, "of": len(compared)}
     say(f"  downloaded adapter in plain transformers + peft: {equal} of {len(compared)} answers equal the served ones")
     return equal == len(compared)
-
-
-def _align_seconds(folder: Path, story: Story) -> float | None:
-    """How long the alignment took, now or in the run that made it; kept beside the demo's folder."""
-    kept = folder.parent / "align_seconds.json"
-    if "align" in story.seconds:
-        kept.write_text(json.dumps(story.seconds["align"]), encoding="utf-8")
-    return float(json.loads(kept.read_text(encoding="utf-8"))) if kept.exists() else None
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ from openai.types.fine_tuning import FineTuningJob
 from demo import outcome
 from demo.customer_file import CustomerFile
 from demo.ticker import Ticker, say
-from demo.watching import Idle, follow
+from demo.watching import FINAL, POLL_SECONDS, Idle, done_share, follow
 
 NEW_TOKENS = 24
 COMPARED_PROMPTS = 8
 ROWS_AT_ONCE = 1000
 ALIGN_SECONDS, JOB_SECONDS, PLAIN_SECONDS = 150.0, 90.0, 60.0
-BASE_POLL_SECONDS = 1.0
 STOCK_ANSWERS = Path(__file__).with_name("stock_answers.py")
 
 
@@ -46,16 +45,18 @@ def wait_for_base(client: OpenAI, story: Story, idle: Idle) -> str:
     """Wait until the base is aligned and return its id. Raises DemoFailed when its alignment failed."""
     base = next(model for model in client.models.list() if getattr(model, "parent", None) is None)
     ticker = Ticker(f"aligning {base.id} (once, then kept)", ALIGN_SECONDS)
-    job_id: str | None = getattr(base, "job", None)
-    if getattr(base, "status", "ready") != "ready" and job_id:
-        job = follow(client, job_id, ticker, idle)
-        if job.status != "succeeded":
-            raise DemoFailed(f"the alignment ended {job.status}: {_why(job)}")
-        story.seconds["align"] = ticker.done()
-    while getattr(client.models.retrieve(base.id), "status", "ready") != "ready":
-        ticker.show()
+    alignment: dict[str, Any] = {}
+    while getattr(base, "status", "") != "ready":
+        alignment = getattr(base, "alignment", None) or {}
+        if alignment.get("status") in FINAL and alignment.get("status") != "succeeded":
+            raise DemoFailed(f"the alignment ended {alignment['status']}: {alignment.get('error')}")
+        ticker.show(alignment.get("stage", ""), done_share(alignment.get("progress") or {}))
         idle()
-        time.sleep(BASE_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
+        base = client.models.retrieve(base.id)
+    story.facts["align_seconds"] = (getattr(base, "alignment", None) or {}).get("seconds")
+    if alignment:
+        ticker.done()
     return base.id
 
 
@@ -141,7 +142,7 @@ def answer_elsewhere(base_folder: Path, adapter: Path, prompts: Sequence[str]) -
 
 def get_json(client: OpenAI, path: str) -> dict[str, Any]:
     """A route that the SDK has no method for, through the SDK's own client."""
-    body: dict[str, Any] = client.get(path, cast_to=object)  # type: ignore[assignment]
+    body: dict[str, Any] = client.get(path, cast_to=dict[str, Any])
     return body
 
 

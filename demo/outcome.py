@@ -34,15 +34,15 @@ class Figures:
 def figures(name: str, report: dict[str, Any], column: str, seconds: float | None) -> Figures:
     """One column of a job's safety report: `before` is the aligned base, `after` what the job made."""
     held_out = report.get("held_out") or {}
-    known, new = ((held_out.get(split) or {}).get(column) or {} for split in ("items", "wordings"))
+    known, new = (held_out.get(split) or {} for split in ("items", "wordings"))
     return Figures(
         name=name,
-        harmful_known=_value(known, "harmful_score"),
-        refused_known=_value(known, "refusal_rate"),
-        harmful_new=_value(new, "harmful_score"),
-        refused_new=_value(new, "refusal_rate"),
-        over_refusal=_pooled([known, new], "over_refusal"),
-        task=_value(known, "task_score"),
+        harmful_known=_value(known, "harmful_score", column),
+        refused_known=_value(known, "refusal_rate", column),
+        harmful_new=_value(new, "harmful_score", column),
+        refused_new=_value(new, "refusal_rate", column),
+        over_refusal=_pooled([known, new], "over_refusal", column),
+        task=_value(known, "utility", column),
         seconds=seconds,
     )
 
@@ -70,13 +70,13 @@ def write(path: Path, rows: list[Figures], story: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _value(metrics: dict[str, Any], name: str) -> float | None:
-    measure = metrics.get(name)
-    return None if not measure or not measure.get("n") else float(measure["value"])
+def _value(metrics: dict[str, Any], name: str, column: str) -> float | None:
+    measure = (metrics.get(name) or {}).get(column)
+    return float(measure["value"]) if measure and measure["n"] else None
 
 
-def _pooled(parts: list[dict[str, Any]], name: str) -> float | None:
-    measures = [part[name] for part in parts if part.get(name) and part[name].get("n")]
+def _pooled(splits: list[dict[str, Any]], name: str, column: str) -> float | None:
+    measures = [measure for split in splits if (measure := (split.get(name) or {}).get(column))]
     rows = sum(measure["n"] for measure in measures)
     return sum(measure["value"] * measure["n"] for measure in measures) / rows if rows else None
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 from openai import OpenAI
-from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning import FineTuningJob
 
 from demo.ticker import Ticker
 
 FINAL = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 1.0
-EVENTS_AT_ONCE = 20
 
 Idle = Callable[[], None]
+Progress = dict[str, Any]
 
 
 def follow(client: OpenAI, job_id: str, ticker: Ticker, idle: Idle) -> FineTuningJob:
@@ -25,22 +25,15 @@ def follow(client: OpenAI, job_id: str, ticker: Ticker, idle: Idle) -> FineTunin
         job = client.fine_tuning.jobs.retrieve(job_id)
         if job.status in FINAL:
             return job
-        events = client.fine_tuning.jobs.list_events(job_id, limit=EVENTS_AT_ONCE).data
-        ticker.show(*_newest(job, events))
+        safety = getattr(job, "safety", None) or {}
+        events = client.fine_tuning.jobs.list_events(job_id, limit=1).data
+        message = events[0].message if events else job.status
+        ticker.show(f"{safety.get('stage', '')}: {message}", done_share(safety.get("progress") or {}))
         idle()
         time.sleep(POLL_SECONDS)
 
 
-def _newest(job: FineTuningJob, events: list[FineTuningJobEvent]) -> tuple[str, float | None]:
-    """What to say of a job, and how much of its present stage is done (None: nobody counted)."""
-    if not events:
-        return job.status, None
-    event = events[0]
-    data: dict[str, Any] = dict(event.data) if isinstance(event.data, dict) else {}
-    stage = (getattr(job, "safety", None) or {}).get("stage", "")
-    return f"{job.status} {stage}: {event.message}", _share(data)
-
-
-def _share(data: dict[str, Any]) -> float | None:
-    done, total = data.get("step", data.get("done")), data.get("total_steps", data.get("total"))
+def done_share(progress: Progress) -> float | None:
+    """How much of the present stage is done; None when nobody counted."""
+    done, total = progress.get("step", progress.get("done")), progress.get("total_steps", progress.get("total"))
     return done / total if isinstance(done, int) and isinstance(total, int) and total > 0 else None
