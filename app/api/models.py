@@ -11,9 +11,8 @@ from app.api.desk import DeskDep
 from app.api.paging import page
 from app.api.path_ids import ModelName
 from app.api.wire.files import deleted_to_wire
-from app.api.wire.models import base_to_wire, model_to_wire
-from app.core import jobs, models
-from app.core.tables import BaseModel, Model
+from app.api.wire.models import item_to_wire
+from app.core import models
 
 router = APIRouter(prefix="/v1/models")
 
@@ -23,9 +22,7 @@ def list_models(caller: AnyCaller, desk: DeskDep) -> Response:
     """Every base and every model of the project, in one page: the SDK never asks for a second."""
     with desk.database.reading() as session:
         found = models.list_models(session, caller.project_id)
-        alignment_of, base_of = partial(models.get_alignment, session), partial(models.get_base, session)
-        job_of = partial(jobs.get_job, session, caller.project_id)
-        items = [_to_wire(item, caller.org.id, alignment_of, base_of, job_of) for item in found]
+        items = [item_to_wire(item, *models.get_origin(session, item), org_id=caller.org.id) for item in found]
     return JSONResponse(page(items, has_more=False))
 
 
@@ -34,9 +31,8 @@ def get_model(name: ModelName, caller: AnyCaller, desk: DeskDep) -> Response:
     """One base or model."""
     with desk.database.reading() as session:
         item = models.get_model(session, caller.project_id, name)
-        alignment_of, base_of = partial(models.get_alignment, session), partial(models.get_base, session)
-        job_of = partial(jobs.get_job, session, caller.project_id)
-        return JSONResponse(_to_wire(item, caller.org.id, alignment_of, base_of, job_of))
+        body = item_to_wire(item, *models.get_origin(session, item), org_id=caller.org.id)
+    return JSONResponse(body)
 
 
 @router.delete("/{name}")
@@ -46,15 +42,3 @@ def delete_model(name: ModelName, caller: ModelsWriter, desk: DeskDep) -> Respon
         model = models.delete_model(session, caller.project_id, name)
         session.commit()
     return JSONResponse(deleted_to_wire("model", model.id))
-
-
-def _to_wire(
-    item: BaseModel | Model,
-    org_id: str,
-    alignment_of: Callable[[str], Job | None],
-    base_of: Callable[[str], BaseModel],
-    job_of: Callable[[str], Job],
-) -> dict[str, object]:
-    if isinstance(item, BaseModel):
-        return base_to_wire(item, alignment_of(item.id))
-    return model_to_wire(item, base_of(item.base_id), job_of(item.job_id), org_id=org_id)

@@ -26,22 +26,24 @@ from finetuning.spec.recipe import Kind
 
 @dataclass(frozen=True)
 class Target:
-    """What answers for a model name: `served` is the name on the model server's wire (artifact id or base id)."""
+    """What answers for a model name: this adapter on the public base, or the public base alone.
+
+    A base answers with its alignment, a fine-tuned model with alignment and task adapter joined (`adapter_stock`).
+    """
 
     model: str
     base_id: str
-    served: str
     adapter: Blob | None
 
+    @property
+    def served(self) -> str:
+        """The name on the model server's wire, from which it pulls the adapter by itself."""
+        if self.adapter is None:
+            return PUBLIC_BASE
+        return f"{self.adapter.key}@{self.adapter.sha256}:{self.adapter.size_bytes}"
 
-@dataclass(frozen=True)
-class Serving:
-    """What a model server loads for one served name; None means: without it."""
 
-    base_id: str
-    base_source: str
-    alignment: Blob | None
-    adapter: Blob | None
+PUBLIC_BASE = "public"
 
 
 def base_id_of(name: str) -> str:
@@ -101,31 +103,14 @@ def resolve(session: Session, project_id: str, name: str) -> Target:
     """What answers for this name in this project. Raises NotFound `model_not_found`, ServiceBusy `model_loading`."""
     found = get_model(session, project_id, name)
     if isinstance(found, Model):
-        return Target(found.id, found.base_id, found.artifact_id, _adapter(session, found.artifact_id))
+        return Target(found.id, found.base_id, _adapter(session, found.artifact_id))
     if found.status != BaseStatus.READY:
         raise ServiceBusy(
             f"The base '{found.id}' is being aligned. Try again when GET /v1/models shows it as ready.",
             code="model_loading",
             retry_after=10.0,
         )
-    return Target(found.id, found.id, found.id, None)
-
-
-def find_serving(session: Session, served: str) -> Serving | None:
-    """What a model server loads for an artifact id or base id; None when it is unknown or may not be served."""
-    base = session.scalars(select(BaseModel).where(BaseModel.id == served)).one_or_none()
-    if base is not None:
-        return Serving(base.id, base.source, _alignment(session, base), None)
-    found = session.execute(
-        select(BaseModel, Model)
-        .join(Model, Model.base_id == BaseModel.id)
-        .join(Artifact, Artifact.id == Model.artifact_id)
-        .where(Model.artifact_id == served, Model.deleted_at.is_(None), Artifact.quarantined.is_(False))
-    ).one_or_none()
-    if found is None:
-        return None
-    base, model = found
-    return Serving(base.id, base.source, _alignment(session, base), _adapter(session, model.artifact_id))
+    return Target(found.id, found.id, _alignment(session, found))
 
 
 def list_models(session: Session, project_id: str) -> Sequence[BaseModel | Model]:
@@ -140,6 +125,13 @@ def get_model(session: Session, project_id: str, name: str) -> BaseModel | Model
     own = Model.id == name, Model.project_id == project_id, Model.deleted_at.is_(None)
     model = session.scalars(select(Model).where(*own)).one_or_none()
     return model if model is not None else get_base(session, name)
+
+
+def get_origin(session: Session, item: BaseModel | Model) -> tuple[BaseModel, Job | None]:
+    """The base behind an item of that list, and the job that made it: an alignment, or a fine-tune."""
+    if isinstance(item, BaseModel):
+        return item, get_alignment(session, item.id)
+    return get_base(session, item.base_id), session.scalars(select(Job).where(Job.id == item.job_id)).one()
 
 
 def delete_model(session: Session, project_id: str, name: str) -> Model:

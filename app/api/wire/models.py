@@ -10,36 +10,22 @@ from app.core.db import JsonObject
 from app.core.tables import BaseModel, BaseStatus, Job, Model
 
 
-def base_to_wire(base: BaseModel, alignment: Job | None = None) -> dict[str, object]:
-    """The model object of api.md 3.5 for a base; `loading` until its alignment, whose state it shows, is published."""
+def item_to_wire(item: BaseModel | Model, base: BaseModel, job: Job | None, *, org_id: str) -> dict[str, object]:
+    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is published."""
+    is_base = isinstance(item, BaseModel)
+    report = base.report if is_base or job is None else cast(JsonObject | None, (job.result or {}).get("safety"))
     return {
-        "id": base.id,
+        "id": item.id,
         "object": "model",
-        "created": int(base.created_at),
-        "owned_by": "system",
+        "created": int(item.created_at),
+        "owned_by": "system" if is_base else org_id,
         "shutdown_date": None,
-        "parent": None,
-        "job": None,
+        "parent": None if is_base else base.id,
+        "job": None if is_base or job is None else job.id,
         "status": "ready" if base.status == BaseStatus.READY else "loading",
-        "alignment": None if alignment is None else _alignment(alignment),
-        "capabilities": _capabilities(base),
-        "safety": _safety(base.report),
-    }
-
-
-def model_to_wire(model: Model, base: BaseModel, job: Job, *, org_id: str) -> dict[str, object]:
-    """The model object of api.md 3.5 for a fine-tuned model."""
-    return {
-        "id": model.id,
-        "object": "model",
-        "created": int(model.created_at),
-        "owned_by": org_id,
-        "shutdown_date": None,
-        "parent": base.id,
-        "job": job.id,
-        "status": "ready",
-        "capabilities": _capabilities(base),
-        "safety": _safety(cast(JsonObject | None, (job.result or {}).get("safety"))),
+        "capabilities": {"tools": False, "context": base.context, "formats": ["chat", "completion"]},
+        "safety": _safety(report),
+        "alignment": _alignment(job) if is_base and job is not None else None,
     }
 
 
@@ -54,10 +40,6 @@ def _alignment(job: Job) -> dict[str, object]:
         "seconds": seconds,
         "error": job.error,
     }
-
-
-def _capabilities(base: BaseModel) -> dict[str, object]:
-    return {"tools": False, "context": base.context, "formats": ["chat", "completion"]}
 
 
 def _safety(report: Mapping[str, object] | None) -> dict[str, object] | None:
