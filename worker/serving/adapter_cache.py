@@ -1,7 +1,7 @@
 """Adapters on the model server's disk: pulled from the blob store by name, checked, kept until others need the room.
 
-Knows artifact zips and the names on the model server's wire, `<blob key>@<sha256>:<size in bytes>`; must not know
-models or requests.
+Knows artifact zips and the names on the model server's wire (`app.core.models.Target.served`); must not know models
+or requests.
 """
 
 import os
@@ -15,12 +15,11 @@ from pathlib import Path
 import structlog
 
 from app.core.blobs import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
+from app.core.models import PUBLIC_BASE
 from worker.serving.engine import Adapter
 
 log = structlog.get_logger(__name__)
 
-PUBLIC_BASE = "public"
-"""The name that stands for the public base without any adapter."""
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_ADAPTER_BYTES = 2 * 2**30
 

@@ -107,7 +107,8 @@ class Engine:
         self._waiting: deque[_Group] = deque()
         self._rows: list[_Row] = []
         self._batch = DecodeBatch()
-        self._open_asks = 0
+        self.open_asks = 0
+        """Asks taken and not yet ended."""
         self._counting = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -119,7 +120,7 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether an ask would be taken now."""
-        return not self._closed and self._open_asks < self._limits.waiting + self._limits.rows
+        return not self._closed and self.open_asks < self._limits.waiting + self._limits.rows
 
     @property
     def attached(self) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ class Engine:
         with self._counting:
             if not self.has_room:
                 raise EngineFull
-            self._open_asks += 1
+            self.open_asks += 1
         self._inbox.put(ask)
 
     def close(self, *, timeout_seconds: float = 10.0) -> None:
@@ -248,7 +249,7 @@ class Engine:
 
     def _let_go(self) -> None:
         with self._counting:
-            self._open_asks -= 1
+            self.open_asks -= 1
 
     def _fits(self, ask: Ask) -> bool:
         rows = len(self._rows) + ask.choices

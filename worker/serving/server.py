@@ -25,6 +25,7 @@ from app.core.blobs import open_blobs
 from app.core.models import base_id_of
 from app.core.settings import ServingSettings, Settings, load_settings
 from app.core.telemetry import configure_logging
+from finetuning.bases import fetch
 from finetuning.base_model import BaseModel, load_base
 from worker.serving import answers, wire
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
@@ -40,8 +41,8 @@ def build_app(base: BaseModel, engine: Engine, cache: AdapterCache, *, new_token
     app = FastAPI(openapi_url=None)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    def health() -> dict[str, object]:
+        return {"status": "ok", "open": engine.open_asks}
 
     @app.get("/v1/models")
     def models() -> dict[str, object]:
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
     settings = load_settings()
     configure_logging("model server", settings.log_level)
     torch.set_num_threads(settings.serving.threads)
-    base = load_base(arguments.base or settings.data / "bases" / base_id_of(settings.base))
+    base = load_base(arguments.base or _configured_base(settings))
     engine = Engine(base, engine_limits(settings.serving))
     engine.start()
     log.info("model_server.loaded", port=arguments.port)
@@ -142,6 +143,14 @@ def engine_limits(serving: ServingSettings) -> EngineLimits:
 def _cache(settings: Settings) -> AdapterCache:
     folder = settings.data / "adapters"
     return AdapterCache(open_blobs(settings), folder, limit_bytes=settings.serving.adapter_cache_bytes)
+
+
+def _configured_base(settings: Settings) -> Path:
+    return fetch(settings.base, settings.data / "bases" / base_id_of(settings.base), say=_say)
+
+
+def _say(line: str) -> None:
+    log.info("base.fetching", detail=line)
 
 
 def _exit_at_eof() -> None:

@@ -12,9 +12,11 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from app.core.blobs import Blob
+from app.core.models import Target
 from finetuning.bases import CHATML_TEMPLATE
 
-CONTEXT = 160
+CONTEXT = 4096
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = ["the quick brown fox jumps over the lazy dog", "how do I mix a soup?", "user assistant system"]
 
@@ -55,6 +57,7 @@ def save_base(folder: Path) -> Path:
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(4)
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # greedy answers run as long as they may
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     return folder
@@ -85,4 +88,4 @@ def zip_adapter(folder: Path, target: Path) -> bytes:
 
 def wire_name(key: str, data: bytes) -> str:
     """The name under which a model server pulls a blob."""
-    return f"{key}@{hashlib.sha256(data).hexdigest()}:{len(data)}"
+    return Target("any", "any", Blob(key, len(data), hashlib.sha256(data).hexdigest())).served
