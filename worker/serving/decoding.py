@@ -3,7 +3,6 @@
 Knows models and key-value caches; must not know requests, text or sampling.
 Legend: B rows, T positions, V vocabulary.
 """
-# ruff: noqa: N803, N806
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

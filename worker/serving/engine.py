@@ -73,7 +73,7 @@ EngineEvent = Piece | Ended | Broken
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. `deliver` is called on the engine's thread and must return at once; `cancelled` may be set by anyone."""
+    """One request. `deliver` is called on the engine's thread and returns at once; anyone may set `cancelled`."""
 
     prompt: tuple[int, ...]
     adapter: Adapter | None
@@ -178,7 +178,7 @@ class Engine:
         try:
             self._model.attach(request.adapter.name, request.adapter.folder, in_use=self._adapters_in_use())
             request.done.set_result(None)
-        except Exception as problem:  # the request rim: it belongs to whoever waits for the future
+        except Exception as problem:  # noqa: BLE001 - the request rim: whoever waits for the future gets it
             request.done.set_exception(problem)
 
     def _drop_cancelled(self) -> None:

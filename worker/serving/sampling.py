@@ -40,21 +40,21 @@ class Drawn:
     logprob: TokenLogprob | None
 
 
-def draw(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int], generator: torch.Generator) -> Drawn:  # noqa: N803
+def draw(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int], generator: torch.Generator) -> Drawn:
     """Draw the next token from (V,) fp32 logits; `counts` says how often the completion already holds each token.
 
     Temperature 0 takes the largest adjusted logit (the lowest id on a tie) and leaves the generator untouched.
     """
-    adjusted_V = _adjust(logits_V, sampling, counts)  # noqa: N806
+    adjusted_V = _adjust(logits_V, sampling, counts)
     token = int(adjusted_V.argmax()) if sampling.temperature == 0 else _sample(adjusted_V, sampling, generator)
     return Drawn(token, _report(logits_V, token, sampling.top_logprobs))
 
 
-def _adjust(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Tensor:  # noqa: N803
+def _adjust(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Tensor:
     penalised = bool(counts) and (sampling.presence_penalty != 0 or sampling.frequency_penalty != 0)
     if not penalised and not sampling.logit_bias:
         return logits_V
-    adjusted_V = logits_V.clone()  # noqa: N806
+    adjusted_V = logits_V.clone()
     if penalised:
         tokens = torch.tensor(list(counts), device=logits_V.device)
         times = torch.tensor(list(counts.values()), dtype=adjusted_V.dtype, device=logits_V.device)
@@ -65,9 +65,9 @@ def _adjust(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> 
     return adjusted_V
 
 
-def _sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:  # noqa: N803
+def _sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     # the generator lives on the CPU, so that a seed means the same draw on every device
-    probabilities_V = torch.softmax(logits_V.double().cpu() / sampling.temperature, dim=-1)  # noqa: N806
+    probabilities_V = torch.softmax(logits_V.double().cpu() / sampling.temperature, dim=-1)
     if sampling.top_p >= 1:
         return int(torch.multinomial(probabilities_V, 1, generator=generator))
     ordered, tokens = probabilities_V.sort(descending=True, stable=True)
@@ -75,10 +75,10 @@ def _sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
     return int(tokens[torch.multinomial(ordered * kept, 1, generator=generator)])
 
 
-def _report(logits_V: Tensor, token: int, top: int | None) -> TokenLogprob | None:  # noqa: N803
+def _report(logits_V: Tensor, token: int, top: int | None) -> TokenLogprob | None:
     if top is None:
         return None
-    logprobs_V = torch.log_softmax(logits_V, dim=-1)  # noqa: N806
+    logprobs_V = torch.log_softmax(logits_V, dim=-1)
     values, tokens = logprobs_V.topk(min(top, logprobs_V.numel()))
     best = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token, float(logprobs_V[token]), best)

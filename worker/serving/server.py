@@ -25,8 +25,8 @@ from app.core.blobs import open_blobs
 from app.core.models import base_id_of
 from app.core.settings import ServingSettings, Settings, load_settings
 from app.core.telemetry import configure_logging
-from finetuning.bases import fetch
 from finetuning.base_model import BaseModel, load_base
+from finetuning.bases import fetch
 from worker.serving import answers, wire
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
 from worker.serving.answers import Answer, AnswerLost, Refused

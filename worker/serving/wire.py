@@ -129,7 +129,9 @@ def logprobs_json(entries: Sequence[TokenLogprob], token_text: TokenText | None)
     return {"content": content, "refusal": None}
 
 
-def error_json(message: str, code: str, *, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
+def error_json(
+    message: str, code: str, *, kind: str = "invalid_request_error", param: str | None = None
+) -> dict[str, Any]:
     """The error envelope."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

@@ -47,7 +47,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-
 def _wait_until_it_answers(server: ModelServer, data: Path) -> None:
     deadline = time.monotonic() + 90
     with httpx2.Client(transport=httpx2.HTTPTransport(retries=8)) as client:

@@ -37,9 +37,7 @@ def test_pieces_join_to_the_text(tokenizer: PreTrainedTokenizerFast, text: str) 
 
 @settings(max_examples=80, deadline=None)
 @given(text=st.text("ab é\n", max_size=30), stops=st.lists(st.text("ab é\n", min_size=1, max_size=4), max_size=4))
-def test_nothing_of_a_stop_string_is_shown(
-    tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str]
-) -> None:
+def test_nothing_of_a_stop_string_is_shown(tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str]) -> None:
     shown, completion = pieces(tokenizer, text, *stops)
     cuts = [text.index(stop) for stop in stops if stop in text]
     assert completion.stopped == bool(cuts)
