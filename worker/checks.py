@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import structlog
 from sqlalchemy.orm import Session
@@ -78,6 +79,7 @@ def check_file(host: Host, file_id: str) -> None:
     except BlobMissing:
         _log.warning("file.bytes_missing", file_id=file_id)  # the reaper ends its check in time
         return
+    status: Literal[FileStatus.PROCESSED, FileStatus.ERROR]
     status = FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR
     with host.database.writing() as session:
         wakes = files.set_validation(

@@ -110,8 +110,8 @@ def _check_messages(value: object, path: Path, problems: Problems, *, is_input: 
         problems.append(Problem("too_many_messages", path, message))
         return
     roles: list[str] = []
-    for index, message in enumerate(messages):
-        role = _check_message(message, (*path, index), problems)
+    for index, turn in enumerate(messages):
+        role = _check_message(turn, (*path, index), problems)
         if role is not None:
             roles.append(role)
     if len(roles) != len(messages):

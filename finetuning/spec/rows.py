@@ -100,9 +100,9 @@ def _read_row(reader: JsonReader, number: int, line: bytes) -> Row:
     if not isinstance(value, dict):
         raise InvalidRowError(f"line {number}: not_an_object")
     row = cast(dict[str, object], value)
-    wrong = next((problem.code for problem in check_row(row) if problem.code not in WARNINGS), None)
-    if wrong is not None or format_of(row) == "dpo":
-        raise InvalidRowError(f"line {number}: {wrong or 'format_method_mismatch'}")
+    code = next((problem.code for problem in check_row(row) if problem.code not in WARNINGS), None)
+    if code is not None or format_of(row) == "dpo":
+        raise InvalidRowError(f"line {number}: {code or 'format_method_mismatch'}")
     return Row(number, sha256_of(canonical), _messages_of(row), row_uses_tools(row))
 
 
