@@ -61,7 +61,8 @@ class AdapterModel:
             logits_to_keep=1,
             **mixed,
         )
-        return output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
     def _load(self, name: str, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))

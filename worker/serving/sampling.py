@@ -1,7 +1,7 @@
 """How one token is drawn from one row's logits: temperature, nucleus, penalties, biases and the reported logprobs.
 
 Knows one row at a time, so a row's draw never depends on its neighbours; must not know models, text or requests.
-Legend: V vocabulary.
+Every tensor here is one row's, (V,) over the vocabulary.
 """
 
 from collections.abc import Mapping
@@ -40,45 +40,45 @@ class Drawn:
     logprob: TokenLogprob | None
 
 
-def draw(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int], generator: torch.Generator) -> Drawn:
+def draw(logits: Tensor, sampling: Sampling, counts: Mapping[int, int], generator: torch.Generator) -> Drawn:
     """Draw the next token from (V,) fp32 logits; `counts` says how often the completion already holds each token.
 
     Temperature 0 takes the largest adjusted logit (the lowest id on a tie) and leaves the generator untouched.
     """
-    adjusted_V = _adjust(logits_V, sampling, counts)
-    token = int(adjusted_V.argmax()) if sampling.temperature == 0 else _sample(adjusted_V, sampling, generator)
-    return Drawn(token, _report(logits_V, token, sampling.top_logprobs))
+    adjusted = _adjust(logits, sampling, counts)
+    token = int(adjusted.argmax()) if sampling.temperature == 0 else _sample(adjusted, sampling, generator)
+    return Drawn(token, _report(logits, token, sampling.top_logprobs))
 
 
-def _adjust(logits_V: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Tensor:
+def _adjust(logits: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Tensor:
     penalised = bool(counts) and (sampling.presence_penalty != 0 or sampling.frequency_penalty != 0)
     if not penalised and not sampling.logit_bias:
-        return logits_V
-    adjusted_V = logits_V.clone()
+        return logits
+    adjusted = logits.clone()
     if penalised:
-        tokens = torch.tensor(list(counts), device=logits_V.device)
-        times = torch.tensor(list(counts.values()), dtype=adjusted_V.dtype, device=logits_V.device)
-        adjusted_V[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        tokens = torch.tensor(list(counts), device=logits.device)
+        times = torch.tensor(list(counts.values()), dtype=adjusted.dtype, device=logits.device)
+        adjusted[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
     if sampling.logit_bias:
-        tokens = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
-        adjusted_V[tokens] += torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device)
-    return adjusted_V
+        tokens = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        adjusted[tokens] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    return adjusted
 
 
-def _sample(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     # the generator lives on the CPU, so that a seed means the same draw on every device
-    probabilities_V = torch.softmax(logits_V.double().cpu() / sampling.temperature, dim=-1)
+    probabilities = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
     if sampling.top_p >= 1:
-        return int(torch.multinomial(probabilities_V, 1, generator=generator))
-    ordered, tokens = probabilities_V.sort(descending=True, stable=True)
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+    ordered, tokens = probabilities.sort(descending=True, stable=True)
     kept = ordered.cumsum(0) - ordered < sampling.top_p  # the smallest set that reaches top_p, never empty
     return int(tokens[torch.multinomial(ordered * kept, 1, generator=generator)])
 
 
-def _report(logits_V: Tensor, token: int, top: int | None) -> TokenLogprob | None:
+def _report(logits: Tensor, token: int, top: int | None) -> TokenLogprob | None:
     if top is None:
         return None
-    logprobs_V = torch.log_softmax(logits_V, dim=-1)
-    values, tokens = logprobs_V.topk(min(top, logprobs_V.numel()))
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, tokens = logprobs.topk(min(top, logprobs.numel()))
     best = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs_V[token]), best)
+    return TokenLogprob(token, float(logprobs[token]), best)
