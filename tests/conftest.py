@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,7 +26,7 @@ from app.core import files, jobs, lease, models, policy, projects
 from app.core.blobs import BlobStore, FolderBlobs, put_bytes
 from app.core.blobs_s3 import ObjectBlobs
 from app.core.broker import make_celery
-from app.core.db import Database, migrate, open_database
+from app.core.db import Database, Row, migrate, open_database
 from app.core.ids import Prefix, new_id
 from app.core.settings import LeaseSettings, Settings
 from app.core.tables import BaseModel, File, FileStatus, Form, Job, Project
@@ -63,24 +64,23 @@ def pytest_report_header() -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "database_url" in metafunc.fixturenames:
         kinds: list[object] = ["sqlite"]
-        if "/app/core/" in metafunc.definition.path.as_posix() and _postgres_missing() is None:
+        asks = "database" in metafunc.fixturenames and "/app/core/" in metafunc.definition.path.as_posix()
+        if asks and _postgres_missing() is None:
             kinds.append(pytest.param("postgres", marks=pytest.mark.postgres))
         metafunc.parametrize("database_url", kinds, indirect=True)
 
 
 @pytest.fixture
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A migrated database of this test's own."""
+    """A migrated, empty database."""
     if request.param == "sqlite":
         target = tmp_path / "test.db"
         shutil.copy(request.getfixturevalue("migrated_sqlite"), target)
         yield f"sqlite:///{target}"
         return
-    url = make_url(request.getfixturevalue("migrated_postgres"))
-    name = f"test_{uuid4().hex}"
-    _admin(url.set(database="postgres"), f"CREATE DATABASE {name} TEMPLATE {url.database}")
-    yield url.set(database=name).render_as_string(hide_password=False)
-    _admin(url.set(database="postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+    url = request.getfixturevalue("migrated_postgres")
+    _admin(make_url(url), f"TRUNCATE {', '.join(Row.metadata.tables)} RESTART IDENTITY CASCADE")  # a second per CREATE
+    yield url
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +122,7 @@ def postgres() -> Iterator[str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
+        preexec_fn=die_with_parent,  # noqa: PLW1509  (no thread runs yet)
     )
     url = f"postgresql://postgres@/postgres?host={folder}"
     wait_until(lambda: _answers(url), seconds=20)
@@ -132,6 +132,7 @@ def postgres() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@cache
 def _postgres_missing() -> str | None:
     """Why no Postgres server can be used here; None when one can."""
     if os.environ.get("IMMUNOTUNE_TEST_POSTGRES_URL"):

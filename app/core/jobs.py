@@ -333,4 +333,10 @@ def _readable_file(session: Session, project: Project, file_id: str, param: str)
         details = {key: found.get(key) for key in ("errors_total", "truncated", "errors")}
         reason = file.status_details or "it is not valid"
         raise InvalidRequest(f"The file cannot be used: {reason}", code=code, param=param, details=details)
+    if (file.validation or {}).get("format") == "dpo":
+        raise InvalidRequest(
+            "This is a preference file, and supervised training reads chat rows. Upload chat rows.",
+            code="format_method_mismatch",
+            param=param,
+        )
     return file

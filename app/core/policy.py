@@ -129,10 +129,10 @@ _SMOLLM2 = Base(
     context=2048,
     trained_layers=10,
     max_tokens=512,
-    align_steps=120,
+    align_steps=160,
     align_rate=1.5e-3,
     tune_rate=1e-3,
-    vaccine_rho=5.0,
+    vaccine_rho=2.0,
 )
 _TINY = Base(
     id="tiny",
@@ -187,7 +187,7 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
         lora=_lora(base, request.lora or LoraWish()),
         optimiser=Optimiser(learning_rate=base.tune_rate * float(numbers.learning_rate_multiplier)),
         screen=Screen(enabled=policy.defended),
-        antibody=Antibody(),
+        antibody=Antibody(score="contrast", refusals_per_row=1) if policy.defended else Antibody(),
         anchor=Anchor(mix_share=0.15, kl_weight=1.0) if policy.defended else Anchor(),
         antidote=Antidote(enabled=policy.defended),
         gate=Gate(limits=_limits(request.safety), retries=1 if policy.defended else 0),
@@ -211,7 +211,7 @@ def resolve_alignment(base_id: str) -> Recipe:
         vaccine=Vaccine(rho=base.vaccine_rho),
         screen=Screen(enabled=False),
         antidote=Antidote(enabled=False),
-        evaluation=Evaluation(task_rows=0),
+        evaluation=Evaluation(task_rows=0, held_out=True),
     )
 
 

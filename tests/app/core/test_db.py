@@ -86,7 +86,7 @@ def test_foreign_keys_are_enforced_and_survive_migration(database: Database, set
     migrate(settings)
     with database.writing() as session:
         session.add(Project(id=new_id(Prefix.PROJECT), org_id="org-absent", name="orphan", policy="plain"))
-        with pytest.raises(Exception, match="(?i)foreign key"):
+        with pytest.raises(Exception, match=r"(?i)foreign key"):
             session.flush()
 
 

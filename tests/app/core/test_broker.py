@@ -1,0 +1,47 @@
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from celery import Celery
+from redis import Redis
+
+from app.core.broker import CHECK_FILE, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, make_celery, queue_depth, wake
+from app.core.settings import Settings
+from embedded import valkey
+from embedded.children import kill, start, stop
+from tests.conftest import wait_until
+
+
+def test_a_message_carries_one_id_and_nothing_else(broker: Celery) -> None:
+    wake(broker, Wake(RUN_JOB, "ftjob-x", CPU_QUEUE))
+    with broker.connection_for_read() as connection:
+        message = connection.SimpleQueue(CPU_QUEUE).get(timeout=5)
+    assert message.headers["task"] == RUN_JOB
+    assert message.content_type == "application/json"
+    assert message.payload[:2] == [["ftjob-x"], {}]
+
+
+def test_depth_counts_waiting_messages_by_queue(broker: Celery) -> None:
+    assert queue_depth(broker, CPU_QUEUE) == 0
+    wake(broker, Wake(RUN_JOB, "a", CPU_QUEUE), Wake(RUN_JOB, "b", CPU_QUEUE), Wake(CHECK_FILE, "c", CHECKS_QUEUE))
+    assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (2, 1)
+
+
+def test_a_broker_that_is_down_raises_nothing_and_works_again_after_its_restart() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))
+    celery = make_celery(Settings(broker_url=f"redis+socket://{folder / valkey.SOCKET_NAME}"))
+    wake(celery, Wake(CHECK_FILE, "lost", CHECKS_QUEUE))
+    assert queue_depth(celery, CHECKS_QUEUE) is None
+    first = start(valkey.part(folder, folder))
+    wait_until(lambda: valkey.answers(folder), seconds=10)
+    wake(celery, Wake(CHECK_FILE, "kept", CHECKS_QUEUE))
+    kill([first])
+    wake(celery, Wake(CHECK_FILE, "lost too", CHECKS_QUEUE))
+    again = start(valkey.part(folder, folder))
+    wait_until(lambda: valkey.answers(folder), seconds=10)
+    wake(celery, Wake(CHECK_FILE, "new", CHECKS_QUEUE))
+    assert queue_depth(celery, CHECKS_QUEUE) == 2
+    assert Redis(unix_socket_path=os.fspath(folder / valkey.SOCKET_NAME)).ping()
+    stop([again])
+    shutil.rmtree(folder)

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.core.settings import LeaseSettings, Limits, Settings, load_settings, to_environment
+
+
+def test_defaults_lie_under_the_data_folder(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path)
+    assert settings.database_url == f"sqlite:///{tmp_path}/immunotune.db"
+    assert settings.blob_url == f"file://{tmp_path}/blobs"
+    assert settings.broker_url == f"redis+socket://{settings.runtime}/valkey.sock"
+
+
+def test_the_socket_path_stays_short_however_deep_the_data_lies(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["folder-with-a-long-name"] * 8)
+    assert len(str(Settings(data=deep).runtime / "valkey.sock").encode()) < 100
+
+
+def test_two_data_folders_have_two_runtime_folders(tmp_path: Path) -> None:
+    assert Settings(data=tmp_path / "a").runtime != Settings(data=tmp_path / "b").runtime
+
+
+def test_a_child_process_rebuilds_equal_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(
+        data=tmp_path,
+        port=1234,
+        api_key="sk-proj-0123456789abcdef",
+        model_server_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
+        lease=LeaseSettings(ttl_seconds=3.5),
+        limits=Limits(rows_min=11),
+    )
+    for name, value in to_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == settings
+
+
+def test_nested_settings_can_be_set_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_LEASE__TTL_SECONDS", "7")
+    assert load_settings().lease == LeaseSettings(ttl_seconds=7)
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("API_KEY", "short"), ("LEASE__TTL_SECONDS", "-1")])
+def test_a_bad_variable_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"IMMUNOTUNE_{name}", value)
+    with pytest.raises(ValidationError, match=name.rpartition("__")[2].lower()):
+        load_settings()
+
+
+def test_secrets_do_not_show(tmp_path: Path) -> None:
+    shown = repr(Settings(data=tmp_path, api_key="sk-proj-0123456789abcdef", database_url="postgresql://u:pw@h/d"))
+    assert "0123456789abcdef" not in shown
+    assert "pw@" not in shown
