@@ -10,8 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 
-from app.api import failures, files, health, jobs, models, results
+from app.api import chat, failures, files, health, jobs, models, results
 from app.api.desk import Desk
+from app.api.gateway import Gateway
 from app.api.middleware import Guards, Requests
 from app.core import projects
 from app.core.blobs import open_blobs
@@ -22,7 +23,7 @@ from app.core.reaper import Reaper
 from app.core.settings import Settings
 from app.core.telemetry import configure_logging
 
-ROUTERS = (files.router, results.router, jobs.router, models.router, health.router)
+ROUTERS = (files.router, results.router, jobs.router, models.router, chat.router, health.router)
 _UPLOADS_AT_ONCE = 16
 
 
@@ -34,6 +35,7 @@ def build_app(settings: Settings) -> FastAPI:
         configure_logging("api", settings.log_level)
         async with AsyncExitStack() as stack:
             app.state.desk = desk = await to_thread.run_sync(_open_desk, settings, stack)
+            stack.push_async_callback(desk.gateway.close)
             reaper = Reaper(desk.database, desk.celery, desk.blobs, settings)
             reaper.start()
             stack.callback(reaper.stop)
@@ -60,4 +62,10 @@ def _open_desk(settings: Settings, stack: AsyncExitStack) -> Desk:
         wakes = ensure_base(session, settings)
         session.commit()
     wake(celery, *wakes)
-    return Desk(settings, database, open_blobs(settings), celery, pepper, CapacityLimiter(_UPLOADS_AT_ONCE))
+    gateway = Gateway(
+        settings.model_server_urls,
+        chat_seconds=settings.serving.chat_seconds,
+        ping_seconds=settings.serving.ping_seconds,
+    )
+    uploads = CapacityLimiter(_UPLOADS_AT_ONCE)
+    return Desk(settings, database, open_blobs(settings), celery, pepper, uploads, gateway)

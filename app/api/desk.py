@@ -10,6 +10,7 @@ from anyio import CapacityLimiter
 from celery import Celery
 from fastapi import Depends, Request
 
+from app.api.gateway import Gateway
 from app.core.blobs import BlobStore
 from app.core.db import Database
 from app.core.settings import Settings
@@ -25,6 +26,7 @@ class Desk:
     celery: Celery
     pepper: bytes
     upload_threads: CapacityLimiter
+    gateway: Gateway
 
 
 def get_desk(request: Request) -> Desk:

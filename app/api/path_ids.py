@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 from app.core.errors import model_not_found, not_found
 from app.core.ids import Prefix, is_id
 
-_MAX_MODEL_CHARS = 160
+MAX_MODEL_CHARS = 160
 
 
 def _file_id(segment: str) -> str:
@@ -30,7 +30,7 @@ def _job_id(segment: str) -> str:
 
 def _model_name(segment: str) -> str:
     value = unquote(segment)
-    if len(value) > _MAX_MODEL_CHARS or not value.isprintable():
+    if len(value) > MAX_MODEL_CHARS or not value.isprintable():
         raise model_not_found(_shown(value))
     return value
 
