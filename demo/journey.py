@@ -50,7 +50,7 @@ def wait_for_base(client: OpenAI, story: Story, idle: Idle) -> str:
         alignment = getattr(base, "alignment", None) or {}
         if alignment.get("status") in FINAL and alignment.get("status") != "succeeded":
             raise DemoFailed(f"the alignment ended {alignment['status']}: {alignment.get('error')}")
-        ticker.show(alignment.get("stage", ""), done_share(alignment.get("progress") or {}))
+        ticker.show(alignment.get("stage", ""), share=done_share(alignment.get("progress") or {}))
         idle()
         time.sleep(POLL_SECONDS)
         base = client.models.retrieve(base.id)

@@ -14,28 +14,37 @@ WIDTH = 24
 
 @dataclass
 class Ticker:
-    """One long part of the work. `expected_seconds` is what it took on two cores; steps sharpen the estimate."""
+    """One long part of the work, made of stages. `expected_seconds` is what the whole part took on two cores."""
 
     what: str
     expected_seconds: float
-    begin: float = field(default_factory=time.monotonic)
-    _shown: float = field(default=-LOG_SECONDS)
+    _begin: float = field(default_factory=time.monotonic)
+    _stage: str = ""
+    _stage_begin: float = 0.0
+    _shown: float = -LOG_SECONDS
 
-    def show(self, detail: str = "", share: float | None = None) -> None:
-        """Show how far it is: `share` (0..1) when steps tell, else time passed against the expectation."""
+    def show(self, stage: str = "", detail: str = "", share: float | None = None) -> None:
+        """Show how far it is; `share` (0..1) of the present stage sharpens the estimate for the whole."""
         now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._stage_begin = stage, now
         if now - self._shown < (TERMINAL_SECONDS if _is_terminal() else LOG_SECONDS):
             return
         self._shown = now
-        passed = now - self.begin
-        left = passed * (1 - share) / share if share else max(0.0, self.expected_seconds - passed)
-        filled = round(WIDTH * min(1.0, share if share is not None else passed / self.expected_seconds))
+        passed = now - self._begin
+        stage_left = (now - self._stage_begin) * (1 - share) / share if share else 0.0
+        left = max(stage_left, self.expected_seconds - passed)
+        filled = round(WIDTH * passed / (passed + left)) if left > 0 else WIDTH - 1
         bar = "#" * filled + "." * (WIDTH - filled)
-        _print(f"  {self.what} [{bar}] {passed:.0f} s, about {left:.0f} s left  {detail}", renew=True)
+        counted = "" if share is None else f" {100 * share:.0f} %"
+        _print(
+            f"  {self.what} [{bar}] {passed:.0f} s, about {max(1.0, left):.0f} s left  {stage}{counted} {detail}",
+            renew=True,
+        )
 
     def done(self, detail: str = "") -> float:
         """Say that it is over; returns the seconds it took."""
-        seconds = time.monotonic() - self.begin
+        seconds = time.monotonic() - self._begin
         _print(f"  {self.what}: {seconds:.0f} s  {detail}".rstrip())
         return seconds
 

@@ -28,7 +28,7 @@ def follow(client: OpenAI, job_id: str, ticker: Ticker, idle: Idle) -> FineTunin
         safety = getattr(job, "safety", None) or {}
         events = client.fine_tuning.jobs.list_events(job_id, limit=1).data
         message = events[0].message if events else job.status
-        ticker.show(f"{safety.get('stage', '')}: {message}", done_share(safety.get("progress") or {}))
+        ticker.show(safety.get("stage", job.status), message, done_share(safety.get("progress") or {}))
         idle()
         time.sleep(POLL_SECONDS)
 

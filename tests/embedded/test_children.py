@@ -6,6 +6,7 @@ from pathlib import Path
 
 from embedded.children import Part, start, stop, tail
 from tests.conftest import wait_until
+from tests.embedded.processes import is_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 # starts a part and says its pid, then waits to be killed
@@ -21,14 +22,6 @@ sys.stdin.read()
 
 def _part(tmp_path: Path, *argv: str, grace_seconds: float = 5.0) -> Part:
     return Part("part", argv, dict(os.environ), tmp_path / "logs" / "part.log", grace_seconds)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state == "Z"  # dead, and nobody has asked for its status yet
 
 
 def test_a_part_dies_with_a_killed_parent(tmp_path: Path) -> None:
