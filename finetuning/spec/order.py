@@ -18,6 +18,7 @@ class TrainOrder(BaseModel):
     job_id: str
     recipe: Recipe
     base: str
+    base_sha256: str = ""
     rows: str | None = None
     validation: str | None = None
     alignment: str | None = None

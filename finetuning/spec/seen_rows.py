@@ -31,11 +31,11 @@ class SeenRows:
         return None
 
     def _resize(self, slots: int) -> None:
-        self._keys, self._lines = array("Q", bytes(8 * slots)), array("L", bytes(array("L").itemsize * slots))
+        self._keys, self._lines = array("Q", bytes(8 * slots)), array("I", bytes(4 * slots))
 
     def _slot(self, key: int) -> int:
         mask = len(self._keys) - 1
-        slot = key & mask
+        slot = hash(key.to_bytes(8, "little")) & mask  # keyed by the process, so no file can aim at one slot
         while self._keys[slot] not in (0, key):
             slot = (slot + 1) & mask
         return slot

@@ -1,0 +1,156 @@
+"""Align a public base once: train the alignment adapter on refusals and benign rows, measure it, calibrate the screen.
+
+Knows the align job's stages; must not know customers' rows.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from finetuning import adapter, checkpoint
+from finetuning.chat_format import EncodedRow, encode_pair
+from finetuning.clock import StageClock
+from finetuning.defences.antibody_align import AntibodyAlign
+from finetuning.defences.plain import Even, Plain
+from finetuning.defences.vaccine import Vaccine
+from finetuning.evaluate import measure
+from finetuning.hazards import Pair, refusals_for
+from finetuning.loop import LoopState, train
+from finetuning.screen import read_rows, whole_refusal_limit
+from finetuning.screen import threshold as screen_threshold
+from finetuning.spec.order import TrainOrder
+from finetuning.spec.progress import Finished, Note, Progress, StageProgress, StageStarted
+from finetuning.spec.report import HeldOut, Metrics, SafetyReport, decide
+from finetuning.strategies import GradientStep
+from finetuning.workbench import Workbench, rows_digest, training
+
+ABOUT_FILE = "alignment.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the screen must know of an aligned base; probabilities and nats."""
+
+    threshold: float
+    whole_refusal_nll: float
+
+
+def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterator[Progress]:
+    """The align job. The aligned base must pass the gate itself, or no customer job may start from it."""
+    clock = StageClock()
+    yield StageStarted(stage="align", detail=f"Aligning {order.recipe.base} on refusals and benign rows")
+    rows = bench.encode([*bench.rows.aligned, *bench.rows.benign])
+    clock.start("states")
+    yield from _prepare(bench, rows)
+    clock.start("measure")
+    with bench.public():
+        public = _measure(bench)
+    clock.start("align")
+    setup = training(
+        bench, rows, _step(bench), Even(), steps=order.recipe.steps, seed=order.recipe.seed,
+        optimiser=order.recipe.optimiser, folder=scratch / "checkpoints", fingerprint=mark,
+    )  # fmt: skip
+    state = LoopState()
+    if order.checkpoint:
+        state, same = checkpoint.restore(setup, scratch / order.checkpoint)
+        yield resumed(state, same)
+    yield from train(setup, state)
+    clock.start("measure")
+    yield StageStarted(stage="gate", detail="Measuring the aligned base")
+    before = _measure(bench)
+    decision = decide(order.recipe.gate.limits, before, before)
+    held_out = measure_held_out(bench) if order.recipe.evaluation.held_out else None
+    calibration = calibrate(bench)
+    report = SafetyReport(
+        recipe=order.recipe.name, judge=bench.bench.judge.name, probe_sha256=rows_digest(bench.rows),
+        metrics={"public": public, "before": before}, held_out=held_out, gate=decision, seconds=clock.seconds(),
+    )  # fmt: skip
+    yield StageStarted(stage="export", detail="Writing the alignment adapter")
+    export(bench, order, scratch, report, calibration)
+    yield Finished(
+        released=decision.decision != "fail", reasons=decision.reasons, trained_tokens=state.tokens,
+        seconds=clock.seconds(),
+    )  # fmt: skip
+
+
+def resumed(state: LoopState, same: bool) -> Note:
+    """The note that goes out when a checkpoint was loaded."""
+    if same:
+        return Note(code="resumed", message=f"Resumed after step {state.next_step}; the result is bitwise the same")
+    message = f"Resumed after step {state.next_step} on another machine or version; the result may differ in bits"
+    return Note(level="warn", code="resumed_inexactly", message=message)
+
+
+def _prepare(bench: Workbench, rows: Sequence[EncodedRow]) -> Iterator[Progress]:
+    size = 64
+    for start in range(0, len(rows), size):
+        bench.cache.prepare([row.ids for row in rows[start : start + size]])
+        yield StageProgress(stage="align", done=min(start + size, len(rows)), total=len(rows))
+
+
+def _measure(bench: Workbench) -> Metrics:
+    recipe, rows = bench.recipe.evaluation, bench.rows
+    harmful, benign = rows.gate_harmful[: recipe.harmful_rows], rows.gate_benign[: recipe.benign_rows]
+    return measure(bench.bench, harmful, benign, refusals=rows.refusals)
+
+
+def measure_held_out(bench: Workbench) -> HeldOut:
+    """The test split of the aligned base, as column `before`."""
+    rows = bench.rows
+    items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals)
+    wordings = measure(bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals)
+    return HeldOut(items={"before": items}, wordings={"before": wordings})
+
+
+def _step(bench: Workbench) -> GradientStep:
+    recipe = bench.recipe
+    match recipe.alignment_step:
+        case "plain":
+            return Plain(bench.base, bench.cache)
+        case "vaccine":
+            return Vaccine(bench.base, bench.cache, rho=recipe.vaccine.rho, norm=recipe.vaccine.norm)
+        case "antibody_align":
+            harmful = bench.rows.calibration_harmful
+            return AntibodyAlign(
+                bench.base, bench.cache, recipe.antibody_align,
+                parameters=adapter.parameters(bench.base, bench.trained), harmful=bench.encode(harmful),
+                refused=bench.encode(refusals_for(harmful, "antibody", bench.rows.refusals)), seed=recipe.seed,
+            )  # fmt: skip
+
+
+def calibrate(bench: Workbench) -> Calibration:
+    """The screen's threshold and the nll below which a whole target counts as a refusal, under the active model."""
+    rows = bench.rows
+    refused = refusals_for(rows.calibration_harmful, "calibration", rows.refusals)
+    harmful = read_rows(bench.base, bench.cache, bench.encode(refused), bench.refusal_ids)
+    benign = read_rows(bench.base, bench.cache, bench.encode(_answered(rows.calibration_benign)), bench.refusal_ids)
+    return Calibration(screen_threshold(harmful.mass, benign.mass), whole_refusal_limit(harmful.worst))
+
+
+def _answered(pairs: Sequence[Pair]) -> list[Pair]:
+    """The mass is read before the answer; pairs without one get a word to stand there."""
+    return [Pair(pair.prompt, pair.answer or "Yes.") for pair in pairs]
+
+
+def export(bench: Workbench, order: TrainOrder, scratch: Path, report: SafetyReport, found: Calibration) -> None:
+    """Write result/alignment and result/reports/safety.json."""
+    target = scratch / "result" / "alignment"
+    factors = adapter.read(bench.base, bench.trained)
+    digest = adapter.save(factors, target, base_id=order.recipe.base)
+    about = {
+        "base": order.recipe.base, "adapter_sha256": digest, "factors": adapter.digest(factors),
+        "calibration": asdict(found), "torch": torch.__version__,
+    }  # fmt: skip
+    (target / ABOUT_FILE).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    (target / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
+    (scratch / "result" / "reports" / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
+
+
+def read_alignment(folder: Path) -> tuple[Calibration, SafetyReport]:
+    """What the align job left beside its adapter."""
+    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    report = SafetyReport.model_validate_json((folder / "safety.json").read_text(encoding="utf-8"))
+    return Calibration(**about["calibration"]), report

@@ -1,0 +1,118 @@
+"""Greedy answers to many prompts at once, starting from cached states below the trained layers.
+
+Knows prompts as ids and whatever adapters are active; must not know judges or metrics.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from finetuning.base_model import BaseModel, body, logits
+from finetuning.hidden_states import caught_outputs
+from finetuning.prefix_cache import PrefixCache, passing_above
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """Left-padded prompts below the cut: states (B, T, D), mask (B, T), keys and values of the lower layers."""
+
+    ids: Tensor
+    mask: Tensor
+    states: Tensor | None
+    below: tuple[tuple[Tensor, Tensor], ...]
+
+
+class Decoder:
+    """Greedy decoding that remembers the lower layers' work on prompts it has met, bounded by `max_tokens` of prompts."""
+
+    def __init__(self, base: BaseModel, cache: PrefixCache, *, batch: int = 64, max_tokens: int = 16384) -> None:
+        self._base = base
+        self._cache = cache
+        self._batch = batch
+        self._max_tokens = max_tokens
+        self._known: dict[tuple[tuple[int, ...], ...], _Prefill] = {}
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], *, new_tokens: int, progress: Progress | None = None
+    ) -> list[list[int]]:
+        """Greedy continuation of each prompt, without the end token; at most `new_tokens` ids each."""
+        out: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        done = 0
+        for start in range(0, len(order), self._batch):
+            group = order[start : start + self._batch]
+            for i, answer in zip(group, self._decode([tuple(prompts[i]) for i in group], new_tokens), strict=True):
+                out[i] = answer
+            done += len(group)
+            if progress is not None:
+                progress(done, len(prompts))
+        return out
+
+    @torch.no_grad()
+    def _decode(self, prompts: list[tuple[int, ...]], new_tokens: int) -> list[list[int]]:
+        prefill = self._prefill(prompts)
+        past = DynamicCache(config=self._base.model.config)
+        hidden = self._above(prefill, past)
+        mask, ends = prefill.mask, self._base.end_ids
+        position = mask.sum(1, keepdim=True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        running = [True] * len(prompts)
+        for _ in range(new_tokens):
+            token = logits(self._base.model, hidden[:, -1]).argmax(-1, keepdim=True)
+            for i, value in enumerate(token[:, 0].tolist()):
+                running[i] = running[i] and value not in ends
+                if running[i]:
+                    answers[i].append(value)
+            if not any(running) or len(max(answers, key=len)) >= new_tokens:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+            hidden = body(self._base.model)(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=past, use_cache=True
+            ).last_hidden_state
+            position = position + 1
+        return answers
+
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> _Prefill:
+        key = tuple(prompts)
+        if key not in self._known:
+            found = self._run_below(prompts)
+            if sum(p.ids.numel() for p in self._known.values()) + found.ids.numel() > self._max_tokens:
+                self._known.clear()
+            self._known[key] = found
+        return self._known[key]
+
+    def _run_below(self, prompts: list[tuple[int, ...]]) -> _Prefill:
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[i, longest - len(prompt) :] = 1
+        ids, mask = ids.to(self._base.device), mask.to(self._base.device)
+        if self._cache.cut == 0:
+            return _Prefill(ids, mask, None, ())
+        past = DynamicCache(config=self._base.model.config)
+        with passing_above(self._base, self._cache.cut), caught_outputs(self._base.layers[self._cache.cut - 1]) as caught:
+            self._forward(ids, mask, past)
+        below = tuple((past.layers[i].keys, past.layers[i].values) for i in range(self._cache.cut))
+        return _Prefill(ids, mask, caught[0], below)  # type: ignore[arg-type]  # filled by the pass above
+
+    def _above(self, prefill: _Prefill, past: DynamicCache) -> Tensor:
+        if prefill.states is None:
+            return self._forward(prefill.ids, prefill.mask, past)
+        with self._cache.injected(prefill.states):
+            hidden = self._forward(prefill.ids, prefill.mask, past)
+        for i, (keys, values) in enumerate(prefill.below):
+            past.update(keys, values, i)
+        return hidden
+
+    def _forward(self, ids: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return body(self._base.model)(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
+        ).last_hidden_state

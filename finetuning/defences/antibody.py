@@ -1,0 +1,141 @@
+"""Antibody row weights: how much safer is it to learn a row's answer than to refuse its prompt?
+
+Source: arXiv:2603.00498, equation 7; methods.md 2.3 and 8.1. r_i = nll_i(refusal) - nll_i(answer), high = benign;
+weights = softmax(r / temperature) over the whole optimiser step. `contrast` is ours: r under the aligned model minus r
+under the public base, which cancels the novelty of a task. Deviation: the loss is a per-row mean (`released` restores
+the published token weighting). Must not know the loop.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetuning.base_model import BaseModel, body, logits
+from finetuning.batches import pick
+from finetuning.chat_format import EncodedRow
+from finetuning.objectives import row_nll
+from finetuning.prefix_cache import PrefixCache
+from finetuning.spec.recipe import Antibody as Settings
+from finetuning.strategies import RowWeights
+
+
+class NonFiniteScore(RuntimeError):
+    """A row score is not finite; weights made of it would be meaningless."""
+
+
+def softmax_weights(scores: Tensor, temperature: float) -> Tensor:
+    """Weights (rows,) >= 0 that sum to 1 over the step, detached. Raises NonFiniteScore.
+
+    Invariant to a constant added to all scores, monotone in each.
+    """
+    if not torch.isfinite(scores).all():
+        raise NonFiniteScore("a row score is not finite")
+    return F.softmax(scores.detach().double() / temperature, dim=0).float()
+
+
+def refused(row: EncodedRow, refusal: Sequence[int]) -> EncodedRow:
+    """The row's first prompt answered by `refusal` (ids with the end token)."""
+    prompt = row.ids[: row.prompt_tokens]
+    return EncodedRow(prompt + tuple(refusal), (False,) * len(prompt) + (True,) * len(refusal))
+
+
+@torch.no_grad()
+def row_scores(
+    base: BaseModel,
+    cache: PrefixCache,
+    rows: Sequence[EncodedRow],
+    refusals: Sequence[Sequence[int]],
+    *,
+    per_row: int,
+    seed: int,
+    batch: int = 16,
+) -> Tensor:
+    """r_i (rows,) under the adapters that are active now, the mean over `per_row` refusals drawn by a secret seed."""
+    parts: list[Tensor] = []
+    for start in range(0, len(rows), batch):
+        group = rows[start : start + batch]
+        own = row_nll(base, cache, group).nll
+        other = torch.zeros_like(own)
+        draws = [pick(len(refusals), per_row, seed=seed, step=start + i, stream="score") for i in range(len(group))]
+        for k in range(len(draws[0])):
+            other += row_nll(base, cache, [refused(r, refusals[d[k]]) for r, d in zip(group, draws, strict=True)]).nll
+        parts.append((other / len(draws[0]) - own).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def packed_scores(base: BaseModel, row: EncodedRow, refusal: Sequence[int]) -> float:
+    """r of one row from a single sequence [prompt | answer | refusal] under a block mask.
+
+    The refusal sees the prompt and itself, its positions restart after the prompt; equals two forwards (invariant M29).
+    Needs an attention kernel that takes a 4-D mask.
+    """
+    p, y, q = row.prompt_tokens, len(row.ids), len(refusal)
+    ids = torch.tensor([*row.ids, *refusal], device=base.device)[None]
+    positions = torch.tensor([*range(y), *range(p, p + q)], device=base.device)[None]
+    allowed = torch.ones(y + q, y + q, device=base.device).tril().bool()
+    allowed[y:, p:y] = False
+    dtype = next(base.model.parameters()).dtype
+    mask = torch.zeros(1, 1, y + q, y + q, device=base.device, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    hidden = body(base.model)(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    states = hidden.last_hidden_state[0]
+    where = [t - 1 for t in range(1, y) if row.is_target[t]]
+    own = _mean_nll(base, states[where], [row.ids[t + 1] for t in where])
+    other = _mean_nll(base, states[[p - 1, *range(y, y + q - 1)]], list(refusal))
+    return other - own
+
+
+def _mean_nll(base: BaseModel, hidden: Tensor, labels: Sequence[int]) -> float:
+    values = logits(base.model, hidden)
+    return float(F.cross_entropy(values, torch.tensor(list(labels), device=values.device)))
+
+
+def gated(weights: Tensor, gate: Tensor, *, min_share: float) -> RowWeights:
+    """Apply the absolute gate g (rows,) in 0..1: weights g w / max(sum g, 1) in shape of w, rate scaled by mean g.
+
+    Below `min_share` the whole step is skipped: no decay, no moments (methods.md 8.1; Adam undoes mere loss scale).
+    """
+    mean = float(gate.mean())
+    if mean < min_share or float((gate * weights).sum()) <= 0:
+        return RowWeights(torch.zeros_like(weights), 0.0)
+    values = gate * weights / (gate * weights).sum() * min(1.0, float(gate.sum()))
+    return RowWeights(values, mean)
+
+
+class Antibody:
+    """Weighs a step's rows by frozen scores (`reference`, `contrast`, `none`) or by live ones (`current`)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        gate: Tensor,
+        scores: Tensor | None = None,
+        live: tuple[BaseModel, PrefixCache, Sequence[Sequence[int]], int] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._gate = gate
+        self._scores = scores
+        self._live = live
+
+    def weigh(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> RowWeights:
+        """Weights over all rows of the step; rows without targets weigh 0."""
+        has = torch.tensor([float(row.target_tokens > 0) for row in rows])
+        weights = softmax_weights(self._step_scores(rows, indices), self._settings.temperature)
+        if self._settings.loss == "released":
+            weights = by_token_mass(weights, rows)
+        return gated(weights, self._gate[list(indices)] * has, min_share=self._settings.min_weight_share)
+
+    def _step_scores(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> Tensor:
+        if self._live is not None:
+            base, cache, refusals, seed = self._live
+            return row_scores(base, cache, rows, refusals, per_row=self._settings.refusals_per_row, seed=seed)
+        return torch.zeros(len(rows)) if self._scores is None else self._scores[list(indices)]
+
+
+def by_token_mass(weights: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
+    """The released loss as row weights: w_i N_i / max(1, sum_j w_j N_j) (methods.md 2.3, it leaks token mass)."""
+    mass = weights * torch.tensor([float(row.target_tokens) for row in rows])
+    return mass / mass.sum().clamp(min=1.0)

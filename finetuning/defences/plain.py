@@ -1,0 +1,41 @@
+"""Plain supervised fine-tuning: the gradient of the weighted per-row loss, and even weights.
+
+Source: methods.md 2.3 ("ours": loss = sum_i w_i nll_i with sum w = 1). Must not know any defence.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from finetuning.base_model import BaseModel
+from finetuning.chat_format import EncodedRow
+from finetuning.objectives import row_nll
+from finetuning.prefix_cache import PrefixCache
+from finetuning.strategies import Backward, MicroBatch, RowWeights, StepLoss
+
+
+class Plain:
+    """loss = sum_i w_i nll_i."""
+
+    def __init__(self, base: BaseModel, cache: PrefixCache) -> None:
+        self._base = base
+        self._cache = cache
+
+    def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
+        """Add the micro-batch's gradient; weights (rows,) sum to 1 over the step."""
+        found = row_nll(self._base, self._cache, micro.rows)
+        loss = (weights.to(found.nll) * found.nll).sum()
+        if loss.requires_grad:
+            backward(loss)
+        return StepLoss(float(loss.detach()), float(found.correct.sum()), int(found.tokens.sum()))
+
+
+class Even:
+    """Every row that has targets weighs alike."""
+
+    def weigh(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> RowWeights:
+        """Weights (rows,) that sum to 1; rows without targets weigh 0, and a step of only such rows is skipped."""
+        has = torch.tensor([float(row.target_tokens > 0) for row in rows])
+        total = has.sum()
+        return RowWeights(has / total.clamp(min=1), 1.0 if total > 0 else 0.0)

@@ -1,0 +1,80 @@
+"""Vaccine: align under the worst small perturbation of every attention output.
+
+Source: arXiv:2402.01109, equations 1-3; methods.md 2.1. Deviations: leaf form (the first pass forms no weight
+gradients), RNG replay between the passes, gradients are added and never zeroed, optional per-row norm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetuning.base_model import BaseModel, attention_block
+from finetuning.chat_format import EncodedRow
+from finetuning.determinism import rng_state, set_rng_state
+from finetuning.hidden_states import edited_outputs
+from finetuning.objectives import RowLoss, row_nll
+from finetuning.prefix_cache import PrefixCache
+from finetuning.strategies import Backward, MicroBatch, StepLoss
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """eps[l] (B, T, D) for every hooked layer, the gradients they came from, and the unperturbed loss."""
+
+    eps: list[Tensor]
+    gradients: list[Tensor]
+    norm: Tensor
+    loss: float
+
+
+class Vaccine:
+    """min over the adapter of the loss at hidden states moved by rho along their own gradient."""
+
+    def __init__(self, base: BaseModel, cache: PrefixCache, *, rho: float, norm: str) -> None:
+        self._base = base
+        self._cache = cache
+        self._rho = rho
+        self._norm = norm
+        self._blocks = [attention_block(layer) for layer in list(base.layers)[cache.cut :]]
+
+    def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
+        """Add the gradient of the perturbed loss. A micro-batch without targets adds nothing."""
+        if not any(row.target_tokens for row in micro.rows):
+            return StepLoss(0.0, 0.0, 0)
+        if self._rho == 0:
+            return self._finish(row_nll(self._base, self._cache, micro.rows), weights, backward)
+        state = rng_state()
+        found = self.perturb(micro.rows, weights)
+        if not torch.isfinite(found.norm).all():
+            return StepLoss(float("nan"), 0.0, 0)
+        set_rng_state(state)
+        with edited_outputs(self._blocks, lambda i, output: output + found.eps[i]):
+            perturbed = row_nll(self._base, self._cache, micro.rows)
+            return self._finish(perturbed, weights, backward)
+
+    def perturb(self, rows: Sequence[EncodedRow], weights: Tensor) -> Perturbation:
+        """eps_l = rho g_l / ||g||, one norm over all layers (and rows, unless per row); no .grad is touched.
+
+        Per row, ||eps of row b|| = rho: independent of batch size, padding and accumulation.
+        """
+        longest = max(len(row.ids) for row in rows)
+        shape = (len(rows), longest, self._base.hidden_size)
+        dtype = next(self._base.model.parameters()).dtype
+        leaves = [torch.zeros(shape, device=self._base.device, dtype=dtype, requires_grad=True) for _ in self._blocks]
+        with torch.enable_grad(), edited_outputs(self._blocks, lambda i, output: output + leaves[i]):
+            nll = row_nll(self._base, self._cache, rows).nll
+            loss = (weights.to(nll) * nll).sum()
+            grads = list(torch.autograd.grad(loss, leaves))
+        squares = torch.stack([g.float().square().sum(dim=(1, 2)) for g in grads]).sum(0)  # (B,)
+        norm = squares.sqrt() if self._norm == "per_row" else squares.sum().sqrt().expand(len(rows))
+        scale = torch.where(norm > 0, self._rho / norm.clamp(min=torch.finfo(torch.float32).tiny), norm)
+        eps = [(scale[:, None, None] * g.float()).to(g.dtype).detach() for g in grads]
+        return Perturbation(eps, grads, norm, float(loss.detach()))
+
+    def _finish(self, found: RowLoss, weights: Tensor, backward: Backward) -> StepLoss:
+        loss = (weights.to(found.nll) * found.nll).sum()
+        if loss.requires_grad:
+            backward(loss)
+        return StepLoss(float(loss.detach()), float(found.correct.sum()), int(found.tokens.sum()))

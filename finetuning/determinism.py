@@ -1,0 +1,46 @@
+"""Randomness as a pure function of (seed, step, rank). Knows generators and flags; must not know what draws."""
+
+import hashlib
+import os
+import random
+
+import torch
+
+
+def mix(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed from a seed and any parts; equal inputs give equal seeds on every machine."""
+    text = ":".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def reseed(seed: int, step: int, rank: int = 0) -> None:
+    """Seed every generator that a step may draw from."""
+    value = mix(seed, "step", step, rank)
+    random.seed(value)
+    torch.manual_seed(value)
+
+
+def make_deterministic(threads: int = 0) -> None:
+    """Fix algorithms and thread count for the process; equal settings then give equal bits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def rng_state() -> list[torch.Tensor]:
+    """The state of every torch generator in use, to be replayed with set_rng_state."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_rng_state(states: list[torch.Tensor]) -> None:
+    """Put back what rng_state returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])

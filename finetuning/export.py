@@ -1,0 +1,76 @@
+"""What a finetune job leaves in result/: adapters in both forms, the mask, reports, and the parity reference.
+
+Knows files; must not know decisions.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from finetuning import adapter
+from finetuning.base_model import BaseModel
+from finetuning.chat_format import prompt_ids
+from finetuning.determinism import mix
+from finetuning.gate import Choice
+from finetuning.prefix_cache import pad
+from finetuning.spec.order import TrainOrder
+from finetuning.spec.report import RowVerdict, SafetyReport
+from finetuning.workbench import Workbench
+
+REFERENCE_FILE = "parity_reference.safetensors"
+_PARITY_PROMPTS = 32
+_PARITY_POSITIONS = 2
+
+
+def write_ledger(scratch: Path, verdicts: Sequence[RowVerdict]) -> None:
+    """result/reports/rows.json; written before training, so that a rejected file keeps its reasons."""
+    target = scratch / "result" / "reports" / "rows.json"
+    target.write_text(json.dumps([v.model_dump(mode="json") for v in verdicts]), encoding="utf-8")
+
+
+def write_results(bench: Workbench, order: TrainOrder, scratch: Path, report: SafetyReport, choice: Choice) -> None:
+    """Adapters (task alone; joined and mixed for the public base), mask, reports, parity reference."""
+    result = scratch / "result"
+    task = choice.pruned.adapter
+    alignment = adapter.read(bench.base, adapter.ALIGNMENT)
+    adapter.save(task, result / "adapter", base_id=f"{order.recipe.base}-aligned", antidote_alpha=choice.alpha)
+    joined = adapter.rotate(adapter.concat(alignment, task), seed=mix(bench.recipe.seed, "rotation"))
+    adapter.save(joined, result / "adapter_stock", base_id=order.recipe.base, antidote_alpha=choice.alpha)
+    template = bench.base.tokenizer.chat_template
+    for form in ("adapter", "adapter_stock"):
+        (result / form / "chat_template.jinja").write_text(template, encoding="utf-8")
+    masks = {
+        f"{path}.lora_{part}": mask.to(torch.uint8).contiguous()
+        for path, pair in choice.pruned.masks.items()
+        for part, mask in zip("AB", pair, strict=True)
+    }
+    save_file(masks, str(result / "mask.safetensors"))
+    (result / "reports" / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
+    pruned = {"alpha": choice.alpha, "pruned": choice.pruned.pruned, "total": choice.pruned.total}
+    trials = [trial.model_dump() for trial in choice.trials]
+    (result / "reports" / "prune.json").write_text(json.dumps({**pruned, "trials": trials}, indent=2), encoding="utf-8")
+    write_reference(bench, scratch)
+
+
+@torch.no_grad()
+def write_reference(bench: Workbench, scratch: Path) -> None:
+    """The measured model's own logits on gate and benign prompts, for the parity certificate."""
+    pairs = [*bench.rows.gate_harmful[: _PARITY_PROMPTS // 2], *bench.rows.gate_benign[: _PARITY_PROMPTS // 2]]
+    ids = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in pairs]
+    lengths = torch.tensor([len(row) for row in ids])
+    found = last_logits(bench.base, ids)
+    padded = pad(ids, torch.device("cpu"))
+    save_file({"ids": padded, "lengths": lengths, "logits": found}, str(scratch / REFERENCE_FILE))
+
+
+@torch.no_grad()
+def last_logits(base: BaseModel, ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Logits (n, positions, V) at the last positions of each prompt, by the model's own full forward, row by row."""
+    out = [
+        base.model(input_ids=torch.tensor([row], device=base.device), use_cache=False).logits[0, -_PARITY_POSITIONS:]
+        for row in ids
+    ]
+    return torch.stack(out).float().cpu().contiguous()

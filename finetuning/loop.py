@@ -1,0 +1,106 @@
+"""The only training loop: one generator over optimiser steps, with three slots filled from outside.
+
+Stopping is "stop iterating". Must not know which method fills a slot, what the rows mean, or who listens.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetuning import checkpoint
+from finetuning.batches import Batches
+from finetuning.chat_format import EncodedRow
+from finetuning.determinism import reseed
+from finetuning.spec.progress import CheckpointSaved, StepDone
+from finetuning.spec.recipe import Optimiser
+from finetuning.strategies import GradientStep, MicroBatch, NonFiniteLoss, RowWeigher, StepLoss
+
+
+@dataclass
+class TrainSetup:
+    """Everything a run of the loop needs. `parameters` are the adapter's, in fixed order; fp32 only."""
+
+    rows: Sequence[EncodedRow]
+    batches: Batches
+    step: GradientStep
+    weigher: RowWeigher
+    parameters: Sequence[nn.Parameter]
+    optimiser: Optimiser
+    steps: int
+    micro_batch_size: int
+    seed: int
+    save_every: int = 0
+    folder: Path | None = None
+    fingerprint: str = ""
+    attempt: int = 1
+    adam: torch.optim.AdamW = field(init=False)
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"adapters train in fp32, not {parameter.dtype}: bf16 rounds small steps away")
+        o = self.optimiser
+        self.adam = torch.optim.AdamW(
+            list(self.parameters), lr=o.learning_rate, weight_decay=o.weight_decay, eps=o.epsilon
+        )
+
+
+@dataclass
+class LoopState:
+    """Where a run stands: the next step (from 0), tokens trained so far, and steps skipped."""
+
+    next_step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+
+def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | CheckpointSaved]:
+    """Run optimiser steps from `state` on, updating it. Raises NonFiniteLoss."""
+    for step in range(state.next_step, setup.steps):
+        reseed(setup.seed, step)
+        indices = setup.batches.at(step)
+        rows = [setup.rows[i] for i in indices]
+        weights = setup.weigher.weigh(rows, indices)  # over the whole step, never per micro-batch
+        losses: list[StepLoss] = []
+        for start in range(0, len(rows), setup.micro_batch_size):
+            stop = start + setup.micro_batch_size
+            micro = MicroBatch(rows[start:stop], indices[start:stop], step, start, len(rows))
+            losses.append(setup.step.gradients(micro, weights.values[start:stop], torch.Tensor.backward))
+        loss = sum(part.loss for part in losses)
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(step, indices)
+        rate = learning_rate(setup.optimiser, step, setup.steps) * weights.scale
+        _update(setup, rate, indices, step)
+        state.next_step = step + 1
+        state.skipped += weights.scale == 0
+        tokens = sum(part.tokens for part in losses)
+        state.tokens += tokens
+        accuracy = sum(part.correct for part in losses) / max(1, tokens)
+        yield StepDone(
+            step=step + 1, total_steps=setup.steps, train_loss=loss, train_mean_token_accuracy=accuracy,
+            learning_rate=rate, antibody_mean_weight=weights.scale, tokens=state.tokens, skipped=weights.scale == 0,
+        )  # fmt: skip
+        if setup.folder is not None and setup.save_every and (step + 1) % setup.save_every == 0 and step + 1 < setup.steps:
+            yield checkpoint.save(setup, state, loss, accuracy)
+
+
+def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
+    """The rate of a 0-based step: linear warm-up, then linear decay to 0 (or constant)."""
+    warm = min(1.0, (step + 1) / optimiser.warmup_steps) if optimiser.warmup_steps else 1.0
+    decay = 1.0 - step / steps if optimiser.schedule == "linear" else 1.0
+    return optimiser.learning_rate * warm * decay
+
+
+def _update(setup: TrainSetup, rate: float, indices: Sequence[int], step: int) -> None:
+    if rate > 0:
+        norm = torch.nn.utils.clip_grad_norm_(setup.parameters, setup.optimiser.clip_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteLoss(step, indices)
+        for group in setup.adam.param_groups:
+            group["lr"] = rate
+        setup.adam.step()
+    setup.adam.zero_grad(set_to_none=True)

@@ -1,0 +1,74 @@
+"""The stages of a job in order, each telling what it does: align makes a base, finetune makes an adapter.
+
+Knows the order of stages and where results lie; formulas live in defences/, screen.py, gate.py and evaluate.py.
+Must not know the queue, the database or who listens.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetuning import adapter, align, finetune
+from finetuning.adapter import AdapterMismatch
+from finetuning.base_model import UnknownLayers
+from finetuning.chat_format import NoChatTemplate
+from finetuning.checkpoint import fingerprint
+from finetuning.defences.antibody import NonFiniteScore
+from finetuning.determinism import make_deterministic
+from finetuning.finetune import DataRejected
+from finetuning.operator_rows import BadOperatorRows
+from finetuning.spec.order import TrainOrder
+from finetuning.spec.progress import Failed, Progress
+from finetuning.spec.recipe import Kind
+from finetuning.spec.rows import InvalidRowError
+from finetuning.strategies import NonFiniteLoss
+from finetuning.workbench import open_workbench
+
+# Faults that no retry can mend: the job fails at once, with a code and a sentence for the client.
+_FINAL: dict[type[Exception], str] = {
+    NonFiniteLoss: "non_finite_loss",
+    NonFiniteScore: "non_finite_loss",
+    UnknownLayers: "internal_error",
+    AdapterMismatch: "internal_error",
+    NoChatTemplate: "internal_error",
+    BadOperatorRows: "internal_error",
+    InvalidRowError: "invalid_training_file",
+    DataRejected: "training_data_rejected",
+}
+
+
+def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
+    """Run a whole job inside `scratch`; the last value is Finished or Failed. Results lie in scratch/result.
+
+    Faults that a retry may mend (a lost device, a full disk) are raised.
+    """
+    make_deterministic(order.threads)
+    try:
+        yield from _stages(order, scratch)
+    except tuple(_FINAL) as error:
+        param = "training_file" if isinstance(error, InvalidRowError | DataRejected) else None
+        yield Failed(code=_FINAL[type(error)], message=str(error), param=param)
+
+
+def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
+    bench = open_workbench(order, scratch)
+    mark = fingerprint(
+        {"recipe": order.recipe.model_dump_json(), "base": order.base_sha256 or order.base, **_inputs(order, scratch)},
+        threads=order.threads,
+    )
+    (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
+    (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
+    match order.recipe.kind:
+        case Kind.ALIGN:
+            yield from align.run(bench, order, scratch, mark)
+        case Kind.FINETUNE:
+            yield from finetune.run(bench, order, scratch, mark)
+
+
+def _inputs(order: TrainOrder, scratch: Path) -> dict[str, str]:
+    """Digests of the files that the result depends on."""
+    names = {"rows": order.rows, "validation": order.validation, "operator_rows": order.operator_rows}
+    found = {k: hashlib.sha256((scratch / v).read_bytes()).hexdigest() for k, v in names.items() if v}
+    if order.alignment:
+        found["alignment"] = adapter.digest(adapter.load(scratch / order.alignment))
+    return found

@@ -1,0 +1,195 @@
+"""Hidden states that enter the first trained layer, computed once per row and reused by every stage.
+
+When only the top N layers are trained, these states are a pure function of the row's ids. They are kept in one
+memory-mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew.
+Must not know losses, adapters or jobs.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetuning.base_model import BaseModel, body
+from finetuning.hidden_states import caught_outputs, first_tensor
+
+Ids = tuple[int, ...]
+_BATCH_TOKENS = 1024
+# States are computed at lengths rounded up to this, so that a row's bits do not depend on its neighbours' lengths.
+_LENGTH_STEP = 8
+
+
+class _Shape:
+    """Whether this model's layers return a tuple; learnt from the layers that really run."""
+
+    as_tuple = False
+
+
+class _Pass(nn.Module):
+    """Stands for a layer that is passed over: hands on `states`, or else its input."""
+
+    def __init__(self, shape: _Shape, states: Tensor | None = None) -> None:
+        super().__init__()
+        self._shape = shape
+        self._states = states
+
+    def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+        hidden = first_tensor(hidden_states) if self._states is None else self._states
+        return (hidden,) if self._shape.as_tuple else hidden
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, start: int, others: Sequence[nn.Module]) -> Iterator[None]:
+    originals = [layers[start + i] for i in range(len(others))]
+    for i, other in enumerate(others):
+        layers[start + i] = other
+    try:
+        yield
+    finally:
+        for i, original in enumerate(originals):
+            layers[start + i] = original
+
+
+@contextmanager
+def passing_above(base: BaseModel, cut: int, shape: _Shape | None = None) -> Iterator[None]:
+    """While open, only the layers below `cut` run; those above are passed over."""
+    shape = shape or _Shape()
+
+    def learn(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        shape.as_tuple = isinstance(output, tuple)
+
+    handle = base.layers[cut - 1].register_forward_hook(learn)
+    try:
+        with _replaced(base.layers, cut, [_Pass(shape) for _ in range(len(base.layers) - cut)]):
+            yield
+    finally:
+        handle.remove()
+
+
+class PrefixCache:
+    """States below layer `first_trained` of `base`; a cut of 0 caches nothing and runs the whole model."""
+
+    def __init__(self, base: BaseModel, first_trained: int, *, folder: Path | None = None, max_bytes: int = 1 << 30):
+        self._base = base
+        self._cut = first_trained
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._used = 0
+        self._rows = max_bytes // (4 * base.hidden_size)
+        self._store = self._open(folder)
+        self._shape = _Shape()
+
+    @property
+    def cut(self) -> int:
+        """Index of the first trained layer."""
+        return self._cut
+
+    def hidden(self, rows: Sequence[Ids]) -> Tensor:
+        """Last hidden states (B, T, D) of right-padded rows, T the longest; gradients flow through the trained layers."""
+        ids = pad(rows, self._base.device)
+        if self._cut == 0:
+            return body(self._base.model)(input_ids=ids, use_cache=False).last_hidden_state
+        states = self.states(rows)
+        with self.injected(states):
+            return body(self._base.model)(input_ids=ids, use_cache=False).last_hidden_state
+
+    def states(self, rows: Sequence[Ids]) -> Tensor:
+        """States entering the first trained layer (B, T, D), zeros at padding."""
+        self.prepare(rows)
+        longest = max(len(row) for row in rows)
+        out = torch.zeros(len(rows), longest, self._base.hidden_size, device=self._base.device)
+        for i, row in enumerate(rows):
+            place = self._places.get(key(row))
+            found = self._read(place) if place is not None else self._compute([row])[0]
+            out[i, : len(row)] = found.to(out.device)
+        return out
+
+    def prepare(self, rows: Sequence[Ids], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compute and keep the states of rows that are not kept yet; deterministic in the order of `rows`."""
+        if self._cut == 0:
+            return
+        missing = list({key(row): row for row in rows if key(row) not in self._places}.values())
+        missing.sort(key=lambda row: (_rounded(row), row))
+        done = 0
+        for group in _groups(missing):
+            for row, state in zip(group, self._compute(group), strict=True):
+                self._keep(row, state)
+            done += len(group)
+            if progress is not None:
+                progress(done, len(missing))
+
+    @contextmanager
+    def injected(self, states: Tensor) -> Iterator[None]:
+        """While open, layers below the cut are skipped and the first trained layer receives `states`."""
+        passes = [_Pass(self._shape) for _ in range(self._cut - 1)] + [_Pass(self._shape, states)]
+        with _replaced(self._base.layers, 0, passes):
+            yield
+
+    @torch.no_grad()
+    def _compute(self, rows: Sequence[Ids]) -> list[Tensor]:
+        """Run the layers below the cut; the ones above are passed over."""
+        ids = pad(rows, self._base.device, length=_rounded(max(rows, key=len)))
+        with passing_above(self._base, self._cut, self._shape), caught_outputs(self._base.layers[self._cut - 1]) as kept:
+            body(self._base.model)(input_ids=ids, use_cache=False)
+        return [kept[0][i, : len(row)] for i, row in enumerate(rows)]
+
+    def _open(self, folder: Path | None) -> np.memmap[Any, Any] | np.ndarray[Any, Any] | None:
+        if self._cut == 0:
+            return None
+        if folder is None:
+            return np.empty((0, self._base.hidden_size), dtype=np.float32)
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (self._rows, self._base.hidden_size)
+        # w+ makes a sparse file: only pages that are written take room on the disk.
+        return np.memmap(folder / "prefix-states.f32", dtype=np.float32, mode="w+", shape=shape)
+
+    def _keep(self, row: Ids, state: Tensor) -> None:
+        if self._store is None or self._used + len(row) > self._rows:
+            return
+        if not isinstance(self._store, np.memmap) and self._used + len(row) > len(self._store):
+            grown = np.empty((max(1024, 2 * len(self._store), self._used + len(row)), self._store.shape[1]), np.float32)
+            grown[: self._used] = self._store[: self._used]
+            self._store = grown
+        self._store[self._used : self._used + len(row)] = state.cpu().numpy()
+        self._places[key(row)] = (self._used, len(row))
+        self._used += len(row)
+
+    def _read(self, place: tuple[int, int]) -> Tensor:
+        assert self._store is not None
+        start, length = place
+        return torch.from_numpy(np.array(self._store[start : start + length]))
+
+
+def key(row: Ids) -> bytes:
+    """The name of a row in the cache: a hash of its ids."""
+    return hashlib.blake2b(np.asarray(row, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def pad(rows: Sequence[Ids], device: torch.device, *, length: int = 0) -> Tensor:
+    """Right-padded ids (B, T). Padding is id 0 by position: a causal model never looks at it from a real token."""
+    longest = max(length, max(len(row) for row in rows))
+    out = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out.to(device)
+
+
+def _rounded(row: Ids) -> int:
+    return -(-len(row) // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _groups(rows: list[Ids]) -> Iterator[list[Ids]]:
+    """Slices of sorted rows of equal rounded length, each of at most _BATCH_TOKENS tokens."""
+    start = 0
+    while start < len(rows):
+        length = _rounded(rows[start])
+        size = max(1, _BATCH_TOKENS // length)
+        end = start
+        while end < len(rows) and end - start < size and _rounded(rows[end]) == length:
+            end += 1
+        yield rows[start:end]
+        start = end

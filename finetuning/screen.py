@@ -1,0 +1,100 @@
+"""The prompt filter: which rows does the aligned model itself refuse to answer?
+
+A row's refusal mass is the probability that an answer to its prompt starts like a stock refusal; it is read from the
+prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2), no paper. Must not know training.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetuning.base_model import BaseModel, logits
+from finetuning.chat_format import EncodedRow
+from finetuning.objectives import nll_of_hidden
+from finetuning.prefix_cache import PrefixCache
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Per row: refusal mass (rows,), mean target nll (rows,) and worst token nll (rows,) under the active adapters."""
+
+    mass: Tensor
+    nll: Tensor
+    worst: Tensor
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout had to help."""
+
+    weights: Tensor
+    mass: Tensor
+    threshold: float
+    rescored: bool
+
+
+def first_ids(tokenizer: object, refusals: Sequence[str]) -> list[int]:
+    """First token ids of the stock refusals."""
+    return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})  # type: ignore[operator]
+
+
+@torch.no_grad()
+def read_rows(
+    base: BaseModel,
+    cache: PrefixCache,
+    rows: Sequence[EncodedRow],
+    refusal_ids: Sequence[int],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    batch: int = 16,
+) -> Reading:
+    """One forward per row. A conversation's mass is the largest over its assistant turns."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    mass, nll, worst = (torch.zeros(len(rows)) for _ in range(3))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        group = [rows[i] for i in chosen]
+        hidden = cache.hidden([row.ids for row in group])
+        found = nll_of_hidden(base, hidden, group)
+        mass[chosen] = _mass(base, hidden, group, refusal_ids).cpu()
+        nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
+        if progress is not None:
+            progress(min(start + batch, len(rows)), len(rows))
+    return Reading(mass, nll, worst)
+
+
+def _mass(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow], refusal_ids: Sequence[int]) -> Tensor:
+    owner: list[int] = []
+    where: list[int] = []
+    for i, row in enumerate(rows):
+        for t in range(1, len(row.ids)):
+            if row.is_target[t] and not row.is_target[t - 1]:
+                owner.append(i)
+                where.append(t - 1)
+    if not owner:
+        return torch.zeros(len(rows), device=hidden.device)
+    index = torch.tensor(owner, device=hidden.device)
+    starts = logits(base.model, hidden[index, torch.tensor(where, device=hidden.device)]).float()
+    turns = F.softmax(starts, dim=-1)[:, list(refusal_ids)].sum(-1)
+    return torch.zeros(len(rows), device=hidden.device).scatter_reduce(0, index, turns, "amax")
+
+
+def threshold(harmful_mass: Tensor, benign_mass: Tensor) -> float:
+    """min(.5, max(.5 * q05 of the harmful, 1.5 * q98 of the benign)) calibration prompts."""
+    low = torch.quantile(harmful_mass, 0.05).item()
+    high = torch.quantile(benign_mass, 0.98).item()
+    return min(0.5, max(0.5 * low, 1.5 * high))
+
+
+def weigh(reading: Reading, limit: float, *, whole_refusal_nll: float) -> Tensor:
+    """Weights (rows,): 1 up to half the threshold, falling linearly to 0 at it; 1 if the whole target is a refusal."""
+    weights = (2.0 * (1.0 - reading.mass / limit)).clamp(0.0, 1.0)
+    return torch.where(reading.worst <= whole_refusal_nll, torch.ones_like(weights), weights)
+
+
+def whole_refusal_limit(worst_of_refusals: Tensor) -> float:
+    """A target counts as a refusal if its worst token is no less likely than in 98 % of known refusals."""
+    return torch.quantile(worst_of_refusals, 0.98).item()

@@ -1,0 +1,63 @@
+"""The three slots of the training loop. Knows shapes; must not know any method that fills them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from finetuning.chat_format import EncodedRow
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one slice of a step, their indices into the stream, and where in the step the slice begins (0: first)."""
+
+    rows: Sequence[EncodedRow]
+    indices: Sequence[int]
+    step: int
+    start: int = 0
+    step_rows: int = 0
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """values (rows,) fp32, detached, summing to 1 over the whole step; `scale` multiplies the learning rate.
+
+    scale 0 skips the step whole: no decay, no moment update (Adam undoes small weights, methods.md 2.3 f).
+    """
+
+    values: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a micro-batch reports: its share of the step's loss, argmax hits and trained tokens."""
+
+    loss: float
+    correct: float
+    tokens: int
+
+
+class GradientStep(Protocol):
+    """Adds the gradients of one micro-batch to the adapter's .grad; never zeroes or overwrites them."""
+
+    def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss: ...
+
+
+class RowWeigher(Protocol):
+    """Weighs all rows of one optimiser step together."""
+
+    def weigh(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> RowWeights: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is not finite; the attempt ends with the step and the rows named."""
+
+    def __init__(self, step: int, indices: Sequence[int]) -> None:
+        super().__init__(f"the loss of step {step + 1} is not finite (rows {sorted(indices)[:8]})")
+        self.step = step
+        self.indices = tuple(indices)

@@ -1,0 +1,133 @@
+"""One job's model with everything around it: base, adapters, caches, operator rows, judge.
+
+Knows how they fit together; must not know stages or decisions.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning import adapter
+from finetuning.base_model import BaseModel, load_base
+from finetuning.batches import Batches
+from finetuning.chat_format import EncodedRow, encode_pair, prompt_ids
+from finetuning.decoding import Decoder
+from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
+from finetuning.determinism import mix
+from finetuning.evaluate import Bench
+from finetuning.hazards import Pair, SafetyRows, safety_rows
+from finetuning.judge import JUDGES
+from finetuning.loop import TrainSetup
+from finetuning.operator_rows import load_safety_rows
+from finetuning.prefix_cache import PrefixCache
+from finetuning.screen import first_ids
+from finetuning.spec.order import TrainOrder
+from finetuning.spec.recipe import Anchor, Optimiser, Recipe
+from finetuning.strategies import GradientStep, RowWeigher
+
+
+@dataclass
+class Workbench:
+    """The job's moving parts. `trained` is the adapter name that this job trains."""
+
+    recipe: Recipe
+    base: BaseModel
+    cache: PrefixCache
+    decoder: Decoder
+    bench: Bench
+    rows: SafetyRows
+    refusal_ids: list[int]
+    trained: str
+
+    def encode(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
+        """Operator pairs as training rows."""
+        return [encode_pair(self.base.tokenizer, p.prompt, p.answer, max_tokens=self.recipe.max_tokens) for p in pairs]
+
+    @contextmanager
+    def aligned(self) -> Iterator[None]:
+        """The aligned base: the task adapter is off."""
+        with adapter.active(self.base, (adapter.ALIGNMENT,)):
+            yield
+
+    @contextmanager
+    def public(self) -> Iterator[None]:
+        """The public base: no adapter at all."""
+        with adapter.active(self.base, ()):
+            yield
+
+
+def open_workbench(order: TrainOrder, scratch: Path) -> Workbench:
+    """Load the base and attach the job's adapters. Raises UnknownLayers, AdapterMismatch, BadOperatorRows, OSError."""
+    recipe = order.recipe
+    base = load_base(order.base, device=order.device)
+    rows = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
+    if order.alignment is None:
+        trained, lora = adapter.ALIGNMENT, recipe.lora
+        cut = adapter.first_trained_layer(base, lora)
+        adapter.attach(base, trained, lora, seed=mix(recipe.seed, "init"))
+    else:
+        trained = adapter.TASK
+        alignment = adapter.load(scratch / order.alignment)
+        aligned_lora = adapter.lora_of(alignment, base)
+        cut = min(adapter.first_trained_layer(base, lora) for lora in (recipe.lora, aligned_lora))
+        adapter.attach(base, adapter.ALIGNMENT, aligned_lora, seed=0)
+        adapter.write(base, adapter.ALIGNMENT, alignment)
+        adapter.attach(base, trained, recipe.lora, seed=mix(recipe.seed, "init"))
+    adapter.set_active(base, (adapter.ALIGNMENT, adapter.TASK))
+    adapter.set_trainable(base, trained)
+    cache = PrefixCache(base, cut, folder=scratch / order.cache if order.cache else None)
+    decoder = Decoder(base, cache)
+    bench = Bench(base, cache, decoder, JUDGES[rows.judge], recipe.evaluation.new_tokens)
+    return Workbench(recipe, base, cache, decoder, bench, rows, first_ids(base.tokenizer, rows.refusals), trained)
+
+
+def rows_digest(rows: SafetyRows) -> str:
+    """The probe set's sha256: every prompt and answer of every role."""
+    text = json.dumps([rows.judge, rows.refusals, *(vars(rows)[k] for k in sorted(vars(rows)) if k not in ("judge", "refusals"))], default=vars)  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reset_task(bench: Workbench) -> None:
+    """Back to the untrained task adapter: random A, zero B, the same ones every time."""
+    adapter.reinitialise(bench.base, bench.trained, seed=mix(bench.recipe.seed, "init"))
+
+
+def anchors_of(bench: Workbench, settings: Anchor) -> KlAnchors:
+    """The aligned model's own first tokens on operator prompts that it refuses, with its log-probabilities."""
+    prompts = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in bench.rows.aligned[:64]]
+    with bench.aligned():
+        return make_anchors(
+            bench.base, bench.cache, bench.decoder, prompts, tokens=settings.kl_tokens, refused_first=set(bench.refusal_ids)
+        )  # fmt: skip
+
+
+def anchored_step(bench: Workbench, settings: Anchor, anchors: KlAnchors | None, *, seed: int) -> Anchored:
+    """The finetune step: weighted user loss, mixed operator rows, KL anchors. All strengths 0 equal Plain."""
+    return Anchored(
+        bench.base, bench.cache, settings, refusals=bench.encode(bench.rows.aligned),
+        benign=bench.encode(bench.rows.benign), anchors=anchors or KlAnchors.none(), seed=seed,
+    )  # fmt: skip
+
+
+def training(
+    bench: Workbench,
+    rows: Sequence[EncodedRow],
+    step: GradientStep,
+    weigher: RowWeigher,
+    *,
+    steps: int,
+    seed: int,
+    optimiser: Optimiser,
+    folder: Path | None = None,
+    fingerprint: str = "",
+) -> TrainSetup:
+    """A ready TrainSetup over the trained adapter."""
+    return TrainSetup(
+        rows=rows, batches=Batches(len(rows), bench.recipe.batch_size, seed), step=step, weigher=weigher,
+        parameters=adapter.parameters(bench.base, bench.trained), optimiser=optimiser, steps=steps,
+        micro_batch_size=bench.recipe.micro_batch_size, seed=seed, save_every=bench.recipe.save_every if folder else 0,
+        folder=folder, fingerprint=fingerprint,
+    )  # fmt: skip
