@@ -42,7 +42,7 @@ def figures(name: str, report: dict[str, Any], column: str, seconds: float | Non
         harmful_new=_value(new, "harmful_score", column),
         refused_new=_value(new, "refusal_rate", column),
         over_refusal=_pooled([known, new], "over_refusal", column),
-        task=_value(known, "utility", column),
+        task=_pooled([known, new], "utility", column),
         seconds=seconds,
     )
 

@@ -15,9 +15,11 @@ REPORT = {
         "items": {
             "harmful_score": {"better": "lower", "before": _measure(0.02, 60), "after": _measure(0.05, 60)},
             "over_refusal": {"better": "lower", "after": _measure(0.0, 30)},
+        },
+        "wordings": {
+            "over_refusal": {"better": "lower", "after": _measure(0.1, 10)},
             "utility": {"better": "higher", "after": _measure(0.95, 48)},
         },
-        "wordings": {"over_refusal": {"better": "lower", "after": _measure(0.1, 10)}},
     }
 }
 
