@@ -26,6 +26,7 @@ from app.core.db import Page
 from app.core.errors import ImmunotuneError, InvalidRequest
 from app.core.ids import Prefix, new_id
 from app.core.tables import File, FilePurpose, FileStatus, Form
+from finetuning.spec.row_report import SHOWN_ERRORS
 
 router = APIRouter(prefix="/v1/files")
 
@@ -69,7 +70,8 @@ def _add_file(request: Request, caller: Caller, desk: Desk, upload: Upload, file
         )
         status: Literal[FileStatus.PROCESSED, FileStatus.ERROR]
         status = FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR
-        files.set_validation(session, file_id, status, validation=report.to_json(), details=report.message or None)
+        found = report.to_json(SHOWN_ERRORS)
+        files.set_validation(session, file_id, status, validation=found, details=report.message or None)
         session.refresh(file)
         body = file_to_wire(file)
         replies.store(session, repeat, status=200, body=body)

@@ -20,7 +20,8 @@ from app.core.errors import InvalidRequest
 from app.core.files import clean_filename
 from app.core.settings import Limits
 from app.core.tables import FilePurpose
-from finetuning.spec.rows import RowReport, RowScanner
+from finetuning.spec.row_report import RowReport
+from finetuning.spec.rows import RowScanner
 
 MAX_PARTS = 8
 MAX_HEADER_BYTES = 16 * 1024

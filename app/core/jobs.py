@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, Wake
-from app.core.db import JsonObject, Listing, Page, db_now, fetch_page
+from app.core.db import JsonObject, Listing, Page, db_now, fetch_page, json_text
 from app.core.errors import Forbidden, InvalidRequest, NotFound, QuotaExceeded, model_not_found, not_found
 from app.core.files import get_file, lock_file
 from app.core.ids import Prefix, new_id
@@ -136,7 +136,7 @@ def list_jobs(
     no_metadata: bool = False,
 ) -> Listing[Job]:
     """Jobs of this project, those with all of these metadata pairs, or those without any. Raises `invalid_cursor`."""
-    shown = [Job.metadata_[key].as_string() == value for key, value in (metadata or {}).items()]
+    shown = [json_text(Job.metadata_, key) == value for key, value in (metadata or {}).items()]
     if no_metadata:
         shown.append(Job.metadata_.is_(None))
     return fetch_page(session, select(Job).where(Job.project_id == project_id), Job, page, *shown)

@@ -3,11 +3,8 @@
 Knows field names and which purposes a client may upload; must not know queries or bytes.
 """
 
-from typing import cast
-
 from app.core.tables import File
 
-SHOWN_ERRORS = 100
 MIN_EXPIRY_SECONDS, MAX_EXPIRY_SECONDS = 3_600, 2_592_000
 
 
@@ -24,20 +21,10 @@ def file_to_wire(file: File) -> dict[str, object]:
         "status_details": file.status_details,
         "expires_at": None if file.expires_at is None else int(file.expires_at),
         "sha256": file.sha256,
-        "validation": _validation(file),
+        "validation": file.validation,
     }
 
 
 def deleted_to_wire(kind: str, item_id: str) -> dict[str, object]:
     """The answer to a deletion; receipts belong to a later issue."""
     return {"id": item_id, "object": kind, "deleted": True, "receipt": None}
-
-
-def _validation(file: File) -> dict[str, object] | None:
-    if file.validation is None:
-        return None
-    report = dict(file.validation)
-    report["errors"] = cast(list[object], report.get("errors", []))[:SHOWN_ERRORS]
-    report["warnings"] = cast(list[object], report.get("warnings", []))[:SHOWN_ERRORS]
-    report["truncated"] = cast(int, report.get("errors_total", 0)) > len(cast(list[object], report["errors"]))
-    return report

@@ -195,9 +195,7 @@ CERTIFICATE = ParityCertificate(
 
 
 @pytest.fixture(scope="session")
-def served(
-    tmp_path_factory: pytest.TempPathFactory, broker_folder: Path, broker_process: Child
-) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, broker_folder: Path, broker_process: Child) -> Iterator[Served]:
     """The API over real HTTP, with its base aligned."""
     assert broker_process.is_alive
     settings = Settings(
@@ -207,7 +205,7 @@ def served(
         base="tiny",
         # no worker runs here: what the reaper would end or wake must stay as the tests drive it
         lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
-        limits=Limits(file_bytes=2**20, json_body_bytes=64 * 2**10, rows_max=500),
+        limits=Limits(file_bytes=2**20, json_body_bytes=128 * 2**10, rows_max=500),
     )
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -229,6 +227,16 @@ def served(
 @pytest.fixture
 def customer(served: Served) -> Iterator[Customer]:
     """A new project, so that lists and quotas begin empty."""
+    yield from _customer(served)
+
+
+@pytest.fixture
+def stranger(served: Served) -> Iterator[Customer]:
+    """Another tenant of the same service."""
+    yield from _customer(served)
+
+
+def _customer(served: Served) -> Iterator[Customer]:
     secret = projects.new_secret()
     with served.database.writing() as session:
         project = projects.ensure_project(session, f"project-{uuid4().hex}", policy="immunotune")

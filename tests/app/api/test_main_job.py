@@ -12,7 +12,12 @@ from tests.app.api.conftest import METRICS_CSV, Customer, chat_rows
 def test_a_good_file_is_processed_in_the_reply(customer: Customer) -> None:
     data = chat_rows(12)
     made = customer.sdk.files.create(file=("train.jsonl", data), purpose="fine-tune")
-    assert (made.status, made.bytes, made.filename, made.purpose) == ("processed", len(data), "train.jsonl", "fine-tune")
+    assert (made.status, made.bytes, made.filename, made.purpose) == (
+        "processed",
+        len(data),
+        "train.jsonl",
+        "fine-tune",
+    )
     assert made.model_dump()["validation"]["rows"] == 12
     assert customer.sdk.files.wait_for_processing(made.id).id == made.id
     assert customer.sdk.files.content(made.id).content == data
@@ -71,7 +76,15 @@ def test_a_job_keeps_auto_until_its_files_are_checked(customer: Customer) -> Non
 
 def test_a_live_job_has_every_field_of_the_wire(customer: Customer) -> None:
     body = customer.create().json()
-    for name in ("finished_at", "fine_tuned_model", "trained_tokens", "estimated_finish", "error", "suffix", "retry_of"):
+    for name in (
+        "finished_at",
+        "fine_tuned_model",
+        "trained_tokens",
+        "estimated_finish",
+        "error",
+        "suffix",
+        "retry_of",
+    ):
         assert body[name] is None, name
     assert body["object"] == "fine_tuning.job"
     assert (body["result_files"], body["integrations"]) == ([], [])
