@@ -50,6 +50,10 @@ def train(scratch: Path, script: dict[str, object]) -> None:
     step, chain = resume(scratch, order.checkpoint)
     chain = chain or hashlib.sha256((scratch / order.rows).read_bytes() if order.rows else b"align").hexdigest()
     say(StageStarted(stage="train"))
+    if "needs" in script:
+        assert (scratch / str(script["needs"])).exists()
+    if script.get("babble"):
+        print("Loading weights: 100%")
     if "failed" in script:
         say(Failed(code=str(script["failed"]), message="it cannot be done", param="training_file"))
         return
