@@ -79,7 +79,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         yield f"sqlite:///{target}"
         return
     url = request.getfixturevalue("migrated_postgres")
-    _admin(make_url(url), f"TRUNCATE {', '.join(Row.metadata.tables)} RESTART IDENTITY CASCADE")  # a second per CREATE
+    # far quicker than TRUNCATE or CREATE DATABASE for tables that hold a few rows
+    _admin(make_url(url), "; ".join(f"DELETE FROM {table.name}" for table in reversed(Row.metadata.sorted_tables)))
     yield url
 
 

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from alembic import command
 from alembic.config import Config
@@ -71,6 +71,25 @@ def _sqlite_now(_element: db_now, _compiler: SQLCompiler, **_options: object) ->
 def _postgres_now(_element: db_now, _compiler: SQLCompiler, **_options: object) -> str:
     # now() is the start of the transaction, which may have waited for a lock since
     return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+class json_text(FunctionElement[str]):  # noqa: N801  (an SQL function, spelled like one)
+    """The text under a key of a JSON object column; SQLite's own paths cannot spell a key that holds a quote."""
+
+    type = String()
+    inherit_cache = True
+
+
+@compiles(json_text, "sqlite")
+def _sqlite_text(element: json_text, compiler: SQLCompiler, **options: Any) -> str:
+    column, key = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(SELECT value FROM json_each({column}) WHERE key = {key})"  # noqa: S608  (both are compiled clauses)
+
+
+@compiles(json_text, "postgresql")
+def _postgres_text(element: json_text, compiler: SQLCompiler, **options: Any) -> str:
+    column, key = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"({column} ->> {key})"
 
 
 class Row(DeclarativeBase):
