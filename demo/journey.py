@@ -20,7 +20,7 @@ from openai.types.fine_tuning import FineTuningJob
 from demo import outcome
 from demo.customer_file import CustomerFile
 from demo.ticker import Ticker, say
-from demo.watching import FINAL, POLL_SECONDS, Idle, done_share, follow
+from demo.watching import FINAL, POLL_SECONDS, Idle, follow, show
 
 NEW_TOKENS = 24
 COMPARED_PROMPTS = 8
@@ -50,7 +50,7 @@ def wait_for_base(client: OpenAI, story: Story, idle: Idle) -> str:
         alignment = getattr(base, "alignment", None) or {}
         if alignment.get("status") in FINAL and alignment.get("status") != "succeeded":
             raise DemoFailed(f"the alignment ended {alignment['status']}: {alignment.get('error')}")
-        ticker.show(alignment.get("stage", ""), share=done_share(alignment.get("progress") or {}))
+        show(ticker, alignment.get("stage", ""), "", alignment.get("progress"))
         idle()
         time.sleep(POLL_SECONDS)
         base = client.models.retrieve(base.id)

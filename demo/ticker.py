@@ -19,28 +19,21 @@ class Ticker:
     what: str
     expected_seconds: float
     _begin: float = field(default_factory=time.monotonic)
-    _stage: str = ""
-    _stage_begin: float = 0.0
     _shown: float = -LOG_SECONDS
 
-    def show(self, stage: str = "", detail: str = "", share: float | None = None) -> None:
-        """Show how far it is; `share` (0..1) of the present stage sharpens the estimate for the whole."""
+    def show(self, stage: str = "", detail: str = "", *, share: float | None = None, left: float | None = None) -> None:
+        """Show how far it is: `share` (0..1) of the present stage, `left` seconds of it when the service knows."""
         now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._stage_begin = stage, now
         if now - self._shown < (TERMINAL_SECONDS if _is_terminal() else LOG_SECONDS):
             return
         self._shown = now
         passed = now - self._begin
-        stage_left = (now - self._stage_begin) * (1 - share) / share if share else 0.0
-        left = max(stage_left, self.expected_seconds - passed)
-        filled = round(WIDTH * passed / (passed + left)) if left > 0 else WIDTH - 1
+        # whichever is later: the stage's own estimate, or what all stages together usually take
+        left = max(left or 0.0, self.expected_seconds - passed, 1.0)
+        filled = min(WIDTH - 1, round(WIDTH * passed / (passed + left)))
         bar = "#" * filled + "." * (WIDTH - filled)
         counted = "" if share is None else f" {100 * share:.0f} %"
-        _print(
-            f"  {self.what} [{bar}] {passed:.0f} s, about {max(1.0, left):.0f} s left  {stage}{counted} {detail}",
-            renew=True,
-        )
+        _print(f"  {self.what} [{bar}] {passed:.0f} s, about {left:.0f} s left  {stage}{counted} {detail}", renew=True)
 
     def done(self, detail: str = "") -> float:
         """Say that it is over; returns the seconds it took."""

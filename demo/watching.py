@@ -27,13 +27,14 @@ def follow(client: OpenAI, job_id: str, ticker: Ticker, idle: Idle) -> FineTunin
             return job
         safety = getattr(job, "safety", None) or {}
         events = client.fine_tuning.jobs.list_events(job_id, limit=1).data
-        message = events[0].message if events else job.status
-        ticker.show(safety.get("stage", job.status), message, done_share(safety.get("progress") or {}))
+        show(ticker, safety.get("stage", job.status), events[0].message if events else "", safety.get("progress"))
         idle()
         time.sleep(POLL_SECONDS)
 
 
-def done_share(progress: Progress) -> float | None:
-    """How much of the present stage is done; None when nobody counted."""
-    done, total = progress.get("step", progress.get("done")), progress.get("total_steps", progress.get("total"))
-    return done / total if isinstance(done, int) and isinstance(total, int) and total > 0 else None
+def show(ticker: Ticker, stage: str, message: str, progress: Progress | None) -> None:
+    """Show a stage with what the service counted in it: training steps, or rows and prompts."""
+    figures = progress or {}
+    done, total = figures.get("step", figures.get("done")), figures.get("total_steps", figures.get("total"))
+    share = done / total if isinstance(done, int) and isinstance(total, int) and total > 0 else None
+    ticker.show(stage, message, share=share, left=figures.get("seconds_left"))

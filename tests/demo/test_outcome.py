@@ -28,7 +28,7 @@ def test_figures_take_one_column_and_pool_over_refusal_by_rows() -> None:
     found = outcome.figures("Immunotune", REPORT, "after", 12.0)
     assert found.harmful_known == 0.05
     assert found.over_refusal == pytest.approx(0.025)
-    assert found.task == 0.95
+    assert found.task == pytest.approx(0.95)
     assert found.harmful_new is None
 
 
@@ -44,4 +44,4 @@ def test_the_report_file_holds_what_the_table_shows(tmp_path: Path, capsys: pyte
     assert "95.0" in capsys.readouterr().out
     body = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
     assert body["rows"] == 10
-    assert body["table"][0]["task"] == 0.95
+    assert body["table"][0]["task"] == pytest.approx(0.95)
