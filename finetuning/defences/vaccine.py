@@ -1,7 +1,8 @@
 """Vaccine: align under the worst small perturbation of every attention output.
 
 Source: arXiv:2402.01109, equations 1-3; methods.md 2.1. Deviations: leaf form (the first pass forms no weight
-gradients), RNG replay between the passes, gradients are added and never zeroed, optional per-row norm.
+gradients), RNG replay between the passes, gradients are added and never zeroed, optional per-row norm, optionally only every n-th step
+(methods.md 2.1, cheaper variants).
 """
 
 from collections.abc import Sequence
@@ -32,18 +33,19 @@ class Perturbation:
 class Vaccine:
     """min over the adapter of the loss at hidden states moved by rho along their own gradient."""
 
-    def __init__(self, base: BaseModel, cache: PrefixCache, *, rho: float, norm: str) -> None:
+    def __init__(self, base: BaseModel, cache: PrefixCache, *, rho: float, norm: str, every: int = 1) -> None:
         self._base = base
         self._cache = cache
         self._rho = rho
         self._norm = norm
+        self._every = every
         self._blocks = [attention_block(layer) for layer in list(base.layers)[cache.cut :]]
 
     def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
         """Add the gradient of the perturbed loss. A micro-batch without targets adds nothing."""
         if not any(row.target_tokens for row in micro.rows):
             return StepLoss(0.0, 0.0, 0)
-        if self._rho == 0:
+        if self._rho == 0 or micro.step % self._every:
             return self._finish(row_nll(self._base, self._cache, micro.rows), weights, backward)
         state = rng_state()
         found = self.perturb(micro.rows, weights)
