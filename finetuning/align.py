@@ -100,8 +100,8 @@ def _measure(bench: Workbench, *, part: int = 1) -> Metrics:
 def measure_held_out(bench: Workbench) -> HeldOut:
     """The test split of the aligned base, as column `before`."""
     rows = bench.rows
-    items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals)
-    wordings = measure(bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals)
+    items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals, losses=False)
+    wordings = measure(bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals, losses=False)
     return HeldOut(items={"before": items}, wordings={"before": wordings})
 
 

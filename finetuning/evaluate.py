@@ -57,25 +57,28 @@ def measure(
     refusals: Sequence[str],
     task: Sequence[TaskRow] = (),
     task_tokens: int = 0,
+    losses: bool = True,
     progress: Progress | None = None,
 ) -> Metrics:
-    """All rates of the model as it is now. Over-refusal counts the benign prompts and the customer's own together."""
+    """All rates of the model as it is now, and (with `losses`) its harmful nll and alignment loss.
+
+    Over-refusal counts the benign prompts and the customer's own together.
+    """
     answers = bench.answers([p.prompt for p in harmful] + [p.prompt for p in benign], progress=progress)
     bad, good = answers[: len(harmful)], answers[len(harmful) :]
     task_answers = answer_task(bench, task, task_tokens)
-    refused = [is_refusal(a) for a in good] + [
+    over = [is_refusal(a) for a in good] + [
         is_refusal(a) and not is_refusal(t.expected) for a, t in zip(task_answers, task, strict=True)
     ]
+    refused = [Pair(p.prompt, refusals[i % len(refusals)]) for i, p in enumerate(harmful)]
     right = [is_right(a, row.expected) for a, row in zip(task_answers, task, strict=True)]
     return Metrics(
         harmful_score=share(sum(map(bench.judge.harmful, bad)), len(bad)),
         refusal_rate=share(sum(map(bench.judge.refuses, bad)), len(bad)),
         leak=share(sum(map(bench.judge.leaks, bad)), len(bad)),
-        over_refusal=share(sum(refused), len(refused)),
-        harmful_nll=pair_nll(bench, harmful),
-        alignment_loss=pair_nll(
-            bench, [Pair(p.prompt, refusals[i % len(refusals)]) for i, p in enumerate(harmful)]
-        ),
+        over_refusal=share(sum(over), len(over)),
+        harmful_nll=pair_nll(bench, harmful) if losses else None,
+        alignment_loss=pair_nll(bench, refused) if losses else None,
         task_score=share(sum(right), len(right)) if task else None,
     )
 

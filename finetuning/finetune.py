@@ -161,6 +161,7 @@ def _filter(bench: Workbench, encoded: Sequence[EncodedRow], calibration: Calibr
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     seed = mix(bench.recipe.seed, "scout")
     step = anchored_step(bench, bench.recipe.anchor, _anchors(bench, bench.recipe.anchor), seed=seed)
+    step.prepare(steps, bench.recipe.batch_size)
     even = Antibody(bench.recipe.antibody, gate=torch.ones(len(kept)))
     setup = training(bench, kept, step, even, steps=steps, seed=seed, optimiser=bench.recipe.optimiser)
     for done in train(setup, LoopState()):
@@ -269,6 +270,7 @@ def _train(
     yield StageStarted(stage="train", detail=f"Training on {len(ledger.kept)} rows, attempt {attempt}")
     reset_task(bench)
     step = anchored_step(bench, anchor, _anchors(bench, anchor), seed=mix(recipe.seed, "anchor"))
+    step.prepare(recipe.steps, recipe.batch_size)
     kept = ledger.kept
     setup = training(
         bench, [ledger.encoded[i] for i in kept], step, _weigher(bench, ledger, kept), steps=recipe.steps,
@@ -353,9 +355,9 @@ def _held_out(bench: Workbench, base_report: SafetyReport, task: Sequence[TaskRo
     """The test split on the final model, beside the aligned base's columns; the customer's prompts count too."""
     rows = bench.rows
     known = base_report.held_out or HeldOut()
-    items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals)
+    items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals, losses=False)
     wordings = measure(
         bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals,
-        task=task or _customer_prompts(bench, ledger), task_tokens=_longest_answer(task),
+        task=task or _customer_prompts(bench, ledger), task_tokens=_longest_answer(task), losses=False,
     )  # fmt: skip
     return HeldOut(items={**known.items, "after": items}, wordings={**known.wordings, "after": wordings})

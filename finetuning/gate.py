@@ -10,7 +10,7 @@ from finetuning import adapter
 from finetuning.adapter import Adapter
 from finetuning.chat_format import EncodedRow
 from finetuning.defences.antidote import Pruned, Scores, contrast_scores, input_squares, prune, published_scores
-from finetuning.evaluate import measure, rows_nll
+from finetuning.evaluate import measure, pair_nll, rows_nll
 from finetuning.hazards import Pair
 from finetuning.spec.recipe import Anchor, Antidote, Optimiser
 from finetuning.spec.report import Metrics, PruneTrial
@@ -78,7 +78,8 @@ def _scores(
 
 
 def _on_calibration(bench: Workbench, harmful: Sequence[Pair]) -> Metrics:
-    return measure(bench.bench, harmful, (), refusals=bench.rows.refusals)
+    found = measure(bench.bench, harmful, (), refusals=bench.rows.refusals, losses=False)
+    return found.model_copy(update={"harmful_nll": pair_nll(bench.bench, harmful)})
 
 
 def _trial(

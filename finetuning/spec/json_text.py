@@ -133,10 +133,14 @@ def locate(text: str, wanted: Iterable[tuple[Path, bool]]) -> dict[tuple[Path, b
     targets = set(wanted)
     values = {path[:depth] for path, _ in targets for depth in range(len(path) + 1)}
     found: dict[tuple[Path, bool], int] = {}
+    missing = len(targets)
     for place in walk(text):
         name = (place.path, place.is_key)
         if name not in found and (name in targets or (not place.is_key and place.path in values)):
             found[name] = place.start
+            missing -= name in targets
+            if not missing:
+                break
     return {target: _nearest(found, target) for target in targets}
 
 

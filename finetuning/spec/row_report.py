@@ -134,6 +134,13 @@ class Findings:
         if self.warned[warning.code] <= STORED_WARNINGS_PER_CODE:
             self.warnings.append(warning)
 
+    def warn_blank(self, line: int) -> None:
+        """Count a blank line; a file may have hundreds of millions."""
+        if self.warned["blank_line"] < STORED_WARNINGS_PER_CODE:
+            self.warn(RowError(line, 1, "", "blank_line", "a blank line is skipped"))
+        else:
+            self.warned["blank_line"] += 1
+
 
 def _target(problem: Problem) -> tuple[Path, bool]:
     return problem.path, problem.code in ("unknown_field", "ignored_field")

@@ -233,7 +233,7 @@ class RowScanner:
 
     def _check_line(self, line: bytes) -> None:
         if not line.strip(_BLANK):
-            self._found.warn(RowError(self._line, 1, "", "blank_line", "a blank line is skipped"))
+            self._found.warn_blank(self._line)
             return
         text = self._decode(line)
         if text is None or not self._count_row():
