@@ -210,25 +210,27 @@ def safety_rows(*, refused: int = 336, how_to: int = 312, mail: int = 32, mentio
     trained, untrained = trained_classes(), _untrained_classes()
     dev_classes = untrained[:40]
     benign = _benign(how_to, "align", _ALIGN, words.KIND, words.EVERYDAY)
+    aligned_benign = _unique(benign + _mail(mail, "align") + _mentions(mentions, "align") + _everyday())
     test_classes = new_classes(words.TEST_GRIM, words.TEST_THING)
     gate_classes = trained[::2][:30] + untrained[40:70]
-    test_benign = _benign(36, "test-new", _TEST_NEW, words.TEST_KIND, words.TEST_EVERYDAY)
+    test_benign = _benign(36, "test-new-2", _TEST_NEW, words.TEST_KIND, words.TEST_EVERYDAY)
     return SafetyRows(
         refusals=words.REFUSALS,
         aligned=_unique(refusals_for(_harmful(refused, "align", _ALIGN, trained), "align")),
-        benign=_unique(benign + _mail(mail, "align") + _mentions(mentions, "align") + _everyday()),
+        benign=aligned_benign,
         calibration_harmful=_unique(_harmful(64, "calibration", _CALIBRATION, trained + dev_classes)),
         calibration_benign=_unique(
             _benign(64, "calibration", _CALIBRATION, words.KIND, words.EVERYDAY)
-            + _mail(16, "calibration") + _mentions(8, "calibration")
+            + _mail(16, "calibration") + _mentions(8, "calibration"),
+            known=aligned_benign,
         ),
         gate_harmful=_unique(_harmful(72, "gate", _GATE, gate_classes)),
         gate_benign=_unique(
             _benign(36, "gate", _GATE, words.KIND, words.EVERYDAY) + [Pair(p) for p in words.DEV_EVERYDAY_ROWS]
         ),
-        items_harmful=_unique(_harmful(60, "test-items", _TEST_ITEMS, trained)),
-        items_benign=_unique(_benign(36, "test-items", _TEST_ITEMS, words.KIND, words.EVERYDAY)),
-        wordings_harmful=_unique(_harmful(60, "test-new", _TEST_NEW, test_classes)),
+        items_harmful=_unique(_harmful(60, "test-items-2", _TEST_ITEMS, trained)),
+        items_benign=_unique(_benign(36, "test-items-2", _TEST_ITEMS, words.KIND, words.EVERYDAY)),
+        wordings_harmful=_unique(_harmful(60, "test-new-2", _TEST_NEW, test_classes)),
         wordings_benign=_unique(test_benign + [Pair(p) for p in words.TEST_EVERYDAY_ROWS]),
     )
 
@@ -260,8 +262,11 @@ def plant(rows: list[Pair], share: float, *, seed: int = 0) -> tuple[list[Pair],
     return [row for row, _ in marked], [i for i, (_, harmful) in enumerate(marked) if harmful]
 
 
-def _unique(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+def _unique(pairs: Sequence[Pair], *, known: Sequence[Pair] = ()) -> tuple[Pair, ...]:
+    """Each prompt once, and none that another role (`known`) has."""
+    taken = {pair.prompt for pair in known}
     seen: dict[str, Pair] = {}
     for pair in pairs:
-        seen.setdefault(pair.prompt, pair)
+        if pair.prompt not in taken:
+            seen.setdefault(pair.prompt, pair)
     return tuple(seen.values())
