@@ -45,6 +45,10 @@ QUICK = LeaseSettings(
 )
 
 
+# what a job that may succeed has to publish
+SUCCESS = (Form.METRICS, Form.REPORTS, Form.ADAPTER, Form.ADAPTER_STOCK)
+
+
 def wait_until(condition: Callable[[], object], *, seconds: float) -> None:
     """Poll until the condition holds; fail the test when it does not in time."""
     deadline = time.monotonic() + seconds

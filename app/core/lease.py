@@ -39,6 +39,8 @@ from finetuning.spec.progress import Stage
 from finetuning.spec.recipe import Kind, Recipe
 
 _WAKE_AT_MOST = 100
+_ALIGN_FORMS = frozenset({Form.ALIGNMENT})
+_TUNE_FORMS = frozenset({Form.METRICS, Form.REPORTS, Form.ADAPTER, Form.ADAPTER_STOCK})
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, 
     alignment every fine-tune that waited for the base.
     """
     aligns = lease.recipe.kind is Kind.ALIGN
-    needed = {Form.ALIGNMENT} if aligns else {Form.METRICS, Form.REPORTS, Form.ADAPTER}
+    needed = _ALIGN_FORMS if aligns else _TUNE_FORMS
     missing = needed - {file.form for file in published.files}
     if missing:
         raise ValueError(f"the result lacks {sorted(missing)}")
@@ -258,7 +260,7 @@ def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, 
             base_id=job.base_id,
             job_id=job.id,
             # what a model server loads on the public base: alignment and task adapter joined by rank
-            artifact_id=artifacts.get(Form.ADAPTER_STOCK, artifacts[Form.ADAPTER]).id,
+            artifact_id=artifacts[Form.ADAPTER_STOCK].id,
         )
     )
     append_events(session, job.id, [NewEvent("The job has successfully completed")])

@@ -150,6 +150,6 @@ def _adapter(session: Session, artifact_id: str) -> Blob:
     return blob_of(session.scalars(of_artifact).one())
 
 
-def _alignment(session: Session, base: BaseModel) -> Blob | None:
-    file = session.scalars(select(File).where(File.id == base.alignment_file)).one_or_none()
-    return None if file is None else blob_of(file)
+def _alignment(session: Session, base: BaseModel) -> Blob:
+    # a ready base without its file is an error, never an unaligned answer
+    return blob_of(session.scalars(select(File).where(File.id == base.alignment_file)).one())

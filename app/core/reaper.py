@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import structlog
 from celery import Celery
 from sqlalchemy import ColumnElement, func, or_, select, update
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from app.core import files, replies
 from app.core.blobs import BlobStore
@@ -115,16 +115,19 @@ def end_overdue_checks(session: Session, check_seconds: float) -> None:
 
 
 def rewake(database: Database, celery: Celery, settings: Settings) -> None:
-    """Wake what waits, is due and was not woken lately, but never past one message per waiting row.
+    """Wake what waits, is due and was not woken lately, but never past one message per waiting row of a queue.
 
     Without that bound a stopped pool would find thousands of duplicates when it comes back.
     """
-    for task, queue, waiting in _waits(database):
+    for queue, waits in _waits(database).items():
         depth = queue_depth(celery, queue)
         if depth is None:
             continue
         with database.writing() as session:
-            wakes = _due_wakes(session, task, queue, waiting, depth, settings.lease.rewake_seconds)
+            wakes: list[Wake] = []
+            room = sum(waiting.count(session) for waiting in waits) - depth
+            for waiting in waits:
+                wakes += waiting.mark(session, queue, room - len(wakes), settings.lease.rewake_seconds)
             session.commit()
         wake(celery, *wakes)
 
@@ -188,19 +191,25 @@ def _folders_of(key: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Waiting:
-    # one kind of waiting row: which rows, when they were woken, in which order they are served
-    id: InstrumentedAttribute[str]
+    # one kind of row that waits for a worker: the task that helps it, and which rows these are
+    task: TaskName
     table: type[File] | type[Job]
     which: tuple[ColumnElement[bool], ...]
 
+    def count(self, session: Session) -> int:
+        return session.scalars(select(func.count()).select_from(self.table).where(*self.which)).one()
 
-def _waits(database: Database) -> list[tuple[TaskName, str, _Waiting]]:
-    unchecked = _Waiting(File.id, File, (File.status == FileStatus.UPLOADED, File.deleted_at.is_(None)))
-    validating = _Waiting(Job.id, Job, (Job.state == JobState.VALIDATING,))
-    waits: list[tuple[TaskName, str, _Waiting]] = [
-        (CHECK_FILE, CHECKS_QUEUE, unchecked),
-        (CHECK_JOB, CHECKS_QUEUE, validating),
-    ]
+    def mark(self, session: Session, queue: str, room: int, rewake_seconds: float) -> list[Wake]:
+        table = self.table
+        stale = or_(table.woken_at.is_(None), table.woken_at < db_now() - rewake_seconds)
+        oldest = select(table.id).where(*self.which, stale).order_by(table.created_at, table.seq).limit(max(0, room))
+        marked = update(table).where(table.id.in_(oldest), stale).values(woken_at=db_now()).returning(table.id)
+        return [Wake(self.task, row_id, queue) for row_id in session.scalars(marked)]
+
+
+def _waits(database: Database) -> dict[str, list[_Waiting]]:
+    unchecked = _Waiting(CHECK_FILE, File, (File.status == FileStatus.UPLOADED, File.deleted_at.is_(None)))
+    validating = _Waiting(CHECK_JOB, Job, (Job.state == JobState.VALIDATING,))
     queued = Job.state == JobState.QUEUED, Job.run_after <= db_now(), base_is_ready()
     with database.reading() as session:
         by_queue = session.execute(
@@ -208,17 +217,5 @@ def _waits(database: Database) -> list[tuple[TaskName, str, _Waiting]]:
         ).all()
     JOBS_QUEUED.set(sum(count for _, count, _ in by_queue))
     OLDEST_WAIT_SECONDS.set(max((age for _, _, age in by_queue), default=0.0))
-    return waits + [(RUN_JOB, queue, _Waiting(Job.id, Job, (*queued, Job.queue == queue))) for queue, _, _ in by_queue]
-
-
-def _due_wakes(
-    session: Session, task: TaskName, queue: str, waiting: _Waiting, depth: int, rewake_seconds: float
-) -> tuple[Wake, ...]:
-    table = waiting.table
-    room = session.scalars(select(func.count()).select_from(table).where(*waiting.which)).one() - depth
-    stale = or_(table.woken_at.is_(None), table.woken_at < db_now() - rewake_seconds)
-    if room <= 0:
-        return ()
-    oldest = select(waiting.id).where(*waiting.which, stale).order_by(table.created_at, table.seq).limit(room)
-    marked = update(table).where(waiting.id.in_(oldest), stale).values(woken_at=db_now()).returning(waiting.id)
-    return tuple(Wake(task, row_id, queue) for row_id in session.scalars(marked))
+    waits = {queue: [_Waiting(RUN_JOB, Job, (*queued, Job.queue == queue))] for queue, _, _ in by_queue}
+    return {CHECKS_QUEUE: [unchecked, validating]} | waits

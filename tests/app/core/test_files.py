@@ -12,7 +12,7 @@ from app.core.ids import Prefix, new_id
 from app.core.policy import CreateJob
 from app.core.settings import Settings
 from app.core.tables import BaseModel, File, FilePurpose, FileStatus, Form, Project
-from tests.conftest import add_file, add_job, published
+from tests.conftest import SUCCESS, add_file, add_job, published
 
 
 def test_a_file_is_seen_by_its_project_alone(
@@ -114,7 +114,7 @@ def test_a_served_adapter_cannot_be_deleted_before_its_model(
     with database.writing() as session:
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
-        lease.finish(session, held, published(held, Form.METRICS, Form.REPORTS, Form.ADAPTER))
+        lease.finish(session, held, published(held, *SUCCESS))
         by_form = {result.artifact.form: result.file for result in jobs.list_artifacts(session, project.id, job.id)}
         files.delete_file(session, project.id, by_form[Form.REPORTS].id)
         with pytest.raises(InvalidRequest, match="delete the model"):

@@ -13,7 +13,7 @@ from app.core.policy import CreateJob, get_policy, resolve_recipe
 from app.core.settings import Settings
 from app.core.tables import BaseModel, BaseStatus, FileStatus, Form, Job, Project
 from finetuning.spec.recipe import Recipe
-from tests.conftest import add_file, add_job, published
+from tests.conftest import SUCCESS, add_file, add_job, published
 
 ALL = Page(limit=100)
 
@@ -213,7 +213,7 @@ def test_of_two_cancels_and_a_finish_at_once_exactly_one_ends_the_job(
         with database.writing() as session:
             try:
                 if way == "finish":
-                    lease.finish(session, held, published(held, Form.METRICS, Form.REPORTS, Form.ADAPTER))
+                    lease.finish(session, held, published(held, *SUCCESS))
                 else:
                     jobs.cancel(session, project.id, job.id)
             except (ImmunotuneError, lease.LeaseLost):

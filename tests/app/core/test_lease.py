@@ -11,9 +11,7 @@ from app.core.jobs import JobError, NewEvent
 from app.core.lease import Lease, News, ReleaseCause, SavedCheckpoint
 from app.core.settings import Settings
 from app.core.tables import BaseModel, Checkpoint, File, Form, Job, Model, Project
-from tests.conftest import add_job, published
-
-SUCCESS = (Form.METRICS, Form.REPORTS, Form.ADAPTER, Form.ADAPTER_STOCK)
+from tests.conftest import SUCCESS, add_job, published
 
 
 def claim(database: Database, settings: Settings, job: Job) -> Lease | None:

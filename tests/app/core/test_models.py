@@ -1,0 +1,134 @@
+import pytest
+from sqlalchemy import select
+
+from app.core import files, jobs, lease, models
+from app.core.db import Database
+from app.core.errors import Forbidden, NotFound, ServiceBusy
+from app.core.jobs import JobError
+from app.core.settings import Settings
+from app.core.tables import BaseModel, Form, Job, Project
+from tests.conftest import SUCCESS, add_job, published
+
+
+@pytest.fixture
+def tuned(database: Database, settings: Settings, project: Project, base: BaseModel) -> Job:
+    """A succeeded job with its model."""
+    job = add_job(database, project, settings, suffix="support")
+    with database.writing() as session:
+        held = lease.claim(session, settings, job.id, "w")
+        assert held is not None
+        lease.finish(session, held, published(held, *SUCCESS))
+        session.commit()
+        return jobs.get_job(session, project.id, job.id)
+
+
+def name_of(job: Job) -> str:
+    assert job.fine_tuned_model is not None
+    return job.fine_tuned_model
+
+
+def test_a_base_is_aligned_once(database: Database, settings: Settings) -> None:
+    with database.writing() as session:
+        (due,) = models.ensure_base(session, settings)
+        assert models.ensure_base(session, settings) == ()
+        session.commit()
+    with database.reading() as session:
+        align = models.get_alignment(session, "tiny")
+        assert align is not None
+        assert (align.id, align.kind, align.state) == (due.id, "align", "queued")
+        assert models.get_base(session, "tiny").status == "aligning"
+
+
+def test_a_failed_alignment_is_tried_again_at_the_next_start(database: Database, settings: Settings) -> None:
+    with database.writing() as session:
+        (first,) = models.ensure_base(session, settings)
+        held = lease.claim(session, settings, first.id, "w")
+        assert held is not None
+        lease.fail(session, held, JobError("non_finite_loss", "..."))
+        session.commit()
+    with database.writing() as session:
+        assert models.get_base(session, "tiny").status == "failed"
+        (second,) = models.ensure_base(session, settings)
+        session.commit()
+    assert second.id != first.id
+    with database.reading() as session:
+        assert models.get_base(session, "tiny").status == "aligning"
+
+
+def test_align_jobs_are_nobodys(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+    with database.reading() as session:
+        align = session.scalars(select(Job).where(Job.kind == "align")).one()
+        with pytest.raises(NotFound):
+            jobs.get_job(session, project.id, align.id)
+
+
+def test_a_base_answers_once_it_is_ready(database: Database, settings: Settings, project: Project) -> None:
+    with database.writing() as session:
+        (due,) = models.ensure_base(session, settings)
+        with pytest.raises(ServiceBusy) as caught:
+            models.resolve(session, project.id, "tiny")
+        assert (caught.value.status, caught.value.code) == (503, "model_loading")
+        assert caught.value.retry_after is not None
+        held = lease.claim(session, settings, due.id, "w")
+        assert held is not None
+        result = published(held, Form.ALIGNMENT)
+        lease.finish(session, held, result)
+        session.commit()
+    with database.reading() as session:
+        target = models.resolve(session, project.id, "tiny")
+    assert (target.base_id, target.adapter) == ("tiny", result.files[0].blob)
+
+
+def test_a_model_resolves_to_its_adapter_for_its_project_alone(
+    database: Database, project: Project, baseline: Project, tuned: Job
+) -> None:
+    with database.reading() as session:
+        target = models.resolve(session, project.id, name_of(tuned))
+        stock = jobs.get_artifact(session, project.id, tuned.id, Form.ADAPTER_STOCK).file
+        with pytest.raises(NotFound) as foreign:
+            models.resolve(session, baseline.id, name_of(tuned))
+    assert (target.base_id, target.adapter) == ("tiny", files.blob_of(stock))
+    assert target.served == f"{stock.blob_key}@{stock.sha256}:{stock.size_bytes}"
+    assert foreign.value.code == "model_not_found"
+
+
+def test_models_are_listed_after_the_bases_for_their_project_alone(
+    database: Database, project: Project, baseline: Project, tuned: Job
+) -> None:
+    with database.reading() as session:
+        assert [model.id for model in models.list_models(session, project.id)] == ["tiny", name_of(tuned)]
+        assert [model.id for model in models.list_models(session, baseline.id)] == ["tiny"]
+
+
+def test_a_deleted_model_is_gone_and_its_artifacts_stay(
+    database: Database, settings: Settings, project: Project, tuned: Job
+) -> None:
+    with database.writing() as session:
+        models.delete_model(session, project.id, name_of(tuned))
+        session.commit()
+    with database.writing() as session:
+        for ask in (models.resolve, models.get_model, models.delete_model):
+            with pytest.raises(NotFound):
+                ask(session, project.id, name_of(tuned))
+        assert jobs.get_artifact(session, project.id, tuned.id, Form.ADAPTER).file.size_bytes > 0
+
+
+def test_a_base_cannot_be_deleted(database: Database, project: Project, base: BaseModel) -> None:
+    with database.writing() as session, pytest.raises(Forbidden) as caught:
+        models.delete_model(session, project.id, base.id)
+    assert caught.value.code == "model_protected"
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "../../base", "/etc", "ft:tiny:local:support:aaaaaaaa", "art_x"])
+def test_unknown_names_are_not_found(database: Database, project: Project, base: BaseModel, name: str) -> None:
+    with database.reading() as session, pytest.raises(NotFound) as caught:
+        models.resolve(session, project.id, name)
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("name", "base_id"),
+    [("smollm2", "smollm2-135m-instruct"), ("tiny", "tiny"), ("acme/Big_Model-7B", "big_model-7b"), ("/a/b c/", "b-c")],
+)
+def test_base_ids_come_from_names(name: str, base_id: str) -> None:
+    assert models.base_id_of(name) == base_id

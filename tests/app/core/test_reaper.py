@@ -1,0 +1,228 @@
+import pytest
+from celery import Celery
+from sqlalchemy import select, update
+
+from app.core import files, jobs, lease, reaper
+from app.core.blobs import BlobMissing, BlobStore, FolderBlobs, put_bytes
+from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
+from app.core.db import Database
+from app.core.job_states import JobState
+from app.core.settings import Settings
+from app.core.tables import BaseModel, File, FileStatus, Job, Project
+from tests.conftest import SUCCESS, add_file, add_job, published, wait_until
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Nothing is sent again unless a test makes it old."""
+    return settings.model_copy(update={"lease": settings.lease.model_copy(update={"rewake_seconds": 30.0})})
+
+
+def age(database: Database, table: type[File] | type[Job], **columns: float) -> None:
+    """Move stored times of all rows into the past by so many seconds."""
+    with database.writing() as session:
+        values = {name: getattr(table, name) - seconds for name, seconds in columns.items()}
+        session.execute(update(table).values(values))
+        session.commit()
+
+
+def claimed(database: Database, settings: Settings, job: Job) -> lease.Lease:
+    with database.writing() as session:
+        held = lease.claim(session, settings, job.id, "w")
+        session.commit()
+    assert held is not None
+    return held
+
+
+def expire(database: Database, settings: Settings) -> tuple[Wake, ...]:
+    with database.writing() as session:
+        wakes = reaper.expire(session, settings.lease)
+        session.commit()
+    return wakes
+
+
+def now_of(database: Database, job: Job) -> Job:
+    with database.reading() as session:
+        return session.scalars(select(Job).where(Job.id == job.id)).one()
+
+
+def test_a_live_lease_is_left_alone(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+    job = add_job(database, project, settings)
+    claimed(database, settings, job)
+    assert expire(database, settings) == ()
+    assert now_of(database, job).state == "running"
+
+
+def test_a_lost_worker_gives_its_job_back_until_the_third_loss(
+    database: Database, settings: Settings, project: Project, base: BaseModel
+) -> None:
+    job = add_job(database, project, settings)
+    for losses in (1, 2):
+        claimed(database, settings, job)
+        age(database, Job, lease_until=60)
+        assert expire(database, settings) == (Wake("immunotune.run_job", job.id, "train.cpu"),)
+        assert expire(database, settings) == ()
+        assert (now_of(database, job).state, now_of(database, job).losses) == ("queued", losses)
+    claimed(database, settings, job)
+    age(database, Job, lease_until=60)
+    assert expire(database, settings) == ()
+    found = now_of(database, job)
+    assert (found.state, (found.error or {})["code"]) == ("failed", "worker_crashed")
+
+
+def test_a_job_that_saves_nothing_for_hours_is_ended_though_it_beats(
+    database: Database, settings: Settings, project: Project, base: BaseModel
+) -> None:
+    job = add_job(database, project, settings)
+    held = claimed(database, settings, job)
+    age(database, Job, saved_at=settings.lease.stall_seconds + 1)
+    expire(database, settings)
+    found = now_of(database, job)
+    assert (found.state, (found.error or {})["code"], found.fence) == ("failed", "job_stalled", held.fence + 1)
+
+
+def test_a_lost_wake_up_is_sent_again(
+    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+) -> None:
+    add_job(database, project, settings)
+    add_job(database, project, settings, queued=False)
+    add_file(database, project, settings, rows=None)
+    reaper.rewake(database, broker, settings)
+    assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (0, 0)
+    age(database, Job, woken_at=60)
+    age(database, File, woken_at=60)
+    reaper.rewake(database, broker, settings)
+    assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (1, 2)
+
+
+def test_messages_never_outnumber_what_waits(
+    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+) -> None:
+    made = [add_job(database, project, settings) for _ in range(3)]
+    wake(broker, *(jobs.wake_for(job) for job in made[:2]))
+    for _ in range(4):
+        age(database, Job, woken_at=60)
+        reaper.rewake(database, broker, settings)
+    assert queue_depth(broker, CPU_QUEUE) == 3
+
+
+def test_resting_jobs_and_jobs_without_their_base_are_not_woken(
+    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+) -> None:
+    resting, waiting = add_job(database, project, settings), add_job(database, project, settings)
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 60))
+        session.execute(update(BaseModel).values(status="aligning"))
+        session.commit()
+    age(database, Job, woken_at=60)
+    reaper.rewake(database, broker, settings)
+    assert queue_depth(broker, CPU_QUEUE) == 0
+    assert now_of(database, waiting).state == "queued"
+
+
+def test_no_check_takes_for_ever(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+    file = add_file(database, project, settings, rows=None)
+    job = add_job(database, project, settings, queued=False)
+    age(database, File, created_at=901)
+    age(database, Job, created_at=901)
+    with database.writing() as session:
+        reaper.end_overdue_checks(session, settings.limits.check_seconds)
+        session.commit()
+    with database.reading() as session:
+        late = files.get_file(session, project.id, file.id)
+    assert (late.status, (late.validation or {})["errors_total"]) == ("error", 1)
+    assert (now_of(database, job).state, (now_of(database, job).error or {})["code"]) == ("failed", "file_not_ready")
+
+
+def test_a_deleted_file_loses_its_bytes_and_keeps_its_row(
+    database: Database, settings: Settings, project: Project, blobs: BlobStore
+) -> None:
+    file = add_file(database, project, settings)
+    put_bytes(blobs, file.blob_key, b"rows")
+    reaper.erase_deleted(database, blobs)
+    assert b"".join(blobs.read(file.blob_key)) == b"rows"
+    with database.writing() as session:
+        files.delete_file(session, project.id, file.id)
+        session.commit()
+    reaper.erase_deleted(database, blobs)
+    with pytest.raises(BlobMissing):
+        blobs.read(file.blob_key)
+    with database.reading() as session:
+        assert session.scalars(select(File.erased_at).where(File.id == file.id)).one() is not None
+
+
+def test_only_blobs_that_no_row_needs_are_swept(
+    database: Database, settings: Settings, project: Project, base: BaseModel, blobs: BlobStore
+) -> None:
+    running, ended = add_job(database, project, settings), add_job(database, project, settings)
+    held = claimed(database, settings, ended)
+    saved = lease.SavedCheckpoint(20, f"{held.prefix}/checkpoints/20", "print", {})
+    result = published(held, *SUCCESS, blobs=blobs)
+    with database.writing() as session:
+        lease.beat(session, settings.lease, held, "w", lease.News(checkpoints=(saved,)))
+        lease.finish(session, held, result)
+        session.commit()
+    file = add_file(database, project, settings)
+    needed = {
+        file.blob_key,
+        f"jobs/{running.id}/1/checkpoints/20/loop.json",
+        f"{saved.prefix}/adapter.safetensors",
+        f"{result.prefix}/reports/safety.json",
+    }
+    orphans = {
+        "files/proj_x/file-absent",
+        "jobs/ftjob-absent/1/result/adapter.zip",
+        f"jobs/{ended.id}/0/result/adapter.zip",
+        f"{held.prefix}/checkpoints/2/loop.json",
+    }
+    for key in needed | orphans:
+        put_bytes(blobs, key, b"x")
+    assert reaper.sweep(database, blobs, older_than_seconds=3600) == 0
+    assert reaper.sweep(database, blobs, older_than_seconds=-60) == len(orphans)
+    left = {blob.key for blob in blobs.list("")}
+    assert needed <= left
+    assert not orphans & left
+    assert {one.blob.key for one in result.files} <= left
+
+
+def test_the_thread_takes_a_job_back_and_wakes_it(
+    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+) -> None:
+    job = add_job(database, project, settings)
+    claimed(database, settings, job)
+    age(database, Job, lease_until=60)
+    ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
+    ticking.start()
+    try:
+        wait_until(lambda: now_of(database, job).state == JobState.QUEUED, seconds=10)
+        wait_until(lambda: queue_depth(broker, CPU_QUEUE) == 1, seconds=10)
+    finally:
+        ticking.stop()
+
+
+def test_the_thread_outlives_a_bad_tick(
+    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+) -> None:
+    with database.writing() as session:
+        file = add_file(database, project, settings, rows=None)
+        session.execute(update(File).where(File.id == file.id).values(blob_key="../not a key", deleted_at=1.0))
+        session.commit()
+    job = add_job(database, project, settings)
+    ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
+    ticking.start()
+    try:
+        claimed(database, settings, job)
+        age(database, Job, lease_until=60)
+        wait_until(lambda: now_of(database, job).state == JobState.QUEUED, seconds=10)
+    finally:
+        ticking.stop()
+
+
+def test_a_checked_file_is_not_checked_again(
+    database: Database, settings: Settings, project: Project, broker: Celery
+) -> None:
+    file = add_file(database, project, settings)
+    age(database, File, woken_at=60)
+    reaper.rewake(database, broker, settings)
+    assert file.status == FileStatus.PROCESSED
+    assert queue_depth(broker, CHECKS_QUEUE) == 0
