@@ -8,6 +8,7 @@ import time
 import anyio
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.failures import ProtocolError, crash_response, error_response
@@ -46,6 +47,8 @@ class Requests:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            _log.info("request.abandoned", method=scope["method"])
         except Exception:
             _log.exception("request.crashed", method=scope["method"])
             if status:  # the reply has begun: all that is left is to break it off

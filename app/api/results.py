@@ -25,7 +25,7 @@ from app.api.wire.results import (
     verdict_to_wire,
 )
 from app.core import jobs
-from app.core.blobs import read_bytes
+from app.core.blobs import BlobMissing, read_bytes
 from app.core.errors import InvalidRequest, NotFound, not_found
 from app.core.tables import Form
 from finetuning.spec.report import RowVerdict
@@ -96,13 +96,13 @@ def list_rows(job_id: JobId, request: Request, caller: SafetyReader, desk: DeskD
 
 def _ledger(desk: Desk, project_id: str, job_id: str) -> Sequence[RowVerdict]:
     with desk.database.reading() as session:
-        found = jobs.list_artifacts(session, project_id, job_id)
-    reports = [result.file for result in found if result.artifact.form == Form.REPORTS]
-    if not reports:
+        result = jobs.get_job(session, project_id, job_id).result
+    if result is None:
         return ()
-    # each report also lies beside the archive, as a blob of its own
-    folder = reports[0].blob_key.rpartition("/")[0]
-    return _LEDGER.validate_json(read_bytes(desk.blobs, f"{folder}/reports/rows.json"))
+    try:
+        return _LEDGER.validate_json(read_bytes(desk.blobs, f"{result['prefix']}/reports/rows.json"))
+    except BlobMissing:  # the job failed before its rows were screened
+        return ()
 
 
 def _select(request: Request, rows: Sequence[RowVerdict]) -> list[RowVerdict]:

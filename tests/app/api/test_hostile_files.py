@@ -2,11 +2,14 @@
 
 import io
 import json
+import socket
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.app.api.conftest import Customer, chat_row, chat_rows
+from tests.conftest import wait_until
 
 GOOD = chat_row("good") + b"\n"
 
@@ -200,3 +203,20 @@ def test_an_upload_in_many_small_pieces_is_the_same_file(customer: Customer) -> 
     reply = customer.http.post("/files", content=pieces, headers=kind)
     assert reply.status_code == 200
     assert customer.http.get(f"/files/{reply.json()['id']}/content").content == data
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(customer: Customer) -> None:
+    address = urlsplit(customer.served.url)
+    assert address.hostname is not None
+    head = (
+        "POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n"
+        f"Authorization: Bearer {customer.key}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
+        '--b\r\nContent-Disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n'
+    )
+    incoming = customer.served.settings.data / "blobs" / ".incoming"
+    with socket.create_connection((address.hostname, address.port or 0), timeout=10) as connection:
+        connection.sendall(head.encode() + chat_rows(1000))
+        wait_until(lambda: incoming.is_dir() and any(incoming.iterdir()), seconds=20)
+    wait_until(lambda: not any(incoming.iterdir()), seconds=20)
+    assert customer.http.get("/files").json()["data"] == []
+    assert list(customer.served.blobs.list(f"files/{customer.project.id}/")) == []

@@ -4,6 +4,9 @@ import base64
 
 import openai
 import pytest
+from openai.types import FileObject, Model
+from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from app.core import jobs, lease
 from tests.app.api.conftest import METRICS_CSV, Customer, chat_rows
@@ -133,6 +136,7 @@ def test_a_running_job_estimates_its_end_and_lists_checkpoints(customer: Custome
     assert checkpoint.step_number == 5
     assert checkpoint.metrics.train_loss == 0.9
     assert checkpoint.fine_tuned_model_checkpoint.endswith(f":demo:{job.id[-8:]}:ckpt-step-5")
+    FineTuningJobCheckpoint.model_validate(checkpoint.model_dump(), strict=True)
     event = next(iter(customer.sdk.fine_tuning.jobs.list_events(job.id)))
     assert (event.type, event.data) == ("metrics", {"step": 5})
 
@@ -183,3 +187,22 @@ def test_every_item_of_a_long_list_comes_once_while_new_ones_arrive(customer: Cu
         seen.append(job.id)
         customer.create(training_file=file_id)
     assert seen == made[::-1]
+
+
+def test_every_object_has_the_types_that_the_sdk_declares(customer: Customer) -> None:
+    """The SDK itself does not check what it parses, so a wrong type would surface in the customer's code."""
+    good, bad = customer.job(suffix="s", metadata={"a": "b"}), customer.job()
+    customer.succeed(good)
+    customer.fail_gate(bad)
+    get = customer.http.get
+    customer.create()
+    jobs_seen = get("/fine_tuning/jobs").json()["data"]
+    assert {job["status"] for job in jobs_seen} == {"validating_files", "succeeded", "failed"}
+    for job in jobs_seen:
+        FineTuningJob.model_validate(job, strict=True)
+    for event in get(f"/fine_tuning/jobs/{good.id}/events").json()["data"]:
+        FineTuningJobEvent.model_validate(event, strict=True)
+    for model in get("/models").json()["data"]:
+        Model.model_validate(model, strict=True)
+    for file in get("/files").json()["data"]:
+        FileObject.model_validate(file, strict=True)

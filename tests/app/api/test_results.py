@@ -1,0 +1,117 @@
+"""What a job tells of itself: safety report, row ledger, parity certificate."""
+
+import csv
+
+import pytest
+
+from tests.app.api.conftest import CERTIFICATE, LEDGER, Customer
+from tests.app.api.test_hostile_requests import check_envelope
+
+
+@pytest.fixture
+def done(customer: Customer) -> str:
+    """The path of a succeeded job."""
+    job = customer.job()
+    customer.succeed(job)
+    return f"/fine_tuning/jobs/{job.id}"
+
+
+def test_a_report_has_a_column_per_model(customer: Customer, done: str) -> None:
+    report = customer.http.get(f"{done}/safety").json()
+    assert (report["object"], report["complete"], report["policy"]) == ("ext.safety_report", True, "pol_immunotune@1")
+    assert report["probe_set"] == {"id": "gate", "sha256": "7a" * 32, "n": 60}
+    harm = report["metrics"]["harmful_score"]
+    assert harm["better"] == "lower"
+    assert set(harm) == {"better", "before", "after"}
+    assert harm["after"]["n"] == 60
+    assert len(harm["after"]["ci95"]) == 2
+    assert report["metrics"]["utility"]["better"] == "higher"
+    assert report["gate"]["decision"] == "pass"
+    assert report["gate"]["checks"][0]["metric"] == "harmful_score"
+    assert report["held_out"]["items"]["utility"]["after"]["n"] == 48
+
+
+def test_a_running_job_has_an_incomplete_report_and_no_rows(customer: Customer) -> None:
+    path = f"/fine_tuning/jobs/{customer.create().json()['id']}"
+    report = customer.http.get(f"{path}/safety").json()
+    assert (report["complete"], report["metrics"], report["gate"]["decision"]) == (False, {}, "pending")
+    assert customer.http.get(f"{path}/rows").json() == {
+        "object": "list",
+        "data": [],
+        "has_more": False,
+        "first_id": None,
+        "last_id": None,
+    }
+    check_envelope(customer.http.get(f"{path}/parity"), 404, "not_found")
+
+
+def test_a_failed_gate_keeps_its_report(customer: Customer) -> None:
+    job = customer.job()
+    customer.fail_gate(job)
+    report = customer.http.get(f"/fine_tuning/jobs/{job.id}/safety").json()
+    assert (report["complete"], report["gate"]["decision"]) == (True, "fail")
+    assert report["gate"]["reasons"]
+    assert len(customer.http.get(f"/fine_tuning/jobs/{job.id}/rows").json()["data"]) == 4
+
+
+def test_the_job_sums_its_report_up(customer: Customer, done: str) -> None:
+    safety = customer.http.get(done).json()["safety"]
+    assert (safety["gate"]["decision"], safety["antibody"]["rows_excluded"]) == ("pass", 1)
+    assert safety["scores"]["before"] == {"harmful_score": 0.0, "utility": None}
+    assert safety["scores"]["after"]["utility"] == 45 / 48
+    assert safety["parity"]["passed"] is True
+    assert safety["parity"]["certificate"] == customer.http.get(f"{done}/parity").json()["id"]
+    assert {item["form"] for item in safety["artifacts"]} == {"adapter", "adapter_stock", "mask", "reports"}
+
+
+def test_every_row_has_a_verdict(customer: Customer, done: str) -> None:
+    rows = customer.http.get(f"{done}/rows").json()["data"]
+    assert [(row["id"], row["line"], row["verdict"]) for row in rows] == [
+        (f"row-{row.line}", row.line, row.verdict) for row in LEDGER
+    ]
+    assert rows[1]["reasons"] == [{"code": "harmful_probe_match", "score": 0.93, "threshold": 0.6}]
+    assert rows[0]["preview"] is None
+
+
+def test_rows_filter_sort_and_page(customer: Customer, done: str) -> None:
+    def lines(query: str) -> list[int]:
+        return [row["line"] for row in customer.http.get(f"{done}/rows?{query}").json()["data"]]
+
+    assert lines("verdict=kept") == [1, 5]
+    assert lines("order=weight") == [2, 3, 1, 5]
+    assert lines("order=weight&limit=2") == [2, 3]
+    assert lines("order=weight&after=row-3") == [1, 5]
+    first = customer.http.get(f"{done}/rows?limit=3").json()
+    assert (first["has_more"], first["last_id"]) == (True, "row-3")
+    last = customer.http.get(f"{done}/rows?limit=3&after=row-3").json()
+    assert (last["has_more"], [row["line"] for row in last["data"]]) == (False, [5])
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "param"),
+    [
+        ("limit=1001", "invalid_limit", "limit"),
+        ("after=row-4", "invalid_cursor", "after"),
+        ("verdict=kept&after=row-2", "invalid_cursor", "after"),
+        ("verdict=bad", "invalid_value", "verdict"),
+        ("order=desc", "invalid_value", "order"),
+        ("format=xml", "invalid_value", "format"),
+        ("include=preview", "unsupported_parameter", "include"),
+    ],
+)
+def test_a_bad_query_of_rows_is_refused(customer: Customer, done: str, query: str, code: str, param: str) -> None:
+    check_envelope(customer.http.get(f"{done}/rows?{query}"), 400, code, param)
+
+
+def test_the_whole_ledger_comes_as_csv(customer: Customer, done: str) -> None:
+    reply = customer.http.get(f"{done}/rows?format=csv")
+    assert reply.headers["content-type"].startswith("text/csv")
+    rows = list(csv.DictReader(reply.text.splitlines()))
+    assert [(int(row["line"]), row["verdict"]) for row in rows] == [(row.line, row.verdict) for row in LEDGER]
+    assert rows[1]["reasons"] == "harmful_probe_match"
+
+
+def test_the_certificate_is_the_stored_one(customer: Customer, done: str) -> None:
+    body = customer.http.get(f"{done}/parity").json()
+    assert body["object"] == "ext.parity_certificate"
+    assert {name: body[name] for name in CERTIFICATE.model_dump()} == CERTIFICATE.model_dump()
