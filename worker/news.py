@@ -25,6 +25,7 @@ from finetuning.spec.progress import (
 
 _METRICS_EVERY_STEPS = 10
 _METRICS_EVERY_SECONDS = 30.0
+_SAVING: frozenset[Stage] = frozenset({"align", "train"})
 _STAGE_WORDS: dict[Stage, str] = {
     "align": "Aligning the base",
     "screen": "Screening the rows",
@@ -46,6 +47,8 @@ class Reporter:
         self._told_at = clock()
         self._first: tuple[int, float] | None = None
         self.rows: RowsScreened | None = None
+        self.saves = False
+        """Whether the stage under way saves checkpoints."""
 
     def news(self, progress: Progress) -> News:
         """What the next beat should carry; empty when it is not worth a write."""
@@ -53,6 +56,7 @@ class Reporter:
             case StageStarted():
                 self._figures = {}
                 self._first = None
+                self.saves = progress.stage in _SAVING
                 message = progress.detail or _STAGE_WORDS.get(progress.stage, f"Stage {progress.stage}")
                 return News(events=(NewEvent(message),), stage=progress.stage, progress={})
             case StageProgress():

@@ -5,6 +5,7 @@ visible to anyone until `lease.finish` or `lease.fail` commits the list.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from app.core.blobs import BlobStore, put_file
@@ -12,8 +13,8 @@ from app.core.db import JsonObject
 from app.core.jobs import JobError
 from app.core.lease import Lease, Published, PublishedFile
 from app.core.tables import Form
-from finetuning.spec.progress import Finished, RowsScreened
-from finetuning.spec.results_csv import HEADER
+from finetuning.spec.progress import Finished, RowsScreened, StepDone
+from finetuning.spec.results_csv import results_csv
 from worker.archive import pack
 
 METRICS_FILE = "metrics.csv"
@@ -35,14 +36,19 @@ _LIMIT_OF_METRIC = {
 
 
 def publish(
-    store: BlobStore, lease: Lease, scratch: Path, *, rows: RowsScreened | None, trained_tokens: int
+    store: BlobStore,
+    lease: Lease,
+    scratch: Path,
+    *,
+    steps: Sequence[StepDone],
+    rows: RowsScreened | None,
+    trained_tokens: int,
 ) -> Published:
-    """Upload what the result folder holds, the results CSV first. Raises StorageFull, BlobExists."""
+    """Upload what the result folder holds, the results CSV (from all `steps`) first. Raises StorageFull, BlobExists."""
     result = scratch / "result"
     result.mkdir(exist_ok=True)
     metrics = result / METRICS_FILE
-    if not metrics.exists():
-        metrics.write_text(HEADER + "\n", encoding="utf-8")
+    metrics.write_text(results_csv(steps), encoding="utf-8")
     prefix = f"{lease.prefix}/result"
     files = [PublishedFile(Form.METRICS, "step_metrics.csv", put_file(store, f"{prefix}/{METRICS_FILE}", metrics))]
     for form, parts in _ARCHIVES.items():

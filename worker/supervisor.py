@@ -24,14 +24,14 @@ from app.core.errors import LeaseLost, StorageFull
 from app.core.jobs import JobError
 from app.core.lease import Beat, Lease, News, Published, ReleaseCause
 from app.core.settings import LeaseSettings, Settings
-from finetuning.spec.progress import CheckpointSaved, Failed, Finished, Note, Progress, from_line
+from finetuning.spec.progress import CheckpointSaved, Failed, Finished, Note, Progress, StepDone, from_line
 from finetuning.spec.recipe import Kind
 from worker.child import Child, describe_exit
 from worker.devices import Launcher, Mode, launch_command
 from worker.heartbeat import Heartbeat, Standing
 from worker.news import Reporter, saved
 from worker.publish import gate_error, publish
-from worker.workspace import Workspace, drop, keep_log, open_workspace, upload_folder
+from worker.workspace import Workspace, drop, keep_log, open_workspace, read_steps, upload_folder, write_steps
 
 _log = structlog.get_logger(__name__)
 _TICK_SECONDS = 0.2
@@ -128,6 +128,7 @@ class _Attempt:
         self._started_at = claimed_at
         self._draining_at: float | None = None
         self._reporter = Reporter()
+        self._steps: list[StepDone] = []
         self._heartbeat = Heartbeat(self._beat, interval_seconds=self._timings.beat_seconds, claimed_at=claimed_at)
 
     def run(self) -> None:
@@ -144,6 +145,7 @@ class _Attempt:
     def _work_or_hand_back(self) -> None:
         try:
             workspace = open_workspace(self._host.settings, self._host.blobs, self._lease)
+            self._steps = read_steps(workspace)
             try:
                 self._work(workspace)
             finally:
@@ -230,7 +232,8 @@ class _Attempt:
         drained = False
         if standing.draining:
             self._draining_at = self._draining_at or now
-            drained = has_saved or now - self._draining_at > _DRAIN_BEATS * self._timings.beat_seconds
+            waited = now - self._draining_at > _DRAIN_BEATS * self._timings.beat_seconds
+            drained = has_saved or waited or not self._reporter.saves
         overdue = now - self._started_at > self._lease.recipe.max_seconds
         return cause_to_stop(standing, self._timings, drained=drained, overdue=overdue)
 
@@ -239,6 +242,8 @@ class _Attempt:
         try:
             for line in child.lines():
                 progress = from_line(line)
+                if isinstance(progress, StepDone):
+                    self._steps.append(progress)
                 heard.put(self._upload(workspace, progress) if isinstance(progress, CheckpointSaved) else progress)
         except ValidationError:
             _log.error("child.bad_line")
@@ -248,6 +253,7 @@ class _Attempt:
     def _upload(self, workspace: Workspace, checkpoint: CheckpointSaved) -> Heard:
         prefix = f"{self._lease.prefix}/checkpoints/{checkpoint.step}"
         try:
+            write_steps(workspace.folder / checkpoint.folder, self._steps)
             upload_folder(self._host.blobs, prefix, workspace.folder / checkpoint.folder)
         except StorageFull as error:
             _log.error("checkpoint.skipped", step=checkpoint.step, message=error.message)
@@ -256,8 +262,14 @@ class _Attempt:
         return Saved(saved(checkpoint, prefix))
 
     def _publish(self, workspace: Workspace, trained_tokens: int) -> Published:
-        rows = self._reporter.rows
-        return publish(self._host.blobs, self._lease, workspace.folder, rows=rows, trained_tokens=trained_tokens)
+        return publish(
+            self._host.blobs,
+            self._lease,
+            workspace.folder,
+            steps=self._steps,
+            rows=self._reporter.rows,
+            trained_tokens=trained_tokens,
+        )
 
     def _fail(self, error: JobError, published: Published | None) -> None:
         _log.info("attempt.failed", code=error.code)

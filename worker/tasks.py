@@ -38,12 +38,12 @@ class _Process:
         return self.host
 
 
-def run_worker(settings: Settings, queues: Sequence[str]) -> int:
+def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher = launch_command) -> int:
     """Serve these queues until SIGTERM, one message at a time; returns the exit status.
 
     SIGTERM drains: the job under way is saved, handed back and taken up by another worker.
     """
-    celery = build_worker(settings)
+    celery = build_worker(settings, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]
     celery.worker_main(arguments)

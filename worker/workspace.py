@@ -3,8 +3,11 @@
 Knows blobs, digests and the folder's layout; must not know the database or how the process is run.
 """
 
+import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -14,11 +17,12 @@ from app.core.errors import StorageFull
 from app.core.lease import Lease
 from app.core.settings import Settings
 from finetuning.spec.order import TrainOrder, write_order
+from finetuning.spec.progress import StepDone, to_line
 from worker.archive import unpack
 from worker.devices import usable_cores
 
 ROWS, VALIDATION, ALIGNMENT, CHECKPOINT, RESULT = "rows.jsonl", "validation.jsonl", "alignment", "checkpoint", "result"
-_CONTENTS = "contents.json"
+_CONTENTS, _STEPS = "contents.json", "steps.jsonl"
 _KEPT_LOGS = 50
 # Checkpoints, cached hidden states and the result together, measured on the 135M base: 180 MiB
 _WORKING_BYTES = 512 * 2**20
@@ -75,6 +79,19 @@ def keep_log(settings: Settings, workspace: Workspace) -> Path:
     return target
 
 
+def write_steps(checkpoint: Path, steps: Sequence[StepDone]) -> None:
+    """Keep the steps so far with a checkpoint, so that the results CSV of a resumed job is whole."""
+    (checkpoint / _STEPS).write_text("".join(to_line(step) + "\n" for step in steps), encoding="utf-8")
+
+
+def read_steps(workspace: Workspace) -> list[StepDone]:
+    """The steps that the fetched checkpoint stands on; none without one."""
+    kept = workspace.folder / CHECKPOINT / _STEPS
+    if not kept.exists():
+        return []
+    return [StepDone.model_validate_json(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+
+
 def upload_folder(store: BlobStore, prefix: str, folder: Path) -> None:
     """Store every file of a folder under `prefix`, the list of contents last. Raises BlobExists, StorageFull."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
@@ -102,10 +119,12 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         packed.unlink()
     if lease.checkpoint is not None:
         fetch_folder(store, lease.checkpoint.prefix, folder / CHECKPOINT)
+    base = _base(settings, lease)
     return TrainOrder(
         job_id=lease.job_id,
         recipe=lease.recipe,
-        base=_base(settings, lease),
+        base=base,
+        base_sha256=_weights_digest(Path(base)),
         rows=ROWS if lease.training else None,
         validation=VALIDATION if lease.validation else None,
         alignment=ALIGNMENT if lease.alignment else None,
@@ -118,6 +137,21 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
 def _base(settings: Settings, lease: Lease) -> str:
     fetched = settings.data / "bases" / lease.base_id
     return str(fetched) if fetched.is_dir() else lease.base_source
+
+
+def _weights_digest(folder: Path) -> str:
+    """The sha256 of a base's weights: of the one file, or of its shards' digests; empty for a hub id."""
+    shards = sorted(folder.glob("*.safetensors"))
+    digests = [_file_digest(path, path.stat().st_mtime_ns) for path in shards]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, _changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_room(folder: Path, low_water_bytes: int, lease: Lease) -> None:

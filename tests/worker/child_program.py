@@ -14,11 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from finetuning.spec.order import read_order  # noqa: E402
-from finetuning.spec.progress import (  # noqa: E402
+from finetuning.spec.order import read_order
+from finetuning.spec.progress import (
     CheckpointSaved,
     Failed,
     Finished,
@@ -27,8 +24,8 @@ from finetuning.spec.progress import (  # noqa: E402
     StepDone,
     to_line,
 )
-from finetuning.spec.recipe import GateLimits, Kind  # noqa: E402
-from finetuning.spec.report import GateDecision, SafetyReport  # noqa: E402
+from finetuning.spec.recipe import GateLimits, Kind
+from finetuning.spec.report import GateDecision, SafetyReport
 
 
 def main() -> None:
@@ -53,7 +50,7 @@ def train(scratch: Path, script: dict[str, object]) -> None:
     if "needs" in script:
         assert (scratch / str(script["needs"])).exists()
     if script.get("babble"):
-        print("Loading weights: 100%")
+        sys.stdout.write("Loading weights: 100%\n")
     if "failed" in script:
         say(Failed(code=str(script["failed"]), message="it cannot be done", param="training_file"))
         return
@@ -119,7 +116,6 @@ def finish(scratch: Path, chain: str, kind: Kind, script: dict[str, object]) -> 
     (result / "reports" / "safety.json").write_text(report.model_dump_json())
     (result / "reports" / "rows.json").write_text("[]")
     (result / "mask.safetensors").write_bytes(b"mask")
-    (result / "metrics.csv").write_text("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,1,,,\n")
     (result / "recipe.json").write_text(GateLimits().model_dump_json())
     say(Finished(released=released, reasons=reasons, trained_tokens=1234, seconds={"train": 1.0}))
 

@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from tests.conftest import wait_until
+from tests.embedded.processes import is_gone
 from worker.child import Child, describe_exit
 from worker.devices import SOURCE_ROOT, Launch, launch_command
 
@@ -15,20 +15,6 @@ STUBBORN = (
     "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
 )
 PARENT = "import subprocess,sys,time; p=subprocess.Popen(['sleep','600']); print(p.pid, flush=True); time.sleep(600)"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20.0
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in twenty seconds"
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def start(tmp_path: Path, program: str) -> tuple[Child, str]:
@@ -41,13 +27,13 @@ def start(tmp_path: Path, program: str) -> tuple[Child, str]:
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     child, _ = start(tmp_path, STUBBORN)
     assert child.stop(grace_seconds=0.1) == -signal.SIGKILL
-    assert not is_alive(child.pid)
+    assert is_gone(child.pid)
 
 
 def test_stop_leaves_no_process_of_the_group(tmp_path: Path) -> None:
     child, grandchild = start(tmp_path, PARENT)
     child.stop(grace_seconds=5.0)
-    until(lambda: not is_alive(int(grandchild)))
+    wait_until(lambda: is_gone(int(grandchild)), seconds=10)
 
 
 def test_standard_error_is_the_log(tmp_path: Path) -> None:
@@ -61,7 +47,7 @@ def test_exits_are_described_for_people() -> None:
     assert describe_exit(3) == "ended with status 3"
 
 
-def test_the_training_process_sees_no_credentials(tmp_path: Path, monkeypatch: object) -> None:
+def test_the_training_process_sees_no_credentials(tmp_path: Path) -> None:
     os.environ["IMMUNOTUNE_API_KEY"] = "sk-proj-not-for-the-child"
     try:
         launch = launch_command(tmp_path, "run")
@@ -74,7 +60,6 @@ def test_the_training_process_sees_no_credentials(tmp_path: Path, monkeypatch: o
 
 def test_the_training_process_exits_at_the_end_of_its_standard_input(tmp_path: Path) -> None:
     launch = launch_command(tmp_path, "run")
-    (tmp_path / "pipeline_waits").touch()
     program = (
         "import sys, threading, worker.train as t; t._run = lambda scratch: iter(threading.Event().wait, None); "
         "print('up', file=sys.stderr, flush=True); t.main(sys.argv[1:])"

@@ -1,7 +1,6 @@
 """The heartbeat keeps news until a beat carries it, and says truthfully how long the last good beat is past."""
 
 import time
-from collections.abc import Callable
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -9,18 +8,12 @@ from sqlalchemy.exc import OperationalError
 from app.core.errors import LeaseLost
 from app.core.jobs import NewEvent
 from app.core.lease import Beat, News
+from tests.conftest import wait_until
 from worker.heartbeat import Heartbeat, join
 
 
 def event(text: str) -> News:
     return News(events=(NewEvent(text),))
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in ten seconds"
-        time.sleep(0.005)
 
 
 class Wire:
@@ -55,7 +48,7 @@ def test_news_travel_in_order_and_once(wire: Wire) -> None:
     heartbeat = beating(wire)
     for number in range(20):
         heartbeat.tell(event(str(number)))
-    until(lambda: len(wire.carried) >= 20)
+    wait_until(lambda: len(wire.carried) >= 20, seconds=10)
     assert heartbeat.stop(timeout_seconds=1) == News()
     assert wire.carried == [str(number) for number in range(20)]
 
@@ -64,27 +57,27 @@ def test_news_of_a_failed_beat_go_with_the_next_one(wire: Wire) -> None:
     wire.error = OperationalError("UPDATE", None, Exception("down"))
     heartbeat = beating(wire)
     heartbeat.tell(event("first"))
-    until(lambda: wire.beats >= 2)
+    wait_until(lambda: wire.beats >= 2, seconds=10)
     heartbeat.tell(event("second"))
     wire.error = None
-    until(lambda: len(wire.carried) == 2)
+    wait_until(lambda: len(wire.carried) == 2, seconds=10)
     heartbeat.stop(timeout_seconds=1)
     assert wire.carried == ["first", "second"]
 
 
 def test_silence_counts_from_the_last_good_beat(wire: Wire) -> None:
     heartbeat = beating(wire)
-    until(lambda: wire.beats >= 2)
+    wait_until(lambda: wire.beats >= 2, seconds=10)
     assert heartbeat.standing().silent_seconds < 5
     wire.error = OperationalError("UPDATE", None, Exception("down"))
-    until(lambda: heartbeat.standing().silent_seconds > 0.5)
+    wait_until(lambda: heartbeat.standing().silent_seconds > 0.5, seconds=10)
     heartbeat.stop(timeout_seconds=1)
 
 
 def test_a_lost_lease_ends_the_beats(wire: Wire) -> None:
     wire.error = LeaseLost()
     heartbeat = beating(wire)
-    until(lambda: heartbeat.standing().lost)
+    wait_until(lambda: heartbeat.standing().lost, seconds=10)
     heartbeat.stop(timeout_seconds=1)
     assert wire.beats == 1
 
@@ -92,10 +85,10 @@ def test_a_lost_lease_ends_the_beats(wire: Wire) -> None:
 def test_a_drain_once_heard_is_kept(wire: Wire) -> None:
     wire.draining = True
     heartbeat = beating(wire)
-    until(lambda: heartbeat.standing().draining)
+    wait_until(lambda: heartbeat.standing().draining, seconds=10)
     wire.draining = False
     beats = wire.beats
-    until(lambda: wire.beats > beats)
+    wait_until(lambda: wire.beats > beats, seconds=10)
     assert heartbeat.standing().draining
     heartbeat.stop(timeout_seconds=1)
 
@@ -103,7 +96,7 @@ def test_a_drain_once_heard_is_kept(wire: Wire) -> None:
 def test_urgent_news_do_not_wait_for_the_interval(wire: Wire) -> None:
     heartbeat = beating(wire, interval_seconds=60.0)
     heartbeat.tell(event("checkpoint"), soon=True)
-    until(lambda: wire.carried == ["checkpoint"])
+    wait_until(lambda: wire.carried == ["checkpoint"], seconds=10)
     heartbeat.stop(timeout_seconds=1)
 
 

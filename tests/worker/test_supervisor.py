@@ -18,7 +18,8 @@ from app.core.settings import Limits
 from app.core.tables import BaseModel, BaseStatus, Form, Model
 from finetuning.spec.recipe import Kind
 from tests.conftest import wait_until
-from tests.worker.scene import FAST, Scene, is_alive, open_scene, pid_in, recipe, scripted, settings_in
+from tests.embedded.processes import is_gone
+from tests.worker.scene import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
 from worker.supervisor import supervise
 
 
@@ -91,6 +92,9 @@ def test_a_killed_child_resumes_and_ends_with_the_same_bytes(scene: Scene, tmp_p
     job = scene.job(broken)
     assert (job.state, job.fence, job.losses) == (JobState.SUCCEEDED, 2, 0)
     assert scene.checkpoints(broken) == [(10, 1), (20, 2)]
+    metrics = [scene.download(scene.artifacts(each)[Form.METRICS]) for each in (whole, broken)]
+    assert metrics[0] == metrics[1]
+    assert len(metrics[0].splitlines()) == 1 + 30
     assert adapter_bytes(scene, broken, tmp_path) == adapter_bytes(scene, whole, tmp_path)
 
 
@@ -151,7 +155,7 @@ def test_cancel_ends_the_child_within_a_beat(scene: Scene, tmp_path: Path) -> No
         jobs.cancel(session, scene.job(job_id).project_id, job_id)
         session.commit()
     child = pid_in(tmp_path / "pid")()
-    wait_until(lambda: not is_alive(child), seconds=FAST.beat_seconds + 2.0)
+    wait_until(lambda: is_gone(child), seconds=FAST.beat_seconds + 5.0)
     attempt.join(10)
     assert scene.job(job_id).state == JobState.CANCELLED
     assert scene.artifacts(job_id) == {}
@@ -178,7 +182,8 @@ def test_a_drain_hands_the_job_back_without_a_loss(scene: Scene, tmp_path: Path)
     assert adapter_bytes(scene, drained, tmp_path) == adapter_bytes(scene, whole, tmp_path)
 
 
-def test_without_the_database_a_stubborn_child_is_killed_before_the_lease_ends(scene: Scene, tmp_path: Path) -> None:
+def test_without_the_database_a_stubborn_child_is_killed_before_the_lease_ends(tmp_path: Path) -> None:
+    scene = open_scene(settings_in(tmp_path / "data", lease=SHORT))
     job_id = scene.add_job(recipe())
     script = {"hang_at": 12, "ignore_sigterm": True, "pid_file": str(tmp_path / "pid")}
     attempt = in_background(scene, job_id, **script)
@@ -187,11 +192,12 @@ def test_without_the_database_a_stubborn_child_is_killed_before_the_lease_ends(s
     other = open_database(scene.settings)
     with other.writing() as session:
         session.execute(text("UPDATE workers SET devices = 'held'"))  # SQLite's one write lock is taken
-        wait_until(lambda: not is_alive(child), seconds=FAST.ttl_seconds)
+        wait_until(lambda: is_gone(child), seconds=SHORT.ttl_seconds)
         session.rollback()
     other.close()
-    attempt.join(20)
+    attempt.join(30)
     assert (scene.job(job_id).state, scene.job(job_id).losses) == (JobState.QUEUED, 0)
+    scene.database.close()
 
 
 def test_a_job_that_takes_too_long_fails(scene: Scene) -> None:

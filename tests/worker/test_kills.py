@@ -1,0 +1,195 @@
+"""Real workers, a real broker, a real reaper, and kill -9: each job still ends right, with the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from app.core import broker, jobs
+from app.core.broker import RUN_JOB, Wake
+from app.core.job_states import JobState
+from app.core.reaper import Reaper
+from app.core.settings import to_environment
+from app.core.tables import Form
+from embedded import valkey
+from embedded.children import Child, Part, start, stop
+from tests.conftest import wait_until
+from tests.embedded.processes import descendants, is_gone
+from tests.worker.scene import SHORT, Scene, open_scene, pid_in, recipe, settings_in
+from worker.devices import SOURCE_ROOT
+
+pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
+HERE = Path(__file__).parent
+SECONDS = 90.0
+SLOW = {"step_seconds": 0.05}
+
+
+class Running:
+    """A service made of real processes, except that jobs are added without an API."""
+
+    def __init__(self, folder: Path, runtime: Path) -> None:
+        settings = settings_in(folder / "data", runtime=runtime, lease=SHORT)
+        self.scene: Scene = open_scene(settings)
+        self.celery: Celery = broker.make_celery(settings)
+        self.reaper = Reaper(self.scene.database, self.celery, self.scene.blobs, settings)
+        self.pid_file = folder / "child.pid"
+        self.children: list[Child] = []
+        self.start_broker()
+        self.reaper.start()
+
+    def start_broker(self) -> Child:
+        runtime = self.scene.settings.runtime
+        child = start(valkey.part(runtime, runtime))
+        self.children.append(child)
+        wait_until(lambda: valkey.answers(runtime), seconds=SECONDS)
+        return child
+
+    def start_worker(self, **script: object) -> Child:
+        scripted = json.dumps({"pid_file": str(self.pid_file), **SLOW, **script})
+        argv = (sys.executable, str(HERE / "worker_program.py"), scripted, "train.cpu")
+        child = start(
+            Part("worker", argv, self.environment(), self.scene.settings.data / "worker.log", grace_seconds=40.0)
+        )
+        self.children.append(child)
+        return child
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ) | to_environment(self.scene.settings) | {"PYTHONPATH": str(SOURCE_ROOT)}
+
+    def submit(self) -> str:
+        job_id = self.scene.add_job(recipe(steps=40, save_every=10))
+        broker.wake(self.celery, Wake(RUN_JOB, job_id, "train.cpu"))
+        return job_id
+
+    def wait_for_state(self, job_id: str, state: JobState) -> None:
+        wait_until(lambda: self.scene.job(job_id).state == state, seconds=SECONDS)
+
+    def wait_for_checkpoint(self, job_id: str) -> int:
+        """Returns the training process that has just saved."""
+        wait_until(lambda: self.scene.checkpoints(job_id), seconds=SECONDS)
+        return pid_in(self.pid_file)()
+
+    def adapter(self, job_id: str) -> bytes:
+        folder = self.scene.settings.data
+        return self.scene.unpacked(self.scene.artifacts(job_id)[Form.ADAPTER], folder)["adapter_model.safetensors"]
+
+    def assert_same_as_undisturbed(self, job_id: str) -> None:
+        other = self.submit()
+        self.wait_for_state(other, JobState.SUCCEEDED)
+        assert self.scene.job(other).fence == 1
+        assert self.adapter(job_id) == self.adapter(other)
+
+    def close(self) -> None:
+        self.reaper.stop()
+        stop(self.children)
+        self.celery.close()
+        self.scene.database.close()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Running]:
+    runtime = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))  # short: it holds a socket
+    running = Running(tmp_path, runtime)
+    yield running
+    running.close()
+    shutil.rmtree(runtime, ignore_errors=True)
+
+
+def children_of(pid: int) -> set[int]:
+    return {below for below in descendants(pid) if not any(below in descendants(other) for other in descendants(pid))}
+
+
+def test_a_killed_training_process_changes_no_byte(service: Running) -> None:
+    service.start_worker()
+    job_id = service.submit()
+    os.kill(service.wait_for_checkpoint(job_id), signal.SIGKILL)
+    service.wait_for_state(job_id, JobState.SUCCEEDED)
+    assert service.scene.job(job_id).fence == 2
+    service.assert_same_as_undisturbed(job_id)
+
+
+def test_a_killed_supervisor_takes_its_child_along_and_the_job_goes_on(service: Running) -> None:
+    worker = service.start_worker()
+    job_id = service.submit()
+    training = service.wait_for_checkpoint(job_id)
+    (supervisor,) = children_of(worker.process.pid)
+    os.kill(supervisor, signal.SIGKILL)
+    wait_until(lambda: is_gone(training), seconds=5.0)
+    assert service.scene.job(job_id).state == JobState.RUNNING
+    service.wait_for_state(job_id, JobState.SUCCEEDED)
+    assert "The worker was lost; the job goes on from its last checkpoint" in service.scene.messages(job_id)
+    service.assert_same_as_undisturbed(job_id)
+
+
+def test_a_killed_worker_leaves_no_process_and_another_takes_over(service: Running) -> None:
+    worker = service.start_worker()
+    job_id = service.submit()
+    training = service.wait_for_checkpoint(job_id)
+    below = descendants(worker.process.pid)
+    assert training in below
+    worker.process.kill()
+    wait_until(lambda: all(is_gone(pid) for pid in below), seconds=5.0)
+    service.start_worker()
+    service.wait_for_state(job_id, JobState.SUCCEEDED)
+    service.assert_same_as_undisturbed(job_id)
+
+
+def test_a_stopped_worker_hands_its_job_over(service: Running) -> None:
+    worker = service.start_worker()
+    job_id = service.submit()
+    service.wait_for_checkpoint(job_id)
+    stop([worker])
+    assert service.scene.job(job_id).state == JobState.QUEUED
+    assert service.scene.job(job_id).losses == 0
+    service.start_worker()
+    service.wait_for_state(job_id, JobState.SUCCEEDED)
+    service.assert_same_as_undisturbed(job_id)
+
+
+def test_a_running_job_does_not_notice_that_the_broker_dies(service: Running) -> None:
+    service.start_worker()
+    job_id = service.submit()
+    service.wait_for_checkpoint(job_id)
+    service.children[0].process.kill()
+    service.children[0].process.wait()
+    second = service.submit()  # its wake-up is lost, its row is not
+    service.wait_for_state(job_id, JobState.SUCCEEDED)
+    assert service.scene.job(job_id).fence == 1
+    service.start_broker()
+    service.wait_for_state(second, JobState.SUCCEEDED)
+    assert service.adapter(job_id) == service.adapter(second)
+
+
+def test_a_job_committed_by_an_api_that_died_is_woken(service: Running) -> None:
+    service.start_worker()
+    died = subprocess.run(
+        [sys.executable, str(HERE / "api_program.py")],
+        input=recipe(steps=10).model_dump_json(),
+        env=service.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL
+    service.wait_for_state(died.stdout, JobState.SUCCEEDED)
+
+
+def test_cancel_ends_the_training_process_and_frees_the_worker(service: Running) -> None:
+    service.start_worker(hang_at=15)
+    job_id = service.submit()
+    training = service.wait_for_checkpoint(job_id)
+    with service.scene.database.writing() as session:
+        jobs.cancel(session, service.scene.job(job_id).project_id, job_id)
+        session.commit()
+    wait_until(lambda: is_gone(training), seconds=SHORT.beat_seconds + 5.0)
+    assert service.scene.job(job_id).state == JobState.CANCELLED
+    second = service.submit()
+    wait_until(lambda: service.scene.checkpoints(second), seconds=SECONDS)

@@ -1,0 +1,11 @@
+"""A real Celery worker whose training processes are the stand-in: `python worker_program.py SCRIPT_JSON QUEUE`."""
+
+import json
+import sys
+
+from app.core.settings import load_settings
+from tests.worker.scene import scripted
+from worker.tasks import run_worker
+
+if __name__ == "__main__":
+    sys.exit(run_worker(load_settings(), [sys.argv[2]], launcher=scripted(**json.loads(sys.argv[1]))))
