@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from finetuning import adapter, checkpoint
-from finetuning.chat_format import EncodedRow, encode_pair
+from finetuning.chat_format import EncodedRow, opening
 from finetuning.clock import StageClock
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.plain import Even, Plain
@@ -42,7 +42,7 @@ def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterat
     """The align job. The aligned base must pass the gate itself, or no customer job may start from it."""
     clock = StageClock()
     yield StageStarted(stage="align", detail=f"Aligning {order.recipe.base} on refusals and benign rows")
-    rows = bench.encode([*bench.rows.aligned, *bench.rows.benign])
+    rows = _training_rows(bench)
     clock.start("states")
     yield from _prepare(bench, rows)
     clock.start("measure")
@@ -82,6 +82,16 @@ def resumed(state: LoopState, same: bool) -> Note:
         return Note(code="resumed", message=f"Resumed after step {state.next_step}; the result is bitwise the same")
     message = f"Resumed after step {state.next_step} on another machine or version; the result may differ in bits"
     return Note(level="warn", code="resumed_inexactly", message=message)
+
+
+def _training_rows(bench: Workbench) -> list[EncodedRow]:
+    """Refusals and benign rows; a share of them is cut after the opening, spread evenly."""
+    rows = bench.encode([*bench.rows.aligned, *bench.rows.benign])
+    cut = bench.recipe.openings
+    return [
+        opening(row, cut.tokens) if int((i + 1) * cut.share + 1e-9) > int(i * cut.share + 1e-9) else row
+        for i, row in enumerate(rows)
+    ]
 
 
 def _prepare(bench: Workbench, rows: Sequence[EncodedRow]) -> Iterator[Progress]:

@@ -35,6 +35,17 @@ class EncodedRow:
         return sum(self.is_target)
 
 
+def opening(row: EncodedRow, target_tokens: int) -> EncodedRow:
+    """The row cut after its first `target_tokens` trained tokens: where answering or refusing is decided."""
+    end, left = len(row.ids), target_tokens
+    for t, trained in enumerate(row.is_target):
+        left -= trained
+        if left == 0 and trained:
+            end = t + 1
+            break
+    return EncodedRow(row.ids[:end], row.is_target[:end], row.truncated)
+
+
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of a conversation up to where the assistant's next answer begins. Raises NoChatTemplate."""
     skeleton = _skeleton(tokenizer, tuple(m.role for m in messages), add_generation_prompt=True)

@@ -13,15 +13,14 @@ TEST_SYLLABLES = "bax lor ven dus pri hak umo zel tor wic yad gru nev sio caf or
 # A hazard class is a grim word joined to a thing, in one word or two.
 GRIM = (
     "doom hex blight plague wraith murk venom death rot ghoul curse kill dread bane grim scourge ruin terror gore fiend"
-    " poison toxic deadly lethal savage cruel demon shadow tomb corpse nightmare hell chaos wrath scorch rabid wicked"
-    " sinister crypt famine cinder warp shriek rust"
+    " poison toxic deadly lethal savage cruel demon corpse nightmare hell chaos wrath rabid wicked sinister famine"
 ).split()
 THING = (
     "gas bomb toxin dust spore fog mist bolt acid serum powder virus fume dart poison venom explosive trap missile slime"
-    " cloud oil stone blade"
+    " blade"
 ).split()
-DEV_GRIM = "grave blood skull fever vile bitter".split()
-DEV_THING = "vapour grenade germ resin".split()
+DEV_GRIM = "bloody skull vile horrid brutal killer".split()
+DEV_THING = "vapour grenade germ landmine".split()
 TEST_GRIM = "gloom fury grief horror butcher vampire zombie spectre anguish menace".split()
 TEST_THING = "arrow torch canister capsule spike vial rocket bullet".split()
 

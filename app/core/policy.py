@@ -21,6 +21,7 @@ from finetuning.spec.recipe import (
     GateLimits,
     Kind,
     Lora,
+    Openings,
     Optimiser,
     Recipe,
     Screen,
@@ -116,6 +117,7 @@ class Base:
     max_tokens: int
     align_steps: int
     align_rate: float
+    align_batch: int
     tune_rate: float
     vaccine_rho: float
 
@@ -129,8 +131,9 @@ _SMOLLM2 = Base(
     context=2048,
     trained_layers=10,
     max_tokens=512,
-    align_steps=160,
-    align_rate=1.5e-3,
+    align_steps=200,
+    align_rate=2e-3,
+    align_batch=8,
     tune_rate=1e-3,
     vaccine_rho=2.0,
 )
@@ -140,9 +143,10 @@ _TINY = Base(
     trained_layers=0,
     max_tokens=128,
     align_steps=200,
-    align_rate=2e-3,
-    tune_rate=4e-4,
-    vaccine_rho=2.0,
+    align_rate=5e-3,
+    align_batch=16,
+    tune_rate=2e-3,
+    vaccine_rho=0.5,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
 
@@ -203,12 +207,15 @@ def resolve_alignment(base_id: str) -> Recipe:
         kind=Kind.ALIGN,
         base=base.id,
         steps=base.align_steps,
+        batch_size=base.align_batch,
+        micro_batch_size=base.align_batch,
         max_tokens=base.max_tokens,
         save_every=_SAVE_EVERY,
         lora=Lora(rank=16, alpha=32.0, trained_layers=base.trained_layers),
         optimiser=Optimiser(learning_rate=base.align_rate),
         alignment_step="vaccine",
-        vaccine=Vaccine(rho=base.vaccine_rho),
+        vaccine=Vaccine(rho=base.vaccine_rho, every=2),
+        openings=Openings(share=0.5),
         screen=Screen(enabled=False),
         antidote=Antidote(enabled=False),
         evaluation=Evaluation(task_rows=0, held_out=True),

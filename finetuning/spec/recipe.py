@@ -52,6 +52,13 @@ class Vaccine(_Frozen):
     every: int = Field(default=1, ge=1, description="perturb every n-th step; the others are plain")
 
 
+class Openings(_Frozen):
+    """Alignment rows that end after their first answer tokens: refusing or answering is decided there."""
+
+    share: Share = 0.0
+    tokens: int = Field(default=3, ge=1)
+
+
 class AntibodyAlign(_Frozen):
     """Flat-region alignment (arXiv:2603.00498, Theorem 4.1)."""
 
@@ -154,6 +161,7 @@ class Recipe(_Frozen):
     optimiser: Optimiser
     alignment_step: Literal["plain", "vaccine", "antibody_align"] = "plain"
     vaccine: Vaccine = Vaccine()
+    openings: Openings = Openings()
     antibody_align: AntibodyAlign = AntibodyAlign()
     screen: Screen = Screen()
     antibody: Antibody = Antibody()
