@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -155,9 +156,9 @@ def open_blobs(settings: Settings) -> BlobStore:
             root.mkdir(parents=True, exist_ok=True)
             return FolderBlobs(root, settings.limits.free_bytes)
         case "s3":
-            from app.core.blobs_s3 import open_s3  # only hosts with S3 need to load the object-store library
-
-            return open_s3(settings.blob_url)
+            # by name: that module imports this one, and only hosts with S3 need to load the object-store library
+            store: BlobStore = import_module("app.core.blobs_s3").open_s3(settings.blob_url)
+            return store
         case _:
             raise ValueError(f"IMMUNOTUNE_BLOB_URL must begin with file:/// or s3://, not {url.scheme!r}.")
 
