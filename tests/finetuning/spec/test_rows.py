@@ -441,7 +441,7 @@ def any_files(draw: st.DrawFn) -> bytes:
 
 
 @given(data=st.one_of(any_files(), whole_files), seed=st.integers(0, 2**16))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_report_does_not_depend_on_how_the_bytes_were_cut(data: bytes, seed: int) -> None:
     cuts = [random.Random(seed).randrange(len(data) + 1) for _ in range(8)]
     whole = scan(data)
@@ -450,7 +450,7 @@ def test_the_report_does_not_depend_on_how_the_bytes_were_cut(data: bytes, seed:
 
 
 @given(rows=st.lists(good_rows(), min_size=1, max_size=8), end=line_ends)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_valid_rows_always_pass_and_read_back(rows: list[bytes], end: bytes) -> None:
     data = end.join(rows)
     report = scan(data)
@@ -459,7 +459,7 @@ def test_valid_rows_always_pass_and_read_back(rows: list[bytes], end: bytes) -> 
 
 
 @given(data=st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_bytes_ever_raise(data: bytes) -> None:
     report = scan(data)
     json.dumps(report.to_json()).encode()
@@ -484,7 +484,7 @@ jsons = st.recursive(
 
 
 @given(row=jsons)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_json_ever_raises_and_what_passes_can_be_read(row: object) -> None:
     line = json.dumps(row).encode()
     report = scan(line)
