@@ -79,5 +79,18 @@ def test_training_and_test_tickets_share_no_wording_and_no_object() -> None:
     assert len(prompts[1]) == 96
 
 
+def test_the_readme_shows_the_quick_start_that_ships() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert shown is not None
+    assert (ROOT / "examples" / "sdk_quickstart.py").read_text(encoding="utf-8").endswith(shown[1])
+
+
+def test_every_document_that_is_linked_exists() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
