@@ -20,15 +20,8 @@ from app.api.json_bodies import body_of
 from app.api.paging import page, page_query
 from app.api.path_ids import JobId
 from app.api.repeats import repeat_of, replay
-from app.api.wire.jobs import (
-    CreateJobBody,
-    EmptyBody,
-    JobFrame,
-    checkpoint_to_wire,
-    event_to_wire,
-    job_to_wire,
-    to_create_job,
-)
+from app.api.wire.job_bodies import CreateJobBody, EmptyBody, to_create_job
+from app.api.wire.jobs import JobFrame, checkpoint_to_wire, event_to_wire, job_to_wire
 from app.core import broker, jobs, replies
 from app.core.db import Page, read_clock
 from app.core.errors import InvalidRequest
