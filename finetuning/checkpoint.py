@@ -65,8 +65,9 @@ def restore(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
     _verify(folder)
     loop: dict[str, Any] = json.loads((folder / _FILES[2]).read_text(encoding="utf-8"))
     adapter = load_file(folder / _FILES[0])
-    if len(adapter) != len(setup.parameters):
-        raise BadCheckpoint(f"the checkpoint holds {len(adapter)} tensors, the adapter has {len(setup.parameters)}")
+    shapes = [tuple(p.shape) for p in setup.parameters]
+    if [tuple(adapter[name].shape) for name in sorted(adapter, key=int)] != shapes:
+        raise BadCheckpoint(f"the checkpoint's {len(adapter)} tensors are not of the shape of this job's adapter")
     with torch.no_grad():
         for i, parameter in enumerate(setup.parameters):
             parameter.copy_(adapter[str(i)])

@@ -161,7 +161,6 @@ def _filter(bench: Workbench, encoded: Sequence[EncodedRow], calibration: Calibr
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     seed = mix(bench.recipe.seed, "scout")
     step = anchored_step(bench, bench.recipe.anchor, _anchors(bench, bench.recipe.anchor), seed=seed)
-    step.prepare(steps, bench.recipe.batch_size)
     even = Antibody(bench.recipe.antibody, gate=torch.ones(len(kept)))
     setup = training(bench, kept, step, even, steps=steps, seed=seed, optimiser=bench.recipe.optimiser)
     for done in train(setup, LoopState()):
@@ -270,7 +269,6 @@ def _train(
     yield StageStarted(stage="train", detail=f"Training on {len(ledger.kept)} rows, attempt {attempt}")
     reset_task(bench)
     step = anchored_step(bench, anchor, _anchors(bench, anchor), seed=mix(recipe.seed, "anchor"))
-    step.prepare(recipe.steps, recipe.batch_size)
     kept = ledger.kept
     setup = training(
         bench, [ledger.encoded[i] for i in kept], step, _weigher(bench, ledger, kept), steps=recipe.steps,

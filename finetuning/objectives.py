@@ -35,15 +35,19 @@ def row_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow]) -> 
 def nll_of_hidden(base: BaseModel, hidden_BTD: Tensor, rows: Sequence[EncodedRow]) -> RowLoss:
     """The same from last hidden states (B, T, D): position t predicts the id at t + 1."""
     where, labels, owner = target_index(rows, hidden_BTD.device)
-    flat = logits(base.model, hidden_BTD[owner, where]).float()
+    flat = at_least_fp32(logits(base.model, hidden_BTD[owner, where]))
     losses = F.cross_entropy(flat, labels, reduction="none")
-    n = len(rows)
-    tokens = torch.zeros(n, device=hidden_BTD.device).index_add(0, owner, torch.ones_like(losses))
-    total = torch.zeros(n, device=hidden_BTD.device).index_add(0, owner, losses)
-    hits = (flat.detach().argmax(-1) == labels).float()
-    correct = torch.zeros(n, device=hidden_BTD.device).index_add(0, owner, hits)
-    worst = torch.zeros(n, device=hidden_BTD.device).scatter_reduce(0, owner, losses.detach(), "amax")
+    none = losses.new_zeros(len(rows))
+    tokens = none.index_add(0, owner, torch.ones_like(losses))
+    total = none.index_add(0, owner, losses)
+    correct = none.index_add(0, owner, (flat.detach().argmax(-1) == labels).to(losses))
+    worst = none.scatter_reduce(0, owner, losses.detach(), "amax")
     return RowLoss(total / tokens.clamp(min=1), tokens, correct, worst)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half precision widened to fp32; wider values unchanged."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def target_index(rows: Sequence[EncodedRow], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

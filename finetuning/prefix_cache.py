@@ -19,9 +19,6 @@ from finetuning.base_model import BaseModel, body
 from finetuning.hidden_states import caught_outputs, first_tensor
 
 Ids = tuple[int, ...]
-_BATCH_TOKENS = 1024
-# States are computed at lengths rounded up to this, so that a row's bits do not depend on its neighbours' lengths.
-_LENGTH_STEP = 8
 
 
 class _Shape:
@@ -104,21 +101,17 @@ class PrefixCache:
         out = torch.zeros(len(rows), longest, self._base.hidden_size, device=self._base.device)
         for i, row in enumerate(rows):
             place = self._places.get(key(row))
-            found = self._read(place) if place is not None else self._compute([row])[0]
+            found = self._read(place) if place is not None else self._compute(row)
             out[i, : len(row)] = found.to(out.device)
         return out
 
     def prepare(self, rows: Sequence[Ids], progress: Callable[[int, int], None] | None = None) -> None:
-        """Compute and keep the states of rows that are not kept yet; deterministic in the order of `rows`."""
+        """Compute and keep the states of rows that are not kept yet; a row's bits do not depend on the others."""
         if self._cut == 0:
             return
         missing = list({key(row): row for row in rows if key(row) not in self._places}.values())
-        missing.sort(key=lambda row: (_rounded(row), row))
-        done = 0
-        for group in _groups(missing):
-            for row, state in zip(group, self._compute(group), strict=True):
-                self._keep(row, state)
-            done += len(group)
+        for done, row in enumerate(missing, start=1):
+            self._keep(row, self._compute(row))
             if progress is not None:
                 progress(done, len(missing))
 
@@ -130,12 +123,16 @@ class PrefixCache:
             yield
 
     @torch.no_grad()
-    def _compute(self, rows: Sequence[Ids]) -> list[Tensor]:
-        """Run the layers below the cut; the ones above are passed over."""
-        ids = pad(rows, self._base.device, length=_rounded(max(rows, key=len)))
+    def _compute(self, row: Ids) -> Tensor:
+        """Run the layers below the cut on one row alone, (T, D).
+
+        Alone, because a matrix product's last bits depend on its shape: so a row's states never depend on which rows
+        were computed with it, before a kill or after. Costs 1.4 times a grouped pass on two CPU cores.
+        """
+        ids = pad([row], self._base.device)
         with passing_above(self._base, self._cut, self._shape), caught_outputs(self._base.layers[self._cut - 1]) as kept:
             body(self._base.model)(input_ids=ids, use_cache=False)
-        return [kept[0][i, : len(row)] for i, row in enumerate(rows)]
+        return kept[0][0]
 
     def _open(self, folder: Path | None) -> np.memmap[Any, Any] | np.ndarray[Any, Any] | None:
         if self._cut == 0:
@@ -169,27 +166,9 @@ def key(row: Ids) -> bytes:
     return hashlib.blake2b(np.asarray(row, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-def pad(rows: Sequence[Ids], device: torch.device, *, length: int = 0) -> Tensor:
+def pad(rows: Sequence[Ids], device: torch.device) -> Tensor:
     """Right-padded ids (B, T). Padding is id 0 by position: a causal model never looks at it from a real token."""
-    longest = max(length, max(len(row) for row in rows))
-    out = torch.zeros(len(rows), longest, dtype=torch.long)
+    out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row)
     return out.to(device)
-
-
-def _rounded(row: Ids) -> int:
-    return -(-len(row) // _LENGTH_STEP) * _LENGTH_STEP
-
-
-def _groups(rows: list[Ids]) -> Iterator[list[Ids]]:
-    """Slices of sorted rows of equal rounded length, each of at most _BATCH_TOKENS tokens."""
-    start = 0
-    while start < len(rows):
-        length = _rounded(rows[start])
-        size = max(1, _BATCH_TOKENS // length)
-        end = start
-        while end < len(rows) and end - start < size and _rounded(rows[end]) == length:
-            end += 1
-        yield rows[start:end]
-        start = end

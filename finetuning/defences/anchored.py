@@ -102,12 +102,6 @@ class Anchored:
             backward(loss)
         return StepLoss(float(loss.detach()), float(found.correct[:n].sum()), int(found.tokens[:n].sum()))
 
-    def prepare(self, steps: int, batch_size: int) -> None:
-        """Compute the cached states of every row that `steps` steps will mix in, in an order no resume can change."""
-        rows = [row.ids for step in range(steps) for row in self.mixed(step, batch_size)]
-        for start in range(0, len(rows), 64):
-            self._cache.prepare(rows[start : start + 64])
-
     def mixed(self, step: int, batch_size: int) -> list[EncodedRow]:
         """The operator rows of a step: refusals and benign rows by mix_refusal_share, a pure function of the step."""
         count = mixed_in(step, batch_size, self._settings.mix_share)

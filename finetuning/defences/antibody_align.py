@@ -56,18 +56,20 @@ class AntibodyAlign:
 
     def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
         """Add delta, scaled by the micro-batch's share of the step, to the adapter's gradients."""
-        chosen = pick(len(self._harmful), len(micro.rows), seed=self._seed, step=micro.step, stream="harmful")
+        stream = f"harmful:{micro.start}"  # every slice of a step draws its own rows
+        chosen = pick(len(self._harmful), len(micro.rows), seed=self._seed, step=micro.step, stream=stream)
         sharp = self.sharpness([self._harmful[i] for i in chosen], [self._refused[i] for i in chosen])
         found = row_nll(self._base, self._cache, micro.rows)
         share = float(weights.sum())
         loss = (weights.to(found.nll) * found.nll).sum()
         g_a = self._grads(loss)
-        scale = strength(self._settings, g_a, sharp.g_s) if sharp.g_s else 0.0
+        # The rule compares mean gradients; g_a holds this slice's share of the step's mean already.
+        scale = strength(self._settings, [g / share for g in g_a], sharp.g_s) if share > 0 else 0.0
         for i, parameter in enumerate(self._parameters):
             delta = g_a[i]
             if scale:
                 delta = delta + share * scale * sharp.g_s[i]
-            if self._settings.lambda_refusal and sharp.g_refusal:
+            if self._settings.lambda_refusal:
                 delta = delta + share * self._settings.lambda_refusal * sharp.g_refusal[i]
             parameter.grad = delta.clone() if parameter.grad is None else parameter.grad + delta
         return StepLoss(float(loss.detach()), float(found.correct.sum()), int(found.tokens.sum()))

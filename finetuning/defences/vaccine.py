@@ -15,7 +15,7 @@ from finetuning.base_model import BaseModel, attention_block
 from finetuning.chat_format import EncodedRow
 from finetuning.determinism import rng_state, set_rng_state
 from finetuning.hidden_states import edited_outputs
-from finetuning.objectives import RowLoss, row_nll
+from finetuning.objectives import RowLoss, at_least_fp32, row_nll
 from finetuning.prefix_cache import PrefixCache
 from finetuning.strategies import Backward, MicroBatch, StepLoss
 
@@ -69,10 +69,10 @@ class Vaccine:
             nll = row_nll(self._base, self._cache, rows).nll
             loss = (weights.to(nll) * nll).sum()
             grads = list(torch.autograd.grad(loss, leaves))
-        squares = torch.stack([g.float().square().sum(dim=(1, 2)) for g in grads]).sum(0)  # (B,)
+        squares = torch.stack([at_least_fp32(g).square().sum(dim=(1, 2)) for g in grads]).sum(0)  # (B,)
         norm = squares.sqrt() if self._norm == "per_row" else squares.sum().sqrt().expand(len(rows))
         scale = torch.where(norm > 0, self._rho / norm.clamp(min=torch.finfo(torch.float32).tiny), norm)
-        eps = [(scale[:, None, None] * g.float()).to(g.dtype).detach() for g in grads]
+        eps = [(scale[:, None, None] * at_least_fp32(g)).to(g.dtype).detach() for g in grads]
         return Perturbation(eps, grads, norm, float(loss.detach()))
 
     def _finish(self, found: RowLoss, weights: Tensor, backward: Backward) -> StepLoss:
