@@ -21,7 +21,7 @@ from app.core.errors import ImmunotuneError, NotFound
 from app.core.jobs import JobError, NewEvent
 from app.core.models import get_base
 from app.core.policy import CreateJob, get_policy, resolve_recipe
-from app.core.settings import Settings
+from app.core.settings import Limits, Settings
 from app.core.tables import File, FileStatus, Job
 from finetuning.chat_format import NoChatTemplate, encode_row
 from finetuning.spec.recipe import Recipe
@@ -75,7 +75,7 @@ def check_file(host: Host, file_id: str) -> None:
     if file is None:
         return
     try:
-        report = scan(host.blobs.read(file.blob_key), seconds=host.settings.limits.check_seconds)
+        report = scan(host.blobs.read(file.blob_key), host.settings.limits)
     except BlobMissing:
         _log.warning("file.bytes_missing", file_id=file_id)  # the reaper ends its check in time
         return
@@ -119,13 +119,14 @@ def check_job(host: Host, job_id: str) -> None:
     host.wake(wakes)
 
 
-def scan(chunks: Iterable[bytes], *, seconds: float) -> RowReport:
-    """The report of a file's bytes; one with the file code `validation_timeout` when it takes longer than `seconds`."""
-    scanner, started = RowScanner(), time.monotonic()
+def scan(chunks: Iterable[bytes], limits: Limits) -> RowReport:
+    """The report of a file's bytes; its file code is `validation_timeout` when the check takes longer than allowed."""
+    scanner = RowScanner(max_file_bytes=limits.file_bytes, max_rows=limits.rows_max)
+    started = time.monotonic()
     for chunk in chunks:
         scanner.feed(chunk)
-        if time.monotonic() - started > seconds:
-            message = f"checking took longer than {seconds:g} s; split the file"
+        if time.monotonic() - started > limits.check_seconds:
+            message = f"checking took longer than {limits.check_seconds:g} s; split the file"
             late = RowError(1, 1, "", "validation_timeout", message)
             return RowReport(None, 0, 0, (late,), 1, (), 0, file_code="validation_timeout")
     return scanner.close()

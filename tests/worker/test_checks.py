@@ -15,7 +15,7 @@ from app.core.broker import Wake
 from app.core.db import Database, Page
 from app.core.ids import Prefix, new_id
 from app.core.policy import CreateJob
-from app.core.settings import Settings
+from app.core.settings import Limits, Settings
 from app.core.tables import BaseModel, Event, File, Job, Project
 from finetuning.bases import CHATML_TEMPLATE
 from finetuning.chat_format import encode_row, render_prompt
@@ -151,7 +151,7 @@ def test_a_checked_file_wakes_the_jobs_that_wait_for_it(shop: Shop) -> None:
 
 
 def test_a_scan_that_takes_too_long_ends_in_an_error() -> None:
-    report = scan(iter([rows(1), rows(1)]), seconds=-1.0)
+    report = scan(iter([rows(1), rows(1)]), Limits(check_seconds=1e-9))
     assert (report.file_code, report.is_valid) == ("validation_timeout", False)
 
 

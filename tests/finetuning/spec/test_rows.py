@@ -371,17 +371,17 @@ def test_a_line_of_ten_megabytes_costs_less_than_eight() -> None:
 
 def test_hostile_rows_take_linear_time() -> None:
     rows = [
-        b"[" * 2_000_000,
-        b"[" + b"[]," * 600_000 + b"[]]",
-        b'{"metadata":' + b"9" * 2_000_000 + b"}",
-        b'{"metadata":0.' + b"9" * 2_000_000 + b"}",
-        b'{"metadata":' + b"\\" * 2_000_000,
-        b'{"messages":"' + b"\\u0000" * 300_000 + b'"}',
-        chat(*[{"role": "user", "content": [{"type": "image"}] * 200} for _ in range(400)]),
+        b"[" * 500_000,
+        b"[" + b"[]," * 150_000 + b"[]]",
+        b'{"metadata":' + b"9" * 500_000 + b"}",
+        b'{"metadata":0.' + b"9" * 500_000 + b"}",
+        b'{"metadata":' + b"\\" * 500_000,
+        b'{"messages":"' + b"\\u0000" * 80_000 + b'"}',
+        chat(*[{"role": "user", "content": [{"type": "image"}] * 50} for _ in range(400)]),
     ]
     start = time.process_time()
     report = scan(b"\n".join(rows))
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 10  # seconds; anything quadratic takes minutes
     assert report.invalid_rows == len(rows)
 
 
