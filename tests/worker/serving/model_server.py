@@ -26,7 +26,10 @@ class ModelServer:
 
 @contextmanager
 def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServer]:
-    """Run `worker.serving.server` on `base`, with blobs below `data`; ready when the block begins."""
+    """Run `worker.serving.server` on `base`, with blobs below `data`; ready when the block begins.
+
+    At the end its input closes, as when its parent dies; every such server must then end by itself.
+    """
     port = port or free_port()
     argv = [sys.executable, "-m", "worker.serving.server", "--port", str(port), "--base", str(base)]
     env = {**os.environ, "IMMUNOTUNE_DATA": str(data), "OMP_NUM_THREADS": "1"}
@@ -36,6 +39,9 @@ def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServ
     try:
         _wait_until_it_answers(server, data)
         yield server
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=20) == 0
     finally:
         process.kill()
         process.wait()
@@ -48,7 +54,7 @@ def free_port() -> int:
 
 
 def _wait_until_it_answers(server: ModelServer, data: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     with httpx2.Client(transport=httpx2.HTTPTransport(retries=8)) as client:
         while server.process.poll() is None and time.monotonic() < deadline:
             try:

@@ -195,10 +195,3 @@ def test_a_client_that_leaves_stops_its_answer(server: ModelServer, streamed: bo
 def test_an_unknown_model_raises_the_sdks_own_error(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         chat(client, "ft:nothing")
-
-
-def test_the_server_ends_when_its_parent_does(folder: Path, data: Path) -> None:
-    with model_server(folder, data) as other:
-        assert other.process.stdin is not None
-        other.process.stdin.close()
-        assert other.process.wait(timeout=10) == 0
