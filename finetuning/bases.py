@@ -34,7 +34,7 @@ def fetch(name: str, folder: Path, *, say: Say = print) -> Path:
 
     Raises FetchFailed.
     """
-    if (folder / "base.json").exists():
+    if (folder / "config.json").exists():
         return folder
     if name in ("smollm2", SMOLLM2_ID):
         return _fetch_smollm2(folder, say)
@@ -42,10 +42,26 @@ def fetch(name: str, folder: Path, *, say: Say = print) -> Path:
         from finetuning.tiny_base import make_tiny_base
 
         return make_tiny_base(folder, say=say)
-    local = Path(name)
-    if (local / "config.json").exists():
-        return local
-    raise FetchFailed(f"{name} is neither smollm2, tiny nor a folder with a config.json; give one of these")
+    if (Path(name) / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(Path(name).resolve(), target_is_directory=True)
+        return folder
+    return _fetch_from_hub(name, folder, say)
+
+
+def _fetch_from_hub(name: str, folder: Path, say: Say) -> Path:
+    """A hub id's safetensors, tokenizer and configuration; nothing that could run code."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    say(f"downloading {name} from the model hub")
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        snapshot_download(name, local_dir=folder, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        mend = "give smollm2, tiny, a folder with a config.json, or an id that the hub serves to this machine"
+        raise FetchFailed(f"base {name} could not be fetched ({type(error).__name__}); {mend}") from error
+    return folder
 
 
 def _fetch_smollm2(folder: Path, say: Say) -> Path:

@@ -191,7 +191,7 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
         lora=_lora(base, request.lora or LoraWish()),
         optimiser=Optimiser(learning_rate=base.tune_rate * float(numbers.learning_rate_multiplier)),
         screen=Screen(enabled=policy.defended),
-        antibody=Antibody(score="contrast", refusals_per_row=1) if policy.defended else Antibody(),
+        antibody=Antibody(),
         anchor=Anchor(mix_share=0.15, kl_weight=1.0) if policy.defended else Anchor(),
         antidote=Antidote(enabled=policy.defended),
         gate=Gate(limits=_limits(request.safety), retries=1 if policy.defended else 0),
