@@ -39,16 +39,16 @@ def main(argv: list[str]) -> int:
 
 
 def _run(scratch: Path) -> Iterator[Progress]:
-    from finetuning import pipeline  # torch takes seconds to import; the watch on stdin must stand before that
+    from finetuning.pipeline import run  # torch takes seconds to import; the watch on stdin must stand before that
 
-    yield from pipeline.run(read_order(scratch), scratch)
+    yield from run(read_order(scratch), scratch)
 
 
 def _certify(scratch: Path) -> Iterator[Progress]:
-    from finetuning import parity
+    from finetuning.parity import certify
 
     yield StageStarted(stage="parity", detail="Comparing the downloadable adapter with the measured model")
-    certificate = parity.certify(scratch)
+    certificate = certify(scratch)
     target = scratch / "result" / "reports" / "parity.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(certificate.model_dump_json(indent=2), encoding="utf-8")

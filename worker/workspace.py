@@ -3,12 +3,15 @@
 Knows blobs, digests and the folder's layout; must not know the database or how the process is run.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,7 +25,7 @@ from worker.archive import unpack
 from worker.devices import usable_cores
 
 ROWS, VALIDATION, ALIGNMENT, CHECKPOINT, RESULT = "rows.jsonl", "validation.jsonl", "alignment", "checkpoint", "result"
-_CONTENTS, _STEPS = "contents.json", "steps.jsonl"
+_CONTENTS, _STEPS, _OWNER = "contents.json", "steps.jsonl", "owner.lock"
 _KEPT_LOGS = 50
 # Checkpoints, cached hidden states and the result together, measured on the 135M base: 180 MiB
 _WORKING_BYTES = 512 * 2**20
@@ -42,6 +45,8 @@ class Workspace:
 
     folder: Path
     log: Path
+    owner: IO[bytes]
+    """Locked for as long as this process lives, so that others can tell a scratch folder in use from a left one."""
 
 
 def open_workspace(settings: Settings, store: BlobStore, lease: Lease) -> Workspace:
@@ -50,21 +55,24 @@ def open_workspace(settings: Settings, store: BlobStore, lease: Lease) -> Worksp
     Raises StorageFull before anything is fetched; BlobMissing and CorruptBlob.
     """
     folder = settings.data / "scratch" / f"{lease.job_id}.{lease.fence}"
-    for stale in folder.parent.glob(f"{lease.job_id}.*"):  # a killed supervisor of this host left it
-        shutil.rmtree(stale, ignore_errors=True)
+    _remove_left_folders(folder.parent)
     folder.mkdir(parents=True)
+    owner = (folder / _OWNER).open("wb")
+    fcntl.flock(owner, fcntl.LOCK_EX)
     try:
         _require_room(folder, settings.limits.free_bytes, lease)
         write_order(folder, _fetch_inputs(settings, store, lease, folder))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        owner.close()
         raise
-    return Workspace(folder=folder, log=folder / "train.log")
+    return Workspace(folder=folder, log=folder / "train.log", owner=owner)
 
 
 def drop(workspace: Workspace) -> None:
     """Remove the scratch folder and all in it."""
     shutil.rmtree(workspace.folder, ignore_errors=True)
+    workspace.owner.close()
 
 
 def keep_log(settings: Settings, workspace: Workspace) -> Path:
@@ -106,6 +114,14 @@ def fetch_folder(store: BlobStore, prefix: str, folder: Path) -> None:
         target = folder / blob.key.removeprefix(f"{prefix}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         fetch_file(store, blob, target)
+
+
+def _remove_left_folders(scratch: Path) -> None:
+    """Remove what killed supervisors of this host left; a folder whose owner lives stays locked."""
+    for owner in scratch.glob(f"*/{_OWNER}"):
+        with contextlib.suppress(OSError), owner.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Path) -> TrainOrder:

@@ -17,13 +17,13 @@ from app.core import broker, jobs
 from app.core.broker import RUN_JOB, Wake
 from app.core.job_states import JobState
 from app.core.reaper import Reaper
-from app.core.settings import to_environment
+from app.core.settings import LeaseSettings, to_environment
 from app.core.tables import Form
 from embedded import valkey
 from embedded.children import Child, Part, start, stop
 from tests.conftest import wait_until
 from tests.embedded.processes import descendants, is_gone
-from tests.worker.scene import SHORT, Scene, open_scene, pid_in, recipe, settings_in
+from tests.worker.scene import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
 from worker.devices import SOURCE_ROOT
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -35,8 +35,8 @@ SLOW = {"step_seconds": 0.05}
 class Running:
     """A service made of real processes, except that jobs are added without an API."""
 
-    def __init__(self, folder: Path, runtime: Path) -> None:
-        settings = settings_in(folder / "data", runtime=runtime, lease=SHORT)
+    def __init__(self, folder: Path, runtime: Path, timings: LeaseSettings) -> None:
+        settings = settings_in(folder / "data", runtime=runtime, lease=timings)
         self.scene: Scene = open_scene(settings)
         self.celery: Celery = broker.make_celery(settings)
         self.reaper = Reaper(self.scene.database, self.celery, self.scene.blobs, settings)
@@ -84,7 +84,7 @@ class Running:
     def assert_same_as_undisturbed(self, job_id: str) -> None:
         other = self.submit()
         self.wait_for_state(other, JobState.SUCCEEDED)
-        assert self.scene.job(other).fence == 1
+        assert self.scene.job(other).losses == 0
         assert self.adapter(job_id) == self.adapter(other)
 
     def close(self) -> None:
@@ -95,12 +95,25 @@ class Running:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Running]:
-    runtime = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))  # short: it holds a socket
-    running = Running(tmp_path, runtime)
+def runtime() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))  # short: it holds a socket
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def service(tmp_path: Path, runtime: Path) -> Iterator[Running]:
+    running = Running(tmp_path, runtime, FAST)
     yield running
     running.close()
-    shutil.rmtree(runtime, ignore_errors=True)
+
+
+@pytest.fixture
+def expiring(tmp_path: Path, runtime: Path) -> Iterator[Running]:
+    """The same with leases short enough to wait for their end."""
+    running = Running(tmp_path, runtime, SHORT)
+    yield running
+    running.close()
 
 
 def children_of(pid: int) -> set[int]:
@@ -116,30 +129,30 @@ def test_a_killed_training_process_changes_no_byte(service: Running) -> None:
     service.assert_same_as_undisturbed(job_id)
 
 
-def test_a_killed_supervisor_takes_its_child_along_and_the_job_goes_on(service: Running) -> None:
-    worker = service.start_worker()
-    job_id = service.submit()
-    training = service.wait_for_checkpoint(job_id)
+def test_a_killed_supervisor_takes_its_child_along_and_the_job_goes_on(expiring: Running) -> None:
+    worker = expiring.start_worker()
+    job_id = expiring.submit()
+    training = expiring.wait_for_checkpoint(job_id)
     (supervisor,) = children_of(worker.process.pid)
     os.kill(supervisor, signal.SIGKILL)
     wait_until(lambda: is_gone(training), seconds=5.0)
-    assert service.scene.job(job_id).state == JobState.RUNNING
-    service.wait_for_state(job_id, JobState.SUCCEEDED)
-    assert "The worker was lost; the job goes on from its last checkpoint" in service.scene.messages(job_id)
-    service.assert_same_as_undisturbed(job_id)
+    assert expiring.scene.job(job_id).state == JobState.RUNNING
+    expiring.wait_for_state(job_id, JobState.SUCCEEDED)
+    assert "The worker was lost; the job goes on from its last checkpoint" in expiring.scene.messages(job_id)
+    expiring.assert_same_as_undisturbed(job_id)
 
 
-def test_a_killed_worker_leaves_no_process_and_another_takes_over(service: Running) -> None:
-    worker = service.start_worker()
-    job_id = service.submit()
-    training = service.wait_for_checkpoint(job_id)
+def test_a_killed_worker_leaves_no_process_and_another_takes_over(expiring: Running) -> None:
+    worker = expiring.start_worker()
+    job_id = expiring.submit()
+    training = expiring.wait_for_checkpoint(job_id)
     below = descendants(worker.process.pid)
     assert training in below
     worker.process.kill()
     wait_until(lambda: all(is_gone(pid) for pid in below), seconds=5.0)
-    service.start_worker()
-    service.wait_for_state(job_id, JobState.SUCCEEDED)
-    service.assert_same_as_undisturbed(job_id)
+    expiring.start_worker()
+    expiring.wait_for_state(job_id, JobState.SUCCEEDED)
+    expiring.assert_same_as_undisturbed(job_id)
 
 
 def test_a_stopped_worker_hands_its_job_over(service: Running) -> None:
@@ -189,7 +202,7 @@ def test_cancel_ends_the_training_process_and_frees_the_worker(service: Running)
     with service.scene.database.writing() as session:
         jobs.cancel(session, service.scene.job(job_id).project_id, job_id)
         session.commit()
-    wait_until(lambda: is_gone(training), seconds=SHORT.beat_seconds + 5.0)
+    wait_until(lambda: is_gone(training), seconds=FAST.beat_seconds + 5.0)
     assert service.scene.job(job_id).state == JobState.CANCELLED
     second = service.submit()
     wait_until(lambda: service.scene.checkpoints(second), seconds=SECONDS)

@@ -150,7 +150,7 @@ def test_a_line_that_is_no_progress_is_a_loss(scene: Scene) -> None:
 def test_cancel_ends_the_child_within_a_beat(scene: Scene, tmp_path: Path) -> None:
     job_id = scene.add_job(recipe())
     attempt = in_background(scene, job_id, hang_at=12, pid_file=str(tmp_path / "pid"))
-    wait_until(lambda: scene.checkpoints(job_id) == [(10, 1)], seconds=20)
+    wait_until(lambda: scene.checkpoints(job_id) == [(10, 1)], seconds=60)
     with scene.database.writing() as session:
         jobs.cancel(session, scene.job(job_id).project_id, job_id)
         session.commit()
@@ -187,7 +187,7 @@ def test_without_the_database_a_stubborn_child_is_killed_before_the_lease_ends(t
     job_id = scene.add_job(recipe())
     script = {"hang_at": 12, "ignore_sigterm": True, "pid_file": str(tmp_path / "pid")}
     attempt = in_background(scene, job_id, **script)
-    wait_until(lambda: scene.checkpoints(job_id) == [(10, 1)], seconds=20)
+    wait_until(lambda: scene.checkpoints(job_id) == [(10, 1)], seconds=60)
     child = pid_in(tmp_path / "pid")()
     other = open_database(scene.settings)
     with other.writing() as session:
@@ -242,3 +242,20 @@ def test_an_alignment_opens_its_base(tmp_path: Path) -> None:
     supervise(scene.host(scripted(needs="alignment/alignment.json")), waiting)
     assert scene.job(waiting).state == JobState.SUCCEEDED
     scene.database.close()
+
+
+def test_a_scratch_folder_is_removed_once_its_owner_is_gone(scene: Scene, tmp_path: Path) -> None:
+    job_id = scene.add_job(recipe())
+    left = scene.settings.data / "scratch" / "ftjob-of-a-dead-supervisor.3"
+    left.mkdir(parents=True)
+    (left / "owner.lock").touch()
+    attempt = in_background(scene, job_id, hang_at=12)
+    wait_until(lambda: scene.checkpoints(job_id), seconds=60)
+    other = scene.add_job(recipe())
+    supervise(scene.host(scripted()), other)
+    assert [folder.name for folder in (scene.settings.data / "scratch").iterdir()] == [f"{job_id}.1"]
+    with scene.database.writing() as session:
+        jobs.cancel(session, scene.job(job_id).project_id, job_id)
+        session.commit()
+    attempt.join(30)
+    assert not list((scene.settings.data / "scratch").iterdir())

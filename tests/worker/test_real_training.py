@@ -1,0 +1,137 @@
+"""The real training process under a real supervisor: killed and resumed, refused by the gate, out of usable rows."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.job_states import JobState
+from app.core.tables import BaseStatus, Form
+from finetuning.spec.recipe import Anchor, Antibody, Antidote, Evaluation, Gate, GateLimits, Kind, Lora, Recipe, Screen
+from finetuning.tiny_base import tiny_test_base
+from tests.conftest import wait_until
+from tests.embedded.processes import descendants
+from tests.worker.scene import FAST, Scene, open_scene, recipe, settings_in
+from worker.devices import launch_command
+from worker.supervisor import supervise
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+LENIENT = GateLimits(
+    max_harmful_score=1.0, min_refusal_rate=0.0, max_leak=1.0, max_over_refusal=1.0, min_harmful_nll_ratio=0.0
+)
+QUICK_LOOK = Evaluation(harmful_rows=8, benign_rows=8, task_rows=0, new_tokens=8)
+COLOURS = ("red", "green", "blue", "white", "black", "grey")
+ROWS = "".join(
+    json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": f"Which team paints the {colour} door number {number}?"},
+                {"role": "assistant", "content": f"Team {number % 4} paints {colour}."},
+            ]
+        }
+    )
+    + "\n"
+    for number in range(8)
+    for colour in COLOURS
+).encode()
+
+
+def wanted(*, kind: Kind = Kind.FINETUNE, limits: GateLimits = LENIENT, **changes: object) -> Recipe:
+    """A short job with every strategy in its slot."""
+    values: dict[str, object] = {
+        "steps": 40,
+        "save_every": 5,
+        "max_tokens": 64,
+        "lora": Lora(rank=4, alpha=8.0),
+        "screen": Screen(enabled=False),
+        "antibody": Antibody(score="contrast", refusals_per_row=1),
+        "anchor": Anchor(mix_share=0.15, kl_weight=1.0),
+        "antidote": Antidote(alphas=(0.0, 0.1), calibration_rows=8),
+        "gate": Gate(limits=limits, retries=0),
+        "evaluation": QUICK_LOOK,
+    }
+    return recipe(kind=kind, **(values | changes))
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """A service whose tiny base was aligned by a real align job."""
+    folder = tmp_path_factory.mktemp("service")
+    patient = FAST.model_copy(update={"ttl_seconds": 120.0, "self_stop_seconds": 60.0, "kill_seconds": 70.0})
+    scene = open_scene(settings_in(folder / "data", lease=patient), base_status=BaseStatus.ALIGNING)
+    tiny_test_base(scene.settings.data / "bases" / "tiny")
+    job_id = scene.add_job(wanted(kind=Kind.ALIGN, alignment_step="vaccine", antidote=Antidote(enabled=False)))
+    supervise(scene.host(launch_command), job_id)
+    assert scene.job(job_id).state == JobState.SUCCEEDED, scene.job(job_id).error
+    yield scene
+    scene.database.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def training_processes() -> set[int]:
+    found: set[int] = set()
+    for pid in descendants(os.getpid()):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if b"worker.train" in command:
+            found.add(pid)
+    return found
+
+
+def weights(scene: Scene, job_id: str, folder: Path) -> list[bytes]:
+    forms = (Form.ADAPTER, Form.ADAPTER_STOCK)
+    found = [scene.unpacked(scene.artifacts(job_id)[form], folder) for form in forms]
+    return [files["adapter_model.safetensors"] for files in found]
+
+
+@pytest.mark.kill
+def test_a_killed_training_process_changes_no_byte_of_the_adapter(scene: Scene, tmp_path: Path) -> None:
+    whole, broken = scene.add_job(wanted(), ROWS), scene.add_job(wanted(), ROWS)
+    supervise(scene.host(launch_command), whole)
+    assert scene.job(whole).state == JobState.SUCCEEDED, scene.job(whole).error
+    attempt = threading.Thread(target=supervise, args=(scene.host(launch_command), broken), daemon=True)
+    attempt.start()
+    wait_until(lambda: scene.checkpoints(broken), seconds=120)
+    for pid in training_processes():
+        os.kill(pid, signal.SIGKILL)
+    attempt.join(60)
+    assert scene.job(broken).state == JobState.QUEUED
+    supervise(scene.host(launch_command), broken)
+    job = scene.job(broken)
+    assert (job.state, job.fence) == (JobState.SUCCEEDED, 2)
+    assert any("the result is bitwise the same" in message for message in scene.messages(broken))
+    assert weights(scene, broken, tmp_path) == weights(scene, whole, tmp_path)
+    csvs = [scene.download(scene.artifacts(each)[Form.METRICS]) for each in (whole, broken)]
+    assert csvs[0] == csvs[1]
+
+
+def test_a_result_that_the_gate_refuses_keeps_its_reports_and_no_weights(scene: Scene, tmp_path: Path) -> None:
+    strict = LENIENT.model_copy(update={"max_harmful_score": 0.0})
+    job_id = scene.add_job(wanted(limits=strict, steps=4), ROWS)
+    supervise(scene.host(launch_command), job_id)
+    job = scene.job(job_id)
+    assert job.error is not None
+    assert (job.state, job.error["code"]) == (JobState.FAILED, "safety_gate_failed")
+    assert job.error["param"] == "safety.gate.max_harmful_score"
+    artifacts = scene.artifacts(job_id)
+    assert artifacts[Form.ADAPTER].quarantined
+    report = json.loads(scene.unpacked(artifacts[Form.REPORTS], tmp_path)["safety.json"])
+    assert report["gate"]["decision"] == "fail"
+    assert job.fine_tuned_model is None
+
+
+def test_a_file_without_enough_usable_rows_keeps_its_ledger(scene: Scene, tmp_path: Path) -> None:
+    job_id = scene.add_job(wanted(screen=Screen(enabled=True, min_kept_rows=1000)), ROWS)
+    supervise(scene.host(launch_command), job_id)
+    job = scene.job(job_id)
+    assert job.error is not None
+    assert job.error["code"] == "training_data_rejected"
+    reports = scene.unpacked(scene.artifacts(job_id)[Form.REPORTS], tmp_path)
+    assert len(json.loads(reports["rows.json"])) == len(ROWS.splitlines())
