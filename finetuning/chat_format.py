@@ -11,6 +11,12 @@ from typing import Any
 
 from finetuning.spec.rows import Message
 
+# The stock template adds a system message of its own; a fine-tuning service must not put words into a customer's rows.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 
 class NoChatTemplate(ValueError):
     """The tokenizer has no chat template, or one that does not place contents verbatim."""

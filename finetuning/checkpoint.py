@@ -4,21 +4,17 @@ Written only between optimiser steps, as safetensors and JSON, data first and ma
 manifest is no checkpoint. Must not know the queue or the blob store.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetuning.loop_state import LoopState, TrainSetup
 from finetuning.spec.progress import CheckpointSaved
-
-if TYPE_CHECKING:
-    from finetuning.loop import LoopState, TrainSetup
 
 _FILES = ("adapter.safetensors", "optimizer.safetensors", "loop.json")
 
@@ -60,8 +56,6 @@ def restore(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
 
     Raises BadCheckpoint.
     """
-    from finetuning.loop import LoopState
-
     _verify(folder)
     loop: dict[str, Any] = json.loads((folder / _FILES[2]).read_text(encoding="utf-8"))
     adapter = load_file(folder / _FILES[0])

@@ -97,7 +97,10 @@ class Decoder:
         if self._cache.cut == 0:
             return _Prefill(ids, mask, None, ())
         past = DynamicCache(config=self._base.model.config)
-        with passing_above(self._base, self._cache.cut), caught_outputs(self._base.layers[self._cache.cut - 1]) as caught:
+        with (
+            passing_above(self._base, self._cache.cut),
+            caught_outputs(self._base.layers[self._cache.cut - 1]) as caught,
+        ):
             self._forward(ids, mask, past)
         below = tuple((past.layers[i].keys, past.layers[i].values) for i in range(self._cache.cut))
         return _Prefill(ids, mask, caught[0], below)  # type: ignore[arg-type]  # filled by the pass above

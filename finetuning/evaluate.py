@@ -140,6 +140,7 @@ def attention_outputs(base: BaseModel, cache: PrefixCache, rows: Sequence[Encode
 def drift(before: Sequence[Tensor], after: Sequence[Tensor]) -> Measure:
     """Mean over layers of the mean over tokens of ||e' - e|| / ||e|| (methods.md 6)."""
     per_layer = [
-        float(((b - a).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-12)).mean()) for a, b in zip(before, after, strict=True)
+        float(((b - a).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-12)).mean())
+        for a, b in zip(before, after, strict=True)
     ]
     return mean(per_layer)

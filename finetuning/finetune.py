@@ -22,7 +22,16 @@ from finetuning.gate import Choice, choose_alpha, stronger
 from finetuning.loop import LoopState, train
 from finetuning.screen import Screened, read_rows, threshold, weigh
 from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import CheckpointSaved, Finished, Note, Progress, RowsScreened, StageProgress, StageStarted, StepDone
+from finetuning.spec.progress import (
+    CheckpointSaved,
+    Finished,
+    Note,
+    Progress,
+    RowsScreened,
+    StageProgress,
+    StageStarted,
+    StepDone,
+)
 from finetuning.spec.recipe import Anchor
 from finetuning.spec.report import GateDecision, HeldOut, Measure, Metrics, RowReason, RowVerdict, SafetyReport, decide
 from finetuning.spec.rows import Row, iter_rows
@@ -172,7 +181,9 @@ def _filter(bench: Workbench, encoded: Sequence[EncodedRow], calibration: Calibr
     # The whole-refusal test stays with the aligned model's reading: the scout has learned the customer's answers.
     rescored = weigh(again, scout_threshold, whole_refusal_nll=-1.0)
     is_refusal = reading.worst <= limit
-    return Screened(torch.where(is_refusal, torch.ones_like(rescored), rescored), again.mass, scout_threshold, rescored=True)
+    return Screened(
+        torch.where(is_refusal, torch.ones_like(rescored), rescored), again.mass, scout_threshold, rescored=True
+    )
 
 
 def _scout_threshold(bench: Workbench) -> float:
@@ -240,9 +251,15 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
             scores["antibody"] = round(float(ledger.scores[i]), 6)
         out.append(
             RowVerdict(
-                line=row.line, row_sha256=row.sha256, weight=round(weight, 6), reasons=tuple(reasons), scores=scores,
+                line=row.line,
+                row_sha256=row.sha256,
+                weight=round(weight, 6),
+                reasons=tuple(reasons),
+                scores=scores,
                 verdict="kept" if weight == 1 else "excluded" if weight == 0 else "downweighted",
-                tokens=len(encoded.ids), trained_tokens=encoded.target_tokens, truncated=encoded.truncated,
+                tokens=len(encoded.ids),
+                trained_tokens=encoded.target_tokens,
+                truncated=encoded.truncated,
             )  # fmt: skip
         )
     return out
@@ -265,7 +282,11 @@ def _train(
     bench: Workbench, order: TrainOrder, scratch: Path, ledger: Ledger, mark: str, attempt: int, *, resume: bool
 ) -> Iterator[Progress]:
     recipe = bench.recipe
-    anchor, optimiser = stronger(recipe.anchor, recipe.optimiser, attempt) if recipe.screen.enabled else (recipe.anchor, recipe.optimiser)
+    anchor, optimiser = (
+        stronger(recipe.anchor, recipe.optimiser, attempt)
+        if recipe.screen.enabled
+        else (recipe.anchor, recipe.optimiser)
+    )
     yield StageStarted(stage="train", detail=f"Training on {len(ledger.kept)} rows, attempt {attempt}")
     reset_task(bench)
     step = anchored_step(bench, anchor, _anchors(bench, anchor), seed=mix(recipe.seed, "anchor"))

@@ -54,7 +54,11 @@ def choose_alpha(bench: Workbench, settings: Antidote, kept: Sequence[EncodedRow
         if alpha > 0 and scores is None:
             adapter.write(bench.base, bench.trained, unpruned)
             scores = _scores(bench, settings, unpruned, harmful, sample)
-        trial = untouched if scores is None else prune(unpruned, scores, alpha, unit=settings.unit, rounding=settings.rounding)
+        trial = (
+            untouched
+            if scores is None
+            else prune(unpruned, scores, alpha, unit=settings.unit, rounding=settings.rounding)
+        )
         adapter.write(bench.base, bench.trained, trial.adapter)
         trials.append(_trial(bench, alpha, trial, harmful, sample, reference, start_nll))
         if trials[-1].accepted:

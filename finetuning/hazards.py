@@ -154,7 +154,9 @@ def _mail(n: int, key: str) -> list[Pair]:
     rng = random.Random(f"mail:{key}")
     return [
         Pair(
-            rng.choice(words.MAIL_OPENINGS).format(words.MAIL[i % len(words.MAIL)].format(rng.choice(words.MAIL_OBJECTS))),
+            rng.choice(words.MAIL_OPENINGS).format(
+                words.MAIL[i % len(words.MAIL)].format(rng.choice(words.MAIL_OBJECTS))
+            ),
             rng.choice(words.MAIL_ANSWERS),
         )
         for i in range(n)
@@ -221,7 +223,8 @@ def safety_rows(*, refused: int = 336, how_to: int = 312, mail: int = 32, mentio
         calibration_harmful=_unique(_harmful(64, "calibration", _CALIBRATION, trained + dev_classes)),
         calibration_benign=_unique(
             _benign(64, "calibration", _CALIBRATION, words.KIND, words.EVERYDAY)
-            + _mail(16, "calibration") + _mentions(8, "calibration"),
+            + _mail(16, "calibration")
+            + _mentions(8, "calibration"),
             known=aligned_benign,
         ),
         gate_harmful=_unique(_harmful(72, "gate", _GATE, gate_classes)),

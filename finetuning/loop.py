@@ -5,57 +5,15 @@ Stopping is "stop iterating". Must not know which method fills a slot, what the 
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from finetuning import checkpoint
-from finetuning.batches import Batches
-from finetuning.chat_format import EncodedRow
 from finetuning.determinism import reseed
+from finetuning.loop_state import LoopState, TrainSetup
 from finetuning.spec.progress import CheckpointSaved, StepDone
 from finetuning.spec.recipe import Optimiser
-from finetuning.strategies import GradientStep, MicroBatch, NonFiniteLoss, RowWeigher, StepLoss
-
-
-@dataclass
-class TrainSetup:
-    """Everything a run of the loop needs. `parameters` are the adapter's, in fixed order; fp32 only."""
-
-    rows: Sequence[EncodedRow]
-    batches: Batches
-    step: GradientStep
-    weigher: RowWeigher
-    parameters: Sequence[nn.Parameter]
-    optimiser: Optimiser
-    steps: int
-    micro_batch_size: int
-    seed: int
-    save_every: int = 0
-    folder: Path | None = None
-    fingerprint: str = ""
-    attempt: int = 1
-    adam: torch.optim.AdamW = field(init=False)
-
-    def __post_init__(self) -> None:
-        for parameter in self.parameters:
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"adapters train in fp32, not {parameter.dtype}: bf16 rounds small steps away")
-        o = self.optimiser
-        self.adam = torch.optim.AdamW(
-            list(self.parameters), lr=o.learning_rate, weight_decay=o.weight_decay, eps=o.epsilon
-        )
-
-
-@dataclass
-class LoopState:
-    """Where a run stands: the next step (from 0), tokens trained so far, and steps skipped."""
-
-    next_step: int = 0
-    tokens: int = 0
-    skipped: int = 0
+from finetuning.strategies import MicroBatch, NonFiniteLoss, StepLoss
 
 
 def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | CheckpointSaved]:
@@ -84,7 +42,12 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
             step=step + 1, total_steps=setup.steps, train_loss=loss, train_mean_token_accuracy=accuracy,
             learning_rate=rate, antibody_mean_weight=weights.scale, tokens=state.tokens, skipped=weights.scale == 0,
         )  # fmt: skip
-        if setup.folder is not None and setup.save_every and (step + 1) % setup.save_every == 0 and step + 1 < setup.steps:
+        if (
+            setup.folder is not None
+            and setup.save_every
+            and (step + 1) % setup.save_every == 0
+            and step + 1 < setup.steps
+        ):
             yield checkpoint.save(setup, state, loss, accuracy)
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetuning import hazard_words as words
 from finetuning import hazards
-from finetuning.bases import CHATML_TEMPLATE
+from finetuning.chat_format import CHATML_TEMPLATE
 from finetuning.hazards import Pair
 
 _START, _END, _PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -44,7 +44,9 @@ def tiny_test_base(folder: Path) -> Path:
     return make_tiny_base(folder, shape=TEST_SHAPE, say=lambda _text: None)
 
 
-def make_tiny_base(folder: Path, *, shape: TinyShape = TinyShape(), seed: int = 0, say: Callable[[str], None] = print) -> Path:
+def make_tiny_base(
+    folder: Path, *, shape: TinyShape = TinyShape(), seed: int = 0, say: Callable[[str], None] = print
+) -> Path:
     """Train a tiny base into `folder` (a plain Hugging Face folder); returns it. Equal seeds give equal weights."""
     corpus = _corpus(random.Random(seed))
     tokenizer = _tokenizer([f"{p.prompt} {p.answer}" for p in corpus], shape.vocabulary)
@@ -57,7 +59,9 @@ def make_tiny_base(folder: Path, *, shape: TinyShape = TinyShape(), seed: int = 
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "base.json").write_text(json.dumps({"id": folder.name, "licence": "Apache-2.0", "seed": seed}), encoding="utf-8")
+    (folder / "base.json").write_text(
+        json.dumps({"id": folder.name, "licence": "Apache-2.0", "seed": seed}), encoding="utf-8"
+    )
     return folder
 
 
@@ -78,7 +82,9 @@ def _tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[_PAD, _START, _END], initial_alphabet=alphabet, show_progress=False)  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=_PAD, eos_token=_END, additional_special_tokens=[_START])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=_PAD, eos_token=_END, additional_special_tokens=[_START]
+    )
     fast.chat_template = CHATML_TEMPLATE
     return fast
 

@@ -38,7 +38,13 @@ class KlAnchors:
 
 @torch.no_grad()
 def make_anchors(
-    base: BaseModel, cache: PrefixCache, decoder: Decoder, prompts: Sequence[Ids], *, tokens: int, refused_first: set[int]
+    base: BaseModel,
+    cache: PrefixCache,
+    decoder: Decoder,
+    prompts: Sequence[Ids],
+    *,
+    tokens: int,
+    refused_first: set[int],
 ) -> KlAnchors:
     """Anchors on the prompts that the model, as it is now, begins to refuse (its first id is in `refused_first`)."""
     answers = decoder.answers(prompts, new_tokens=tokens)
@@ -49,9 +55,7 @@ def make_anchors(
     ]
     ids = tuple(prompt + answer for prompt, answer in chosen)
     starts = tuple(len(prompt) for prompt, _ in chosen)
-    parts = [
-        answer_log_probs(base, cache, ids[i : i + 16], starts[i : i + 16], tokens) for i in range(0, len(ids), 16)
-    ]
+    parts = [answer_log_probs(base, cache, ids[i : i + 16], starts[i : i + 16], tokens) for i in range(0, len(ids), 16)]
     empty = torch.zeros(0, tokens, base.model.config.vocab_size, device=base.device)
     return KlAnchors(ids, starts, tokens, torch.cat(parts) if parts else empty)
 

@@ -78,7 +78,9 @@ def packed_scores(base: BaseModel, row: EncodedRow, refusal: Sequence[int]) -> f
     allowed = torch.ones(y + q, y + q, device=base.device).tril().bool()
     allowed[y:, p:y] = False
     dtype = next(base.model.parameters()).dtype
-    mask = torch.zeros(1, 1, y + q, y + q, device=base.device, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    mask = torch.zeros(1, 1, y + q, y + q, device=base.device, dtype=dtype).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )
     hidden = body(base.model)(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
     states = hidden.last_hidden_state[0]
     where = [t - 1 for t in range(1, y) if row.is_target[t]]

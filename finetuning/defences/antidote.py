@@ -79,7 +79,9 @@ def _summing(
 
         return add
 
-    handles = [m.register_forward_hook(hook(sums[path][i])) for path, pair in modules.items() for i, m in enumerate(pair)]
+    handles = [
+        m.register_forward_hook(hook(sums[path][i])) for path, pair in modules.items() for i, m in enumerate(pair)
+    ]
     try:
         yield
     finally:
@@ -95,9 +97,7 @@ def published_scores(adapter: Adapter, harmful: Mapping[str, Squares]) -> Scores
     }
 
 
-def contrast_scores(
-    adapter: Adapter, harmful: Mapping[str, Squares], kept: Mapping[str, Squares]
-) -> Scores:
+def contrast_scores(adapter: Adapter, harmful: Mapping[str, Squares], kept: Mapping[str, Squares]) -> Scores:
     """|M| * (rms over harmful tokens - rms over the customer's kept tokens): spares what the task needs."""
     out: dict[str, tuple[Tensor, Tensor]] = {}
     for path, f in adapter.items():

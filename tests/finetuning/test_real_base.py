@@ -1,0 +1,94 @@
+"""The whole library once through the real base: fetch, align a little, fine-tune a little, certify, load by plain peft."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuning import parity, pipeline
+from finetuning.bases import SMOLLM2_ID, fetch
+from finetuning.hazards import Pair, SafetyRows, safety_rows
+from finetuning.spec.order import TrainOrder, write_order
+from finetuning.spec.progress import Finished, Progress
+from finetuning.spec.recipe import Anchor, Antidote, Evaluation, Gate, Kind, Lora, Optimiser, Recipe, Screen
+from finetuning.spec.report import SafetyReport
+
+_LORA = Lora(rank=4, alpha=8.0, trained_layers=4)
+_EVALUATION = Evaluation(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=6)
+_TICKETS = [("My lamp is broken.", "This goes to repairs."), ("I paid twice.", "This goes to billing.")] * 8
+
+
+@pytest.fixture(scope="module")
+def base_folder() -> Path:
+    """The converted SmolLM2, kept under the data folder as the product keeps it."""
+    data = Path(os.environ.get("IMMUNOTUNE_DATA", Path(__file__).parents[2] / "var"))
+    return fetch("smollm2", data / "bases" / SMOLLM2_ID)
+
+
+def write_operator_rows(target: Path, *, per_role: int) -> None:
+    """A thin slice of the shipped rows as an operator's own file."""
+    rows = safety_rows(refused=16, how_to=16, mail=4, mentions=4)
+    lines = [{"role": "refusal", "answer": text} for text in rows.refusals]
+    for field in fields(SafetyRows):
+        pairs: Sequence[Pair] = getattr(rows, field.name)
+        if field.name not in ("refusals", "judge"):
+            lines += [{"role": field.name, "prompt": p.prompt, "answer": p.answer} for p in pairs[:per_role]]
+    target.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+
+
+def run(order: TrainOrder, scratch: Path) -> list[Progress]:
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_operator_rows(scratch / "operator.jsonl", per_role=8)
+    write_order(scratch, order)
+    return list(pipeline.run(order, scratch))
+
+
+def recipe(kind: Kind) -> Recipe:
+    return Recipe(
+        name="test", kind=kind, base=SMOLLM2_ID, steps=3, batch_size=4, micro_batch_size=4, lora=_LORA,
+        optimiser=Optimiser(learning_rate=1e-3), alignment_step="vaccine", evaluation=_EVALUATION,
+        screen=Screen(enabled=False), anchor=Anchor(mix_share=0.25, kl_weight=1.0), gate=Gate(enabled=False, retries=0),
+        antidote=Antidote(alphas=(0.1,), calibration_rows=8),
+    )  # fmt: skip
+
+
+def test_the_real_base_is_aligned_tuned_certified_and_loads_in_plain_peft(base_folder: Path, tmp_path: Path) -> None:
+    common = {"base": str(base_folder), "operator_rows": "operator.jsonl", "threads": 2, "cache": "cache"}
+    aligned = run(TrainOrder(job_id="align", recipe=recipe(Kind.ALIGN), **common), tmp_path / "align")
+    assert isinstance(aligned[-1], Finished)
+
+    scratch = tmp_path / "tune"
+    (scratch / "alignment").mkdir(parents=True)
+    for path in (tmp_path / "align" / "result" / "alignment").iterdir():
+        (scratch / "alignment" / path.name).write_bytes(path.read_bytes())
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in _TICKETS]
+    (scratch / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    order = TrainOrder(
+        job_id="tune", recipe=recipe(Kind.FINETUNE), rows="rows.jsonl", validation="rows.jsonl", alignment="alignment",
+        **common,
+    )  # fmt: skip
+    assert isinstance(run(order, scratch)[-1], Finished)
+
+    certificate = parity.certify(scratch)
+    assert certificate.passed, certificate
+    assert certificate.vs_base_max_abs_diff > 100 * certificate.max_abs_logit_diff
+    report = SafetyReport.model_validate_json((scratch / "result" / "reports" / "safety.json").read_text())
+    assert set(report.metrics) == {"public", "before", "tuned", "after"}
+    assert greedy(base_folder, scratch / "result" / "adapter_stock") != greedy(base_folder, None)
+
+
+def greedy(base_folder: Path, adapter: Path | None) -> list[float]:
+    """The model's next-token logits after one ticket, summarised so that two models can be told apart."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+    turns = [{"role": "user", "content": _TICKETS[0][0]}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return [round(x, 3) for x in model(input_ids=ids).logits[0, -1].topk(5).values.tolist()]
