@@ -22,6 +22,8 @@ from finetuning.spec.row_report import RowReport
 from finetuning.spec.rows import RowScanner
 
 MAX_FIELD_BYTES = 1024
+# each piece is handed from the event loop to this thread, so many small ones would cost more than their bytes
+_PIECE_BYTES = 2**18
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = {"purpose", _ANCHOR, _SECONDS}
 
@@ -131,8 +133,12 @@ def _pieces(request: Request) -> Iterator[bytes]:
     stream = aiter(request.stream())
 
     async def next_piece() -> bytes:
-        return await anext(stream, b"")
+        piece = bytearray()
+        async for received in stream:
+            piece += received
+            if len(piece) >= _PIECE_BYTES:
+                break
+        return bytes(piece)
 
-    # the stream ends with an empty piece
     while piece := from_thread.run(next_piece):
         yield piece

@@ -209,13 +209,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(customer: Customer) -> None:
     address = urlsplit(customer.served.url)
     assert address.hostname is not None
     head = (
-        "POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n"
+        "POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n"
         f"Authorization: Bearer {customer.key}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
         '--b\r\nContent-Disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n'
     )
     incoming = customer.served.settings.data / "blobs" / ".incoming"
     with socket.create_connection((address.hostname, address.port or 0), timeout=10) as connection:
-        connection.sendall(head.encode() + chat_rows(1000))
+        connection.sendall(head.encode() + chat_rows(6000))
         wait_until(lambda: incoming.is_dir() and any(incoming.iterdir()), seconds=20)
     wait_until(lambda: not any(incoming.iterdir()), seconds=20)
     assert customer.http.get("/files").json()["data"] == []
