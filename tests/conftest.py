@@ -176,6 +176,12 @@ def _admin(url: object, statement: str) -> None:
     engine.dispose()
 
 
+def patient(settings: Settings) -> Settings:
+    """The same settings, but nothing runs out or is sent again unless a test makes it old."""
+    slow = {"ttl_seconds": 300.0, "rewake_seconds": 300.0}
+    return settings.model_copy(update={"lease": settings.lease.model_copy(update=slow)})
+
+
 # --- settings, stores, broker ----------------------------------------------------------------------------------------
 
 

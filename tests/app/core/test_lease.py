@@ -11,7 +11,12 @@ from app.core.jobs import JobError, NewEvent
 from app.core.lease import Lease, News, ReleaseCause, SavedCheckpoint
 from app.core.settings import Settings
 from app.core.tables import BaseModel, Checkpoint, File, Form, Job, Model, Project
-from tests.conftest import SUCCESS, add_job, published
+from tests.conftest import SUCCESS, add_job, patient, published
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return patient(settings)
 
 
 def claim(database: Database, settings: Settings, job: Job) -> Lease | None:
@@ -105,7 +110,7 @@ def test_jobs_that_are_unchecked_final_or_resting_are_not_claimed(
     resting = add_job(database, project, settings)
     with database.writing() as session:
         jobs.cancel(session, project.id, cancelled.id)
-        session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 60))
+        session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 600))
         session.commit()
     assert [claim(database, settings, job) for job in (unchecked, cancelled, resting)] == [None] * 3
 
@@ -134,7 +139,7 @@ def test_a_beat_renews_the_lease_and_stores_the_news(
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
     with database.writing() as session:
-        session.execute(update(Job).where(Job.id == job.id).values(lease_until=Job.lease_until - 2, losses=2))
+        session.execute(update(Job).where(Job.id == job.id).values(lease_until=Job.lease_until - 20, losses=2))
         session.commit()
     before = now_of(database, job).lease_until
     news = News((NewEvent("one"), NewEvent("two")), (saved(held, 20),), "train", {"step": 20, "total_steps": 60})
@@ -227,7 +232,7 @@ def test_a_fault_counts_rests_and_fails_the_third_time(
         assert (found.state, found.losses, found.woken_at) == ("queued", losses, None)
         assert claim(database, settings, job) is None
         with database.writing() as session:
-            assert found.run_after - read_clock(session) == pytest.approx(30 * 2**losses, abs=5)
+            assert found.run_after - read_clock(session) == pytest.approx(30 * 2**losses, abs=20)
             session.execute(update(Job).where(Job.id == job.id).values(run_after=0.0))
             session.commit()
     release(database, slow, claimed(database, settings, job), ReleaseCause.FAULT)

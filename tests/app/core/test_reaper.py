@@ -9,13 +9,12 @@ from app.core.db import Database
 from app.core.job_states import JobState
 from app.core.settings import Settings
 from app.core.tables import BaseModel, File, FileStatus, Job, Project
-from tests.conftest import SUCCESS, add_file, add_job, published, wait_until
+from tests.conftest import SUCCESS, add_file, add_job, patient, published, wait_until
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """Nothing is sent again unless a test makes it old."""
-    return settings.model_copy(update={"lease": settings.lease.model_copy(update={"rewake_seconds": 30.0})})
+    return patient(settings)
 
 
 def age(database: Database, table: type[File] | type[Job], **columns: float) -> None:
@@ -59,12 +58,12 @@ def test_a_lost_worker_gives_its_job_back_until_the_third_loss(
     job = add_job(database, project, settings)
     for losses in (1, 2):
         claimed(database, settings, job)
-        age(database, Job, lease_until=60)
+        age(database, Job, lease_until=600)
         assert expire(database, settings) == (Wake("immunotune.run_job", job.id, "train.cpu"),)
         assert expire(database, settings) == ()
         assert (now_of(database, job).state, now_of(database, job).losses) == ("queued", losses)
     claimed(database, settings, job)
-    age(database, Job, lease_until=60)
+    age(database, Job, lease_until=600)
     assert expire(database, settings) == ()
     found = now_of(database, job)
     assert (found.state, (found.error or {})["code"]) == ("failed", "worker_crashed")
@@ -89,8 +88,8 @@ def test_a_lost_wake_up_is_sent_again(
     add_file(database, project, settings, rows=None)
     reaper.rewake(database, broker, settings)
     assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (0, 0)
-    age(database, Job, woken_at=60)
-    age(database, File, woken_at=60)
+    age(database, Job, woken_at=600)
+    age(database, File, woken_at=600)
     reaper.rewake(database, broker, settings)
     assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (1, 2)
 
@@ -101,7 +100,7 @@ def test_messages_never_outnumber_what_waits(
     made = [add_job(database, project, settings) for _ in range(3)]
     wake(broker, *(jobs.wake_for(job) for job in made[:2]))
     for _ in range(4):
-        age(database, Job, woken_at=60)
+        age(database, Job, woken_at=600)
         reaper.rewake(database, broker, settings)
     assert queue_depth(broker, CPU_QUEUE) == 3
 
@@ -111,10 +110,10 @@ def test_resting_jobs_and_jobs_without_their_base_are_not_woken(
 ) -> None:
     resting, waiting = add_job(database, project, settings), add_job(database, project, settings)
     with database.writing() as session:
-        session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 60))
+        session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 600))
         session.execute(update(BaseModel).values(status="aligning"))
         session.commit()
-    age(database, Job, woken_at=60)
+    age(database, Job, woken_at=600)
     reaper.rewake(database, broker, settings)
     assert queue_depth(broker, CPU_QUEUE) == 0
     assert now_of(database, waiting).state == "queued"
@@ -190,7 +189,7 @@ def test_the_thread_takes_a_job_back_and_wakes_it(
 ) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
-    age(database, Job, lease_until=60)
+    age(database, Job, lease_until=600)
     ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
     ticking.start()
     try:
@@ -212,7 +211,7 @@ def test_the_thread_outlives_a_bad_tick(
     ticking.start()
     try:
         claimed(database, settings, job)
-        age(database, Job, lease_until=60)
+        age(database, Job, lease_until=600)
         wait_until(lambda: now_of(database, job).state == JobState.QUEUED, seconds=10)
     finally:
         ticking.stop()
@@ -222,7 +221,7 @@ def test_a_checked_file_is_not_checked_again(
     database: Database, settings: Settings, project: Project, broker: Celery
 ) -> None:
     file = add_file(database, project, settings)
-    age(database, File, woken_at=60)
+    age(database, File, woken_at=600)
     reaper.rewake(database, broker, settings)
     assert file.status == FileStatus.PROCESSED
     assert queue_depth(broker, CHECKS_QUEUE) == 0
