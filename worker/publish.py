@@ -24,7 +24,7 @@ _ARCHIVES: dict[Form, tuple[str, ...]] = {
     Form.MASK: ("mask.safetensors",),
     Form.ADAPTER: ("adapter", "reports/safety.json", "reports/parity.json"),
     Form.ADAPTER_STOCK: ("adapter_stock", "reports/safety.json", "reports/parity.json"),
-    Form.ALIGNMENT: ("alignment", "reports/safety.json"),
+    Form.ALIGNMENT: ("alignment",),  # it holds its own safety report, which fine-tunes over it read
 }
 _BASE_REQUIRED = {Form.ADAPTER: "aligned", Form.ADAPTER_STOCK: "public", Form.ALIGNMENT: "public"}
 _LIMIT_OF_METRIC = {
