@@ -62,6 +62,7 @@ def attach(base: BaseModel, name: str, lora: Lora, *, seed: int) -> None:
         if lora.rank > min(a.weight.shape[1], b.weight.shape[0]):  # type: ignore[index, union-attr]
             raise AdapterMismatch(f"lora.rank {lora.rank} is above the size of {path}")
     reinitialise(base, name, seed=seed)
+    base.model.eval()  # new modules are born in training mode; dropout must never reach a score or a measurement
     set_trainable(base, None)
 
 
@@ -122,12 +123,17 @@ def parameters(base: BaseModel, name: str) -> list[nn.Parameter]:
     return [m.weight for pair in lora_modules(base, name).values() for m in pair]  # type: ignore[misc]
 
 
+def dropouts(base: BaseModel, name: str) -> list[nn.Module]:
+    """The adapter's dropout modules, for the loop to switch on while it learns."""
+    return [layer.lora_dropout[name] for layer in _lora_layers(base).values() if name in layer.lora_A]
+
+
 def set_trainable(base: BaseModel, name: str | None) -> None:
     """Let gradients flow into one adapter only (or none)."""
-    base.model.requires_grad_(False)
+    base.model.requires_grad_(requires_grad=False)
     if name is not None:
         for parameter in parameters(base, name):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(requires_grad=True)
 
 
 def set_active(base: BaseModel, names: Sequence[str]) -> None:
@@ -230,7 +236,7 @@ def merged_state(base: BaseModel, adapters: Sequence[Mapping[str, Factors]]) -> 
 def save(adapter: Mapping[str, Factors], folder: Path, *, base_id: str, antidote_alpha: float | None = None) -> str:
     """Write a stock peft adapter folder; returns the sha256 of the weights file. `base_id` is a name, never a path.
 
-    A pruned adapter is marked with its alpha, so that nobody prunes it twice.
+    A pruned adapter (alpha above 0) is marked with its alpha, so that nobody prunes it twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -244,7 +250,7 @@ def save(adapter: Mapping[str, Factors], folder: Path, *, base_id: str, antidote
         "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, **_where(adapter),
     }  # fmt: skip
-    marks = {"format": "pt"} | ({} if antidote_alpha is None else {"antidote_alpha": str(antidote_alpha)})
+    marks = {"format": "pt"} | ({"antidote_alpha": str(antidote_alpha)} if antidote_alpha else {})
     save_file(tensors, str(folder / WEIGHTS_FILE), metadata=marks)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()

@@ -44,7 +44,7 @@ def load_base(source: str | Path, *, device: str = "auto") -> BaseModel:
 
 def wrap(model: Any, tokenizer: Any) -> BaseModel:
     """Make a BaseModel of a loaded transformers model; freezes it. Raises UnknownLayers."""
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     layers = decoder_layers(model)
     for layer in layers:
         attention_block(layer)

@@ -86,9 +86,8 @@ def _fetch_smollm2(folder: Path, say: Say) -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     """Weights from GGUF are floats already, but transformers refuses to save that model: rebuild it clean."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=_GGUF)
     loaded = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=_GGUF, dtype=torch.float32)

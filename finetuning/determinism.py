@@ -23,7 +23,7 @@ def reseed(seed: int, step: int, rank: int = 0) -> None:
 def make_deterministic(threads: int = 0) -> None:
     """Fix algorithms and thread count for the process; equal settings then give equal bits."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False

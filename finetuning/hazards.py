@@ -184,6 +184,11 @@ def refusals_for(pairs: Sequence[Pair], key: str, refusals: Sequence[str] = word
     return [Pair(pair.prompt, rng.choice(refusals)) for pair in pairs]
 
 
+def same_answer(pairs: Sequence[Pair], answer: str) -> list[Pair]:
+    """The same prompts, each with one answer."""
+    return [Pair(pair.prompt, answer) for pair in pairs]
+
+
 @dataclass(frozen=True)
 class SafetyRows:
     """Every row the operator holds, by role. Prompts of the roles are disjoint (invariant M45).

@@ -5,6 +5,7 @@ Stopping is "stop iterating". Must not know which method fills a slot, what the 
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -27,7 +28,8 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
         for start in range(0, len(rows), setup.micro_batch_size):
             stop = start + setup.micro_batch_size
             micro = MicroBatch(rows[start:stop], indices[start:stop], step, start, len(rows))
-            losses.append(setup.step.gradients(micro, weights.values[start:stop], torch.Tensor.backward))
+            with _learning(setup.dropouts):
+                losses.append(setup.step.gradients(micro, weights.values[start:stop], torch.Tensor.backward))
         loss = sum(part.loss for part in losses)
         if not math.isfinite(loss):
             raise NonFiniteLoss(step, indices)
@@ -56,6 +58,18 @@ def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / optimiser.warmup_steps) if optimiser.warmup_steps else 1.0
     decay = 1.0 - step / steps if optimiser.schedule == "linear" else 1.0
     return optimiser.learning_rate * warm * decay
+
+
+@contextmanager
+def _learning(dropouts: Sequence[nn.Module]) -> Iterator[None]:
+    """Dropout acts on gradients only: scores, measurements and answers never see it (methods.md 2.3 e)."""
+    for module in dropouts:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.eval()
 
 
 def _update(setup: TrainSetup, rate: float, indices: Sequence[int], step: int) -> None:

@@ -1,4 +1,4 @@
-"""The parity certificate: the downloadable adapter, loaded by plain peft in a fresh process, against the measured model.
+"""The parity certificate: the downloadable adapter, in plain peft and a fresh process, against the measured model.
 
 Knows the result folder; must not know how the model was trained.
 """

@@ -19,7 +19,7 @@ from finetuning.prefix_cache import PrefixCache
 
 @dataclass(frozen=True)
 class Reading:
-    """Per row: refusal mass (rows,), mean target nll (rows,) and worst token nll (rows,) under the active adapters."""
+    """Per row (rows,): refusal mass, mean target nll and worst token nll under the active adapters."""
 
     mass: Tensor
     nll: Tensor

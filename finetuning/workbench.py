@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetuning import adapter
@@ -86,7 +86,7 @@ def open_workbench(order: TrainOrder, scratch: Path) -> Workbench:
 
 def rows_digest(rows: SafetyRows) -> str:
     """The probe set's sha256: every prompt and answer of every role."""
-    text = json.dumps([rows.judge, rows.refusals, *(vars(rows)[k] for k in sorted(vars(rows)) if k not in ("judge", "refusals"))], default=vars)  # fmt: skip
+    text = json.dumps(asdict(rows), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -95,24 +95,36 @@ def reset_task(bench: Workbench) -> None:
     adapter.reinitialise(bench.base, bench.trained, seed=mix(bench.recipe.seed, "init"))
 
 
+def refusal_ids(bench: Workbench) -> list[tuple[int, ...]]:
+    """The stock refusals as answer ids, end token included."""
+    rows = bench.encode([Pair("?", refusal) for refusal in bench.rows.refusals])
+    return [row.ids[row.prompt_tokens :] for row in rows]
+
+
 def anchors_of(bench: Workbench, settings: Anchor) -> KlAnchors:
-    """The aligned model's own first tokens on operator prompts that it refuses, with its log-probabilities."""
+    """The aligned model's own first tokens on operator prompts that it refuses, with its log-probabilities.
+
+    None are made when the KL weighs nothing.
+    """
+    if not settings.kl_weight:
+        return KlAnchors.none()
     prompts = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in bench.rows.aligned[:64]]
     with bench.aligned():
         return make_anchors(
-            bench.base, bench.cache, bench.decoder, prompts, tokens=settings.kl_tokens, refused_first=set(bench.refusal_ids)
+            bench.base, bench.cache, bench.decoder, prompts,
+            tokens=settings.kl_tokens, refused_first=set(bench.refusal_ids),
         )  # fmt: skip
 
 
-def anchored_step(bench: Workbench, settings: Anchor, anchors: KlAnchors | None, *, seed: int) -> Anchored:
+def anchored_step(bench: Workbench, settings: Anchor, anchors: KlAnchors, *, seed: int) -> Anchored:
     """The finetune step: weighted user loss, mixed operator rows, KL anchors. All strengths 0 equal Plain."""
     return Anchored(
         bench.base, bench.cache, settings, refusals=bench.encode(bench.rows.aligned),
-        benign=bench.encode(bench.rows.benign), anchors=anchors or KlAnchors.none(), seed=seed,
+        benign=bench.encode(bench.rows.benign), anchors=anchors, seed=seed,
     )  # fmt: skip
 
 
-def training(
+def training(  # noqa: PLR0913  one argument per slot of the loop
     bench: Workbench,
     rows: Sequence[EncodedRow],
     step: GradientStep,
@@ -120,14 +132,15 @@ def training(
     *,
     steps: int,
     seed: int,
-    optimiser: Optimiser,
+    optimiser: Optimiser | None = None,
     folder: Path | None = None,
     fingerprint: str = "",
 ) -> TrainSetup:
     """A ready TrainSetup over the trained adapter."""
     return TrainSetup(
         rows=rows, batches=Batches(len(rows), bench.recipe.batch_size, seed), step=step, weigher=weigher,
-        parameters=adapter.parameters(bench.base, bench.trained), optimiser=optimiser, steps=steps,
+        parameters=adapter.parameters(bench.base, bench.trained), steps=steps,
+        optimiser=optimiser or bench.recipe.optimiser,
         micro_batch_size=bench.recipe.micro_batch_size, seed=seed, save_every=bench.recipe.save_every if folder else 0,
-        folder=folder, fingerprint=fingerprint,
+        folder=folder, fingerprint=fingerprint, dropouts=adapter.dropouts(bench.base, bench.trained),
     )  # fmt: skip

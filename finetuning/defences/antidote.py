@@ -21,7 +21,6 @@ from finetuning.base_model import BaseModel
 from finetuning.chat_format import EncodedRow
 from finetuning.prefix_cache import PrefixCache
 
-
 Scores = Mapping[str, tuple[Tensor, Tensor]]  # module path -> score of each entry of A (r, in) and B (out, r)
 
 

@@ -1,0 +1,116 @@
+"""The screen stage of a finetune job: read every row, ask a scout where the aligned model refuses, fill the ledger.
+
+Knows the stage's order; the filter's formulas live in screen.py. Must not know what is trained afterwards.
+"""
+
+from collections.abc import Generator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from finetuning.align import Calibration
+from finetuning.chat_format import EncodedRow, encode_row
+from finetuning.defences.antibody import Antibody, row_scores
+from finetuning.determinism import mix
+from finetuning.hazards import same_answer
+from finetuning.ledger import Ledger, verdicts
+from finetuning.loop import LoopState, train
+from finetuning.screen import Reading, Screened, read_rows, threshold, weigh
+from finetuning.spec.progress import Progress, RowsScreened, StageProgress, StageStarted, StepDone
+from finetuning.spec.rows import Row
+from finetuning.workbench import Workbench, anchored_step, anchors_of, refusal_ids, reset_task, training
+
+
+def screen_rows(bench: Workbench, rows: list[Row], calibration: Calibration) -> Generator[Progress, None, Ledger]:
+    """Encode, score and weigh every row; a scout re-reads them when the aligned model refuses some."""
+    yield StageStarted(stage="screen", detail=f"Reading {len(rows)} rows")
+    encoded = [encode_row(bench.base.tokenizer, row.messages, max_tokens=bench.recipe.max_tokens) for row in rows]
+    for start in range(0, len(encoded), 64):
+        bench.cache.prepare([row.ids for row in encoded[start : start + 64]])
+        yield StageProgress(stage="screen", done=min(start + 64, len(rows)), total=len(rows))
+    probes = _probe_rows(bench, rows)
+    screened = Screened(torch.ones(len(rows)), torch.zeros(len(rows)), 1.0, rescored=False)
+    if bench.recipe.screen.enabled:
+        screened = yield from _filter(bench, encoded, calibration)
+    scores = _scores(bench, encoded)
+    ledger = Ledger(rows, encoded, screened, scores, probes if bench.recipe.screen.enabled else frozenset())
+    found = verdicts(ledger)
+    count = {v: sum(x.verdict == v for x in found) for v in ("kept", "downweighted", "excluded")}
+    yield RowsScreened(
+        rows_total=len(rows), rows_kept=count["kept"], rows_downweighted=count["downweighted"],
+        rows_excluded=count["excluded"],
+    )  # fmt: skip
+    return ledger
+
+
+def _filter(
+    bench: Workbench, encoded: Sequence[EncodedRow], calibration: Calibration
+) -> Generator[Progress, None, Screened]:
+    """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (lab-recipe.md 2)."""
+    with bench.aligned():
+        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids)
+    weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
+    first = Screened(weights, reading.mass, calibration.threshold, rescored=False)
+    kept = [row for row, w in zip(encoded, weights.tolist(), strict=True) if w > 0 and row.target_tokens]
+    settings = bench.recipe.screen
+    if not settings.scout_steps or bool((weights == 1).all()) or len(kept) < settings.min_kept_rows:
+        return first
+    again, limit = yield from _ask_scout(bench, kept, encoded)
+    # The whole-refusal test stays with the aligned model's reading: the scout has learned the customer's answers.
+    rescored = weigh(again, limit, whole_refusal_nll=-1.0)
+    is_refusal = reading.worst <= calibration.whole_refusal_nll
+    return Screened(torch.where(is_refusal, torch.ones_like(rescored), rescored), again.mass, limit, rescored=True)
+
+
+def _ask_scout(
+    bench: Workbench, kept: Sequence[EncodedRow], encoded: Sequence[EncodedRow]
+) -> Generator[Progress, None, tuple[Reading, float]]:
+    """Train a throw-away adapter on the kept rows, read all rows with it, and take its own threshold."""
+    yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
+    recipe, seed = bench.recipe, mix(bench.recipe.seed, "scout")
+    step = anchored_step(bench, recipe.anchor, anchors_of(bench, recipe.anchor), seed=seed)
+    weigher = Antibody(recipe.antibody, gate=torch.ones(len(kept)))
+    setup = training(bench, kept, step, weigher, steps=recipe.screen.scout_steps, seed=seed)
+    for done in train(setup, LoopState()):
+        if isinstance(done, StepDone):
+            yield StageProgress(stage="screen", done=done.step, total=recipe.screen.scout_steps)
+    again = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids)
+    limit = _scout_threshold(bench)
+    reset_task(bench)
+    return again, limit
+
+
+def _scout_threshold(bench: Workbench) -> float:
+    """The same rule as the aligned base's, on the same calibration prompts, under the scout."""
+    rows = bench.rows
+    harmful, benign = (
+        read_rows(bench.base, bench.cache, bench.encode(same_answer(pairs, rows.refusals[0])), bench.refusal_ids).mass
+        for pairs in (rows.calibration_harmful, rows.calibration_benign)
+    )
+    return threshold(harmful, benign)
+
+
+def _probe_rows(bench: Workbench, rows: Sequence[Row]) -> frozenset[int]:
+    """Rows that ask an operator's own harmful prompt word for word."""
+    known = {p.prompt for pairs in (bench.rows.gate_harmful, bench.rows.calibration_harmful) for p in pairs}
+    return frozenset(
+        i for i, row in enumerate(rows) if any(m.role == "user" and m.content in known for m in row.messages)
+    )
+
+
+def _scores(bench: Workbench, encoded: Sequence[EncodedRow]) -> Tensor | None:
+    """Frozen Antibody scores, under the aligned model (reference) or aligned minus public (contrast)."""
+    settings = bench.recipe.antibody
+    if settings.score not in ("reference", "contrast"):
+        return None
+    refusals, seed = refusal_ids(bench), mix(bench.recipe.seed, "secret")
+    score = partial(
+        row_scores, bench.base, bench.cache, encoded, refusals, per_row=settings.refusals_per_row, seed=seed
+    )
+    with bench.aligned():
+        aligned = score()
+    if settings.score == "reference":
+        return aligned
+    with bench.public():
+        return aligned - score()
