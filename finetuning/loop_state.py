@@ -15,7 +15,8 @@ from finetuning.strategies import GradientStep, RowWeigher
 
 @dataclass
 class TrainSetup:
-    """Everything a run of the loop needs. `parameters` are the adapter's, in fixed order; fp32 only."""
+    """Everything a run of the loop needs. `parameters` are the adapter's, in fixed order; fp32 only. `dropouts` act
+    only while gradients form."""
 
     rows: Sequence[EncodedRow]
     batches: Batches
@@ -30,6 +31,7 @@ class TrainSetup:
     folder: Path | None = None
     fingerprint: str = ""
     attempt: int = 1
+    dropouts: Sequence[nn.Module] = ()
     adam: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,156 @@
+"""Tiny random models of several families, a byte tokenizer with the product's template, and rows of random ids.
+
+Everything is drawn from fixed seeds; no test here needs a download or a trained model.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import GemmaConfig, Gemma2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
+
+from finetuning import adapter
+from finetuning.base_model import BaseModel, wrap
+from finetuning.bases import CHATML_TEMPLATE
+from finetuning.chat_format import EncodedRow
+from finetuning.prefix_cache import PrefixCache
+from finetuning.spec.recipe import Lora
+
+SPECIALS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 272
+LORA = Lora(rank=4, alpha=8.0, target_modules=())
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """All 256 bytes and three control tokens, ChatML template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=259, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["a"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=SPECIALS[0], eos_token=SPECIALS[2], additional_special_tokens=[SPECIALS[1]]
+    )
+    fast.chat_template = CHATML_TEMPLATE
+    return fast
+
+
+def config_of(family: str, *, layers: int = 2, hidden: int = 32) -> PretrainedConfig:
+    """The smallest config of a model family."""
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    wide = {**sizes, "intermediate_size": 2 * hidden}
+    grouped = {**wide, "num_key_value_heads": 2, "head_dim": hidden // 4}
+    match family:
+        case "llama":
+            return LlamaConfig(**grouped)
+        case "qwen2":
+            return Qwen2Config(**wide, num_key_value_heads=2)
+        case "qwen3":
+            return Qwen3Config(**grouped)
+        case "gemma":
+            return GemmaConfig(**grouped)
+        case "gemma2":
+            return Gemma2Config(**grouped, sliding_window=8, query_pre_attn_scalar=hidden // 4)
+        case "gpt_neox":
+            return GPTNeoXConfig(**wide)
+        case "opt":
+            return OPTConfig(**sizes, ffn_dim=2 * hidden, word_embed_proj_dim=hidden, dropout=0.0, activation_function="gelu")
+        case _:
+            raise ValueError(family)
+
+
+def tiny_base(
+    family: str = "llama", *, layers: int = 2, hidden: int = 32, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> BaseModel:
+    """A frozen random base without adapters. Weights are drawn wide, so that losses and answers differ clearly."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_of(family, layers=layers, hidden=hidden)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn(parameter.shape) * 0.15)
+    return wrap(model, byte_tokenizer())
+
+
+def adapted_base(
+    family: str = "llama", *, lora: Lora = LORA, layers: int = 2, hidden: int = 32,
+    dtype: torch.dtype = torch.float64, aligned: bool = False, seed: int = 0,
+) -> BaseModel:  # fmt: skip
+    """A tiny base with a trainable TASK adapter (and a frozen ALIGNMENT one), both far from zero and active."""
+    base = tiny_base(family, layers=layers, hidden=hidden, dtype=dtype, seed=seed)
+    if aligned:
+        adapter.attach(base, adapter.ALIGNMENT, lora, seed=seed + 1)
+        stir(base, adapter.ALIGNMENT, seed=seed + 1)
+    adapter.attach(base, adapter.TASK, lora, seed=seed + 2)
+    stir(base, adapter.TASK, seed=seed + 2)
+    adapter.set_active(base, (adapter.ALIGNMENT, adapter.TASK))
+    adapter.set_trainable(base, adapter.TASK)
+    return base
+
+
+@torch.no_grad()
+def stir(base: BaseModel, name: str, *, seed: int, size: float = 0.1) -> None:
+    """Give an adapter's B random values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, b in adapter.lora_modules(base, name).values():
+        b.weight.copy_(torch.randn(b.weight.shape, generator=generator) * size)
+
+
+def uncached(base: BaseModel) -> PrefixCache:
+    """A cut of 0: every layer runs."""
+    return PrefixCache(base, 0)
+
+
+def random_row(rng: random.Random, *, prompt: int, target: int) -> EncodedRow:
+    """A row of random ids: `prompt` ids that are not trained, then `target` that are."""
+    ids = tuple(rng.randrange(3, VOCABULARY) for _ in range(prompt + target))
+    return EncodedRow(ids, (False,) * prompt + (True,) * target)
+
+
+def random_rows(n: int, *, seed: int = 0, prompt: int | None = None, target: int | None = None) -> list[EncodedRow]:
+    """n rows; lengths vary unless given."""
+    rng = random.Random(seed)
+    return [
+        random_row(rng, prompt=prompt or rng.randrange(3, 9), target=target or rng.randrange(2, 7)) for _ in range(n)
+    ]
+
+
+def blank(row: EncodedRow) -> EncodedRow:
+    """The same row with nothing to learn from."""
+    return EncodedRow(row.ids, (False,) * len(row.ids))
+
+
+def even(n: int) -> torch.Tensor:
+    """Equal weights of a step of n rows."""
+    return torch.full((n,), 1.0 / n, dtype=torch.float64)
+
+
+def gradients(base: BaseModel) -> list[torch.Tensor]:
+    """Copies of the task adapter's gradients."""
+    return [p.grad.detach().clone() for p in adapter.parameters(base, adapter.TASK) if p.grad is not None]
+
+
+def clear(base: BaseModel) -> None:
+    """Forget all gradients."""
+    for parameter in adapter.parameters(base, adapter.TASK):
+        parameter.grad = None
+
+
+def norm(tensors: Sequence[torch.Tensor]) -> float:
+    """One L2 norm over all tensors."""
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+
+
+def farthest(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """The largest absolute difference between two lists of tensors."""
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
