@@ -115,6 +115,7 @@ def pair_nll(bench: Bench, pairs: Sequence[Pair], *, batch: int = 16) -> Measure
 @torch.no_grad()
 def rows_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16) -> list[float]:
     """nll of each row under the active adapters."""
+    cache.prepare([row.ids for row in rows])
     out = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for start in range(0, len(order), batch):
@@ -128,6 +129,7 @@ def rows_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow], *,
 def attention_outputs(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow]) -> list[Tensor]:
     """Attention outputs (tokens, D) of each trained layer on the rows' real tokens, for drift."""
     blocks = [attention_block(layer) for layer in list(base.layers)[cache.cut :]]
+    cache.prepare([row.ids for row in rows])
     per_row: list[list[Tensor]] = []
     for row in rows:
         with ExitStack() as stack:

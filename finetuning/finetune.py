@@ -130,6 +130,7 @@ def _train(
     yield StageStarted(stage="train", detail=f"Training on {len(kept)} rows, attempt {attempt}")
     reset_task(bench)
     step = anchored_step(bench, anchor, anchors_of(bench, anchor), seed=mix(recipe.seed, "anchor"))
+    step.prepare(recipe.steps, recipe.batch_size)
     setup = training(
         bench, [ledger.encoded[i] for i in kept], step, _weigher(bench, ledger, kept), steps=recipe.steps,
         seed=mix(recipe.seed, "order"), optimiser=optimiser, folder=scratch / "checkpoints", fingerprint=mark,

@@ -52,6 +52,7 @@ def read_rows(
     batch: int = 16,
 ) -> Reading:
     """One forward per row. A conversation's mass is the largest over its assistant turns."""
+    cache.prepare([row.ids for row in rows])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     mass, nll, worst = (torch.zeros(len(rows)) for _ in range(3))
     for start in range(0, len(order), batch):

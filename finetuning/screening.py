@@ -70,6 +70,7 @@ def _ask_scout(
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     recipe, seed = bench.recipe, mix(bench.recipe.seed, "scout")
     step = anchored_step(bench, recipe.anchor, anchors_of(bench, recipe.anchor), seed=seed)
+    step.prepare(recipe.screen.scout_steps, recipe.batch_size)
     weigher = Antibody(recipe.antibody, gate=torch.ones(len(kept)))
     setup = training(bench, kept, step, weigher, steps=recipe.screen.scout_steps, seed=seed)
     for done in train(setup, LoopState()):

@@ -55,6 +55,7 @@ def make_anchors(
     ]
     ids = tuple(prompt + answer for prompt, answer in chosen)
     starts = tuple(len(prompt) for prompt, _ in chosen)
+    cache.prepare(ids)
     parts = [answer_log_probs(base, cache, ids[i : i + 16], starts[i : i + 16], tokens) for i in range(0, len(ids), 16)]
     empty = torch.zeros(0, tokens, base.model.config.vocab_size, device=base.device)
     return KlAnchors(ids, starts, tokens, torch.cat(parts) if parts else empty)
@@ -105,6 +106,10 @@ class Anchored:
         if loss.requires_grad:
             backward(loss)
         return StepLoss(float(loss.detach()), float(found.correct[:n].sum()), int(found.tokens[:n].sum()))
+
+    def prepare(self, steps: int, batch_size: int) -> None:
+        """Compute the cached states of every row that `steps` steps will mix in, all at once, which is faster."""
+        self._cache.prepare([row.ids for step in range(steps) for row in self.mixed(step, batch_size)])
 
     def mixed(self, step: int, batch_size: int) -> list[EncodedRow]:
         """The operator rows of a step: refusals and benign rows by mix_refusal_share, a pure function of the step."""
