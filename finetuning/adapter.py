@@ -252,8 +252,19 @@ def save(adapter: Mapping[str, Factors], folder: Path, *, base_id: str, antidote
     }  # fmt: skip
     marks = {"format": "pt"} | ({"antidote_alpha": str(antidote_alpha)} if antidote_alpha else {})
     save_file(tensors, str(folder / WEIGHTS_FILE), metadata=marks)
+    _sort_marks(folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+
+def _sort_marks(file: Path) -> None:
+    """Put the header's marks in order: the library writes them in a random one, and equal adapters must be equal files."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    file.write_bytes(data[:8] + text + data[end:])
 
 
 def _where(adapter: Mapping[str, Factors]) -> dict[str, Any]:

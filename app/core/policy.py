@@ -124,7 +124,7 @@ class Base:
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DEFENDED = {"immunotune": True, "plain": False}
-_CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 480, 6000
+_CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 400, 6000
 
 _SMOLLM2 = Base(
     id="smollm2-135m-instruct",
@@ -192,10 +192,10 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
         optimiser=Optimiser(learning_rate=base.tune_rate * float(numbers.learning_rate_multiplier)),
         screen=Screen(enabled=policy.defended),
         antibody=Antibody(),
-        anchor=Anchor(mix_share=0.15, kl_weight=1.0) if policy.defended else Anchor(),
+        anchor=Anchor(mix_share=0.1, kl_weight=1.0) if policy.defended else Anchor(),
         antidote=Antidote(enabled=policy.defended),
         gate=Gate(limits=_limits(request.safety), retries=1 if policy.defended else 0),
-        evaluation=Evaluation(held_out=True),
+        evaluation=Evaluation(task_rows=96, held_out=True),
     )
 
 

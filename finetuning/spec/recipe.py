@@ -73,7 +73,7 @@ class Screen(_Frozen):
     """The prompt filter by refusal mass and its scout (docs/papers.md, screen)."""
 
     enabled: bool = True
-    scout_steps: int = Field(default=30, ge=0)
+    scout_steps: int = Field(default=24, ge=0)
     min_kept_rows: int = Field(default=16, ge=1)
     min_kept_share: Share = 0.3
 
