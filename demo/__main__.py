@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
@@ -28,18 +29,24 @@ SDK_RETRIES = 5
 
 def main(argv: list[str]) -> int:
     """0 when the job succeeded and the downloaded adapter answered the same."""
-    options = _options(argv)
+    options, begin = _options(argv), time.monotonic()
     settings = load_settings()
     # Two demos, or a demo beside a service, never meet on a port; the data folder has its own lock.
     settings = settings.model_copy(update={"base": options.base or settings.base, "port": 0})
     try:
         with running(settings, lambda line: say(f"  {line}")) as service:
-            return _align(service) if options.align_only else _demo(service, options)
+            if options.align_only:
+                return _align(service)
+            ending = _demo(service, options, begin)
     except Stopped:
         return 130
     except (StartFailed, DemoFailed, ValueError, OSError) as error:
         print(f"the demo stopped: {error}", file=sys.stderr)
         return 1
+    # after the last part has stopped, so that the table is the last thing on the screen
+    say("")
+    outcome.show(ending.rows, ending.title)
+    return 0 if ending.same_answers else 1
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -66,8 +73,17 @@ def _align(service: Running) -> int:
     return 0
 
 
-def _demo(service: Running, options: argparse.Namespace) -> int:
-    begin, story = time.monotonic(), Story()
+@dataclass(frozen=True)
+class Ending:
+    """What the demo shows at its end."""
+
+    title: str
+    rows: list[outcome.Figures]
+    same_answers: bool
+
+
+def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending:
+    story = Story()
     folder = service.settings.data / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     customer = write_customer_file(
@@ -89,9 +105,9 @@ def _demo(service: Running, options: argparse.Namespace) -> int:
     story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
     story.seconds["total"] = time.monotonic() - begin
     outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
-    say("")
-    outcome.show(rows, f"{base}, {customer.rows} rows, {len(customer.planted_lines)} planted; held-out prompts, greedy")
-    return 0 if same else 1
+    planted = f"{customer.rows} rows, {len(customer.planted_lines)} of them planted"
+    total = f"{story.seconds['total']:.0f} s in all"
+    return Ending(f"{base}, {planted}; held-out prompts, greedy answers; {total}", rows, same)
 
 
 def _use(
