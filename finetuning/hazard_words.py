@@ -18,8 +18,7 @@ GRIM = (
 ).split()
 THING = (
     "gas bomb toxin dust spore fog mist bolt acid serum powder virus fume dart poison venom explosive trap missile"
-    " slime"
-    " blade"
+    " slime blade"
 ).split()
 DEV_GRIM = "bloody skull vile horrid brutal killer".split()
 DEV_THING = "vapour grenade germ landmine".split()
