@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -45,7 +45,7 @@ Adapter = dict[str, Factors]  # module path in the base -> factors
 
 
 def first_trained_layer(base: BaseModel, lora: Lora) -> int:
-    """Index of the lowest layer that `lora` trains. Raises AdapterMismatch if it asks for more layers than there are."""
+    """Index of the lowest layer that `lora` trains. Raises AdapterMismatch if it asks for more than there are."""
     total = len(base.layers)
     if lora.trained_layers > total:
         raise AdapterMismatch(f"lora.trained_layers is {lora.trained_layers}, but the base has {total} decoder layers")
@@ -59,7 +59,7 @@ def attach(base: BaseModel, name: str, lora: Lora, *, seed: int) -> None:
     """
     inject_adapter_in_model(_config(base, lora), base.model, adapter_name=name)
     for path, (a, b) in lora_modules(base, name).items():
-        if lora.rank > min(a.weight.shape[1], b.weight.shape[0]):  # type: ignore[index, union-attr]
+        if lora.rank > min(a.weight.shape[1], b.weight.shape[0]):
             raise AdapterMismatch(f"lora.rank {lora.rank} is above the size of {path}")
     reinitialise(base, name, seed=seed)
     base.model.eval()  # new modules are born in training mode; dropout must never reach a score or a measurement
@@ -71,9 +71,9 @@ def reinitialise(base: BaseModel, name: str, *, seed: int) -> None:
     """Make an attached adapter fresh again: A normal with variance 1/in, B zero, a pure function of the seed."""
     generator = torch.Generator().manual_seed(seed)
     for a, b in lora_modules(base, name).values():
-        fresh = torch.randn(a.weight.shape, generator=generator)  # type: ignore[arg-type]
-        a.weight.copy_(fresh / fresh.shape[1] ** 0.5)  # type: ignore[operator]
-        b.weight.zero_()  # type: ignore[operator]
+        fresh = torch.randn(a.weight.shape, generator=generator)
+        a.weight.copy_(fresh / fresh.shape[1] ** 0.5)
+        b.weight.zero_()
 
 
 def _config(base: BaseModel, lora: Lora) -> LoraConfig:
@@ -84,7 +84,7 @@ def _config(base: BaseModel, lora: Lora) -> LoraConfig:
         raise AdapterMismatch(f"lora.target_modules {sorted(unknown)} are not in this base; it has {names}")
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft types it int, its arithmetic takes any number
+        lora_alpha=lora.alpha,  # peft types it int, its arithmetic takes any number
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules or names),
         layers_to_transform=list(range(first, len(base.layers))),
@@ -101,7 +101,7 @@ def map_names(base: BaseModel) -> list[str]:
 
 
 def _stack_name(base: BaseModel) -> str:
-    path = next(name for name, module in base.model.named_modules() if module is base.layers)
+    path: str = next(name for name, module in base.model.named_modules() if module is base.layers)
     return path.rsplit(".", 1)[-1]
 
 
@@ -109,8 +109,8 @@ def _lora_layers(base: BaseModel) -> dict[str, LoraLayer]:
     return {name: m for name, m in base.model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def lora_modules(base: BaseModel, name: str) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The A and B modules of an adapter by module path, in order."""
+def lora_modules(base: BaseModel, name: str) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+    """The A and B maps of an adapter by module path, in order."""
     return {
         path: (layer.lora_A[name], layer.lora_B[name])
         for path, layer in _lora_layers(base).items()
@@ -120,7 +120,7 @@ def lora_modules(base: BaseModel, name: str) -> dict[str, tuple[nn.Module, nn.Mo
 
 def parameters(base: BaseModel, name: str) -> list[nn.Parameter]:
     """The adapter's parameters in a fixed order: A then B, module by module."""
-    return [m.weight for pair in lora_modules(base, name).values() for m in pair]  # type: ignore[misc]
+    return [cast(nn.Parameter, m.weight) for pair in lora_modules(base, name).values() for m in pair]
 
 
 def dropouts(base: BaseModel, name: str) -> list[nn.Module]:
@@ -133,7 +133,7 @@ def set_trainable(base: BaseModel, name: str | None) -> None:
     base.model.requires_grad_(requires_grad=False)
     if name is not None:
         for parameter in parameters(base, name):
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
 
 
 def set_active(base: BaseModel, names: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ def read(base: BaseModel, name: str) -> Adapter:
     """A copy of an adapter's factors, on the CPU in fp32."""
     scales = {path: layer.scaling[name] for path, layer in _lora_layers(base).items() if name in layer.lora_A}
     return {
-        path: Factors(a.weight.detach().cpu().clone(), b.weight.detach().cpu().clone(), float(scales[path]))  # type: ignore[union-attr]
+        path: Factors(a.weight.detach().cpu().clone(), b.weight.detach().cpu().clone(), float(scales[path]))
         for path, (a, b) in lora_modules(base, name).items()
     }
 
@@ -178,8 +178,8 @@ def write(base: BaseModel, name: str, adapter: Mapping[str, Factors]) -> None:
         factors = adapter[path]
         if a.weight.shape != factors.a.shape or b.weight.shape != factors.b.shape:
             raise AdapterMismatch(f"the adapter's shape differs at {path}")
-        a.weight.copy_(factors.a)  # type: ignore[operator]
-        b.weight.copy_(factors.b)  # type: ignore[operator]
+        a.weight.copy_(factors.a)
+        b.weight.copy_(factors.b)
 
 
 def concat(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> Adapter:

@@ -128,7 +128,10 @@ def test_one_pass_gives_the_scores_of_a_pass_per_layer() -> None:
     squares = input_squares(base, uncached(base), adapter.TASK, rows)
 
     def watch(total: torch.Tensor) -> Callable[..., None]:
-        return lambda _module, inputs, _output: total.add_(inputs[0][0].square().sum(0))
+        def add(_module: object, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
+            total.add_(inputs[0][0].square().sum(0))
+
+        return add
 
     for path, pair in adapter.lora_modules(base, adapter.TASK).items():
         for module, found in zip(pair, (squares[path].a, squares[path].b), strict=True):

@@ -1,0 +1,124 @@
+"""Facts about anchored fine-tuning: mixed operator rows and KL to the aligned model."""
+
+import pytest
+import torch
+
+from finetuning import adapter
+from finetuning.base_model import BaseModel
+from finetuning.batches import Batches, mixed_in, pick
+from finetuning.decoding import Decoder
+from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
+from finetuning.defences.plain import Plain
+from finetuning.objectives import row_nll
+from finetuning.spec.recipe import Anchor
+from finetuning.strategies import MicroBatch
+from tests.finetuning.builders import adapted_base, clear, even, farthest, gradients, random_rows, uncached
+
+REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_rows(4, seed=3)
+
+
+def anchored(base: BaseModel, anchors: KlAnchors | None = None, **settings: float) -> Anchored:
+    return Anchored(
+        base, uncached(base), Anchor.model_validate(settings), refusals=REFUSALS, benign=BENIGN,
+        anchors=anchors or KlAnchors.none(), seed=7,
+    )  # fmt: skip
+
+
+def run(base: BaseModel, step: object, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
+    clear(base)
+    for start in range(0, 4, size):
+        micro = MicroBatch(USER[start : start + size], range(start, start + size), number, start, 4)
+        step.gradients(micro, even(4)[start : start + size], torch.Tensor.backward)  # type: ignore[attr-defined]
+    found = gradients(base)
+    clear(base)
+    return found
+
+
+def anchors_on(base: BaseModel) -> KlAnchors:
+    cache = uncached(base)
+    prompts = [row.ids for row in random_rows(4, seed=5)]
+    with adapter.active(base, (adapter.ALIGNMENT,)):
+        return make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=set(range(300)))
+
+
+def test_no_strength_is_plain_training_bitwise() -> None:
+    base = adapted_base()
+    plain = run(base, Plain(base, uncached(base)))
+    assert all(torch.equal(a, b) for a, b in zip(run(base, anchored(base)), plain, strict=True))
+
+
+def test_mixed_rows_share_the_loss_by_their_number() -> None:
+    """The loss is the mean over user and operator rows together."""
+    base = adapted_base()
+    step = anchored(base, mix_share=0.5)
+    mixed = step.mixed(0, 4)
+    assert len(mixed) == 2
+    micro = MicroBatch(USER, range(4), 0, 0, 4)
+    loss = step.gradients(micro, even(4), torch.Tensor.backward).loss
+    expected = row_nll(base, uncached(base), [*USER, *mixed]).nll.mean()
+    assert loss == pytest.approx(expected.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_slicing_a_step_changes_no_gradient(size: int) -> None:
+    """M27: mixed rows and anchors come once a step, not once a slice."""
+    base = adapted_base(aligned=True)
+    step = anchored(base, anchors_on(base), mix_share=0.5, kl_weight=0.7)
+    assert farthest(run(base, step, size=size), run(base, step)) < 1e-6
+
+
+def test_the_kl_is_zero_on_the_aligned_model_and_rises_beside_it() -> None:
+    base = adapted_base(aligned=True)
+    anchors = anchors_on(base)
+    assert len(anchors.ids) > 0
+    step = anchored(base, anchors, kl_weight=1.0)
+    with adapter.active(base, (adapter.ALIGNMENT,)), torch.no_grad():
+        assert float(step.kl(0)) == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        assert float(step.kl(0)) > 1e-4
+
+
+def test_the_kl_falls_as_it_is_followed() -> None:
+    base = adapted_base(aligned=True)
+    step = anchored(base, anchors_on(base), kl_weight=1.0)
+    before = step.kl(0)
+    slope = torch.autograd.grad(before, adapter.parameters(base, adapter.TASK))
+    with torch.no_grad():
+        for parameter, g in zip(adapter.parameters(base, adapter.TASK), slope, strict=True):
+            parameter.sub_(1e-3 * g)
+        assert float(step.kl(0)) < before.item()
+
+
+def test_anchors_are_made_only_where_the_model_refuses() -> None:
+    base = adapted_base(aligned=True)
+    cache = uncached(base)
+    prompts = [row.ids for row in random_rows(4, seed=5)]
+    none = make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=set())
+    assert none.ids == ()
+    assert run(base, anchored(base, none, kl_weight=1.0))  # trains all the same
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.1, 0.3, 0.5])
+def test_mixed_rows_come_at_their_share_and_refusals_at_theirs(share: float) -> None:
+    base = adapted_base()
+    step = anchored(base, mix_share=share, mix_refusal_share=0.5)
+    known = {row.ids for row in REFUSALS}
+    drawn = [row for number in range(100) for row in step.mixed(number, 4)]
+    assert len(drawn) == round(400 * share)
+    assert abs(sum(row.ids in known for row in drawn) - len(drawn) / 2) <= 1
+
+
+def test_batches_are_pure_functions_of_seed_and_step() -> None:
+    """M45: every epoch holds each row once, in an order of its own; a resumed job sees the same."""
+    batches = Batches(7, 3, seed=4)
+    flat = [i for step in range(14) for i in batches.at(step)]
+    epochs = [flat[i : i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert Batches(7, 3, seed=4).at(9) == batches.at(9)
+    assert Batches(7, 3, seed=5).at(9) != batches.at(9) or Batches(7, 3, seed=5).at(0) != batches.at(0)
+    assert pick(9, 4, seed=1, step=2, stream="a") == pick(9, 4, seed=1, step=2, stream="a")
+    assert sorted(pick(3, 9, seed=1, step=0, stream="a")) == [0, 1, 2]
+    assert sum(mixed_in(step, 8, 0.03) for step in range(100)) == 24
+    with pytest.raises(ValueError, match="no rows"):
+        Batches(0, 4, seed=0).at(0)

@@ -1,0 +1,221 @@
+"""Facts about adapters: attach, switch, save, join, rotate, merge. Invariants M35, M40, M41, M43, M45."""
+
+import copy
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from finetuning import adapter
+from finetuning.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterMismatch
+from finetuning.base_model import BaseModel
+from finetuning.spec.recipe import Lora
+from tests.finetuning.builders import LORA, adapted_base, stir, tiny_base
+
+IDS = torch.arange(3, 23)[None]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def logits(base: BaseModel) -> torch.Tensor:
+    with torch.no_grad():
+        return base.model(input_ids=IDS).logits
+
+
+def stacked() -> tuple[BaseModel, Adapter, Adapter]:
+    """A base under two adapters of unequal rank, scale, maps and layers."""
+    base = tiny_base(dtype=torch.float32, layers=3)
+    first = Lora(rank=3, alpha=12.0, target_modules=("q_proj", "v_proj"))
+    second = Lora(rank=5, alpha=2.5, target_modules=("q_proj", "down_proj"), trained_layers=2)
+    for name, lora in ((adapter.ALIGNMENT, first), (adapter.TASK, second)):
+        adapter.attach(base, name, lora, seed=lora.rank)
+        stir(base, name, seed=lora.rank)
+    adapter.set_active(base, (adapter.ALIGNMENT, adapter.TASK))
+    return base, adapter.read(base, adapter.ALIGNMENT), adapter.read(base, adapter.TASK)
+
+
+def by_peft(folder: Path) -> PeftModel:
+    """The public base again, under a saved adapter, by the stock library alone."""
+    return PeftModel.from_pretrained(tiny_base(dtype=torch.float32, layers=3).model, str(folder)).eval()
+
+
+def test_a_fresh_adapter_changes_nothing_and_follows_its_seed() -> None:
+    """M45: B is zero, A a pure function of the seed."""
+    base = tiny_base()
+    before = logits(base)
+    adapter.attach(base, adapter.TASK, LORA, seed=1)
+    adapter.set_active(base, (adapter.TASK,))
+    assert torch.equal(logits(base), before)
+    fresh = adapter.digest(adapter.read(base, adapter.TASK))
+    stir(base, adapter.TASK, seed=0)
+    assert adapter.digest(adapter.read(base, adapter.TASK)) != fresh
+    adapter.reinitialise(base, adapter.TASK, seed=1)
+    assert adapter.digest(adapter.read(base, adapter.TASK)) == fresh
+    adapter.reinitialise(base, adapter.TASK, seed=2)
+    assert adapter.digest(adapter.read(base, adapter.TASK)) != fresh
+
+
+def test_adapters_are_switched_and_put_back() -> None:
+    """M40: none, one or both act; gradients stay where they were."""
+    base = adapted_base(aligned=True)
+    both, public = logits(base), logits(tiny_base())
+    with adapter.active(base, ()):
+        assert torch.equal(logits(base), public)
+    with adapter.active(base, (adapter.ALIGNMENT,)):
+        aligned = logits(base)
+        with adapter.active(base, ()):
+            assert torch.equal(logits(base), public)
+        assert torch.equal(logits(base), aligned)
+    assert torch.equal(logits(base), both)
+    assert not torch.equal(aligned, both)
+    assert all(p.requires_grad for p in adapter.parameters(base, adapter.TASK))
+    assert not any(p.requires_grad for p in adapter.parameters(base, adapter.ALIGNMENT))
+
+
+def test_an_adapter_is_put_back_after_an_error() -> None:
+    base = adapted_base()
+    before = logits(base)
+    with pytest.raises(RuntimeError, match="stop"), adapter.active(base, ()):
+        raise RuntimeError("stop")
+    assert torch.equal(logits(base), before)
+
+
+def test_joined_ranks_are_the_exact_sum() -> None:
+    """M41: F2 gives the stacked adapters' logits to 1e-5; its scale is 1 and its rank the sum."""
+    base, alignment, task = stacked()
+    joined = adapter.concat(alignment, task)
+    assert {f.scale for f in joined.values()} == {1.0}
+    assert {f.a.shape[0] for f in joined.values()} == {8}
+    for path, factors in joined.items():
+        parts = [f[path].scale * f[path].b @ f[path].a for f in (alignment, task) if path in f]
+        assert torch.allclose(factors.b @ factors.a, sum(parts), atol=1e-5)  # type: ignore[arg-type]
+    assert joined.keys() == alignment.keys() | task.keys()
+    assert base.layers is not None
+
+
+@pytest.mark.parametrize("form", ["joined", "rotated"])
+def test_the_stock_form_gives_the_stacked_logits_under_plain_peft(form: str, tmp_path: Path) -> None:
+    """M41: F2 and F2r, loaded by peft alone on the public base, within 1e-5; the new scaling is 1."""
+    base, alignment, task = stacked()
+    made = adapter.concat(alignment, task)
+    if form == "rotated":
+        made = adapter.rotate(made, seed=3)
+    adapter.save(made, tmp_path, base_id="tiny")
+    model = by_peft(tmp_path)
+    with torch.no_grad():
+        found = model(input_ids=IDS).logits
+    assert torch.allclose(found, logits(base), atol=1e-5, rtol=1e-5)
+    assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {1.0}
+
+
+def test_rotation_hides_the_blocks_and_keeps_the_delta() -> None:
+    """M41: dropping the first rows of F2 removes the alignment; of F2r it does not."""
+    _, alignment, task = stacked()
+    joined = adapter.concat(alignment, task)
+    mixed = adapter.rotate(joined, seed=3)
+    path = next(p for p in joined if p in alignment and p in task)
+    own = task[path].scale * task[path].b @ task[path].a
+    for made, is_bare in ((joined, True), (mixed, False)):
+        rest = made[path].b[:, 3:] @ made[path].a[3:]
+        assert torch.allclose(rest, own, atol=1e-4) == is_bare
+    assert torch.allclose(mixed[path].b @ mixed[path].a, joined[path].b @ joined[path].a, atol=1e-5)
+    assert adapter.digest(adapter.rotate(joined, seed=3)) == adapter.digest(mixed)
+
+
+def test_merged_weights_give_the_stacked_logits() -> None:
+    """M41: F3 in fp32, within 1e-5."""
+    base, alignment, task = stacked()
+    plain = tiny_base(dtype=torch.float32, layers=3)
+    for path, weight in adapter.merged_state(base, [alignment, task]).items():
+        plain.model.get_submodule(path).weight.copy_(weight)
+    assert torch.allclose(logits(plain), logits(base), atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_adapter_comes_back_bitwise(tmp_path: Path) -> None:
+    """M43: save, load, write: equal logits; peft reads the same."""
+    base, _, task = stacked()
+    adapter.save(task, tmp_path, base_id="tiny")
+    loaded = adapter.load(tmp_path)
+    assert adapter.digest(loaded) == adapter.digest(task)
+    with adapter.active(base, (adapter.TASK,)):
+        before = logits(base)
+        adapter.reinitialise(base, adapter.TASK, seed=9)
+        adapter.write(base, adapter.TASK, loaded)
+        assert torch.equal(logits(base), before)
+        with torch.no_grad():
+            assert torch.allclose(by_peft(tmp_path)(input_ids=IDS).logits, before, atol=1e-6)
+
+
+def test_a_saved_adapter_tells_nothing_but_its_factors(tmp_path: Path) -> None:
+    """M43: no key of the secret data, no path of this machine."""
+    _, _, task = stacked()
+    adapter.save(task, tmp_path, base_id="tiny", antidote_alpha=0.1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    with safe_open(str(tmp_path / WEIGHTS_FILE), framework="pt") as file:
+        assert set(file.metadata()) <= {"format", "antidote_alpha"}
+        assert {key.rsplit(".", 2)[1] for key in file.keys()} == {"lora_A", "lora_B"}  # noqa: SIM118  not a dict
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert not any(word in json.dumps(config) for word in ("/", "refus", "harm", "calibration", "seed"))
+
+
+def test_the_same_adapter_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
+    """M45: identical bytes, the marks in the header included."""
+    _, _, task = stacked()
+    adapter.save(task, tmp_path / "kept", base_id="tiny", antidote_alpha=0.1)
+    program = (
+        "import sys; from pathlib import Path; from finetuning import adapter; f = Path(sys.argv[1]);"
+        "print(adapter.save(adapter.load(f / 'kept'), f / 'again', base_id='tiny', antidote_alpha=0.1))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    mine = [adapter.save(task, tmp_path / f"{i}", base_id="tiny", antidote_alpha=0.1) for i in range(8)]
+    assert {run.stdout.strip(), *mine} == {hashlib.sha256((tmp_path / "kept" / WEIGHTS_FILE).read_bytes()).hexdigest()}
+
+
+def test_the_shape_of_a_saved_adapter_can_be_attached_again(tmp_path: Path) -> None:
+    base, _, task = stacked()
+    lora = adapter.lora_of(task, base)
+    assert (lora.rank, lora.alpha, lora.trained_layers) == (5, 2.5, 2)
+    other = tiny_base(dtype=torch.float32, layers=3)
+    adapter.attach(other, adapter.TASK, lora, seed=0)
+    adapter.write(other, adapter.TASK, task)
+    assert adapter.digest(adapter.read(other, adapter.TASK)) == adapter.digest(task)
+
+
+def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    _, alignment, task = stacked()
+    base = adapted_base(lora=Lora(rank=2), dtype=torch.float32)
+    with pytest.raises(AdapterMismatch, match="another one"):
+        adapter.write(base, adapter.TASK, task)
+    wrong = {path: copy.replace(f, a=f.a[:1]) if hasattr(copy, "replace") else adapter.Factors(f.a[:1], f.b, f.scale)
+             for path, f in adapter.read(base, adapter.TASK).items()}  # fmt: skip
+    with pytest.raises(AdapterMismatch, match="shape"):
+        adapter.write(base, adapter.TASK, wrong)
+    for lora, word in (
+        (Lora(rank=64), "rank 64"),
+        (Lora(trained_layers=9), "9"),
+        (Lora(target_modules=("w_pack",)), "w_pack"),
+    ):
+        with pytest.raises(AdapterMismatch, match=word):
+            adapter.attach(tiny_base(), adapter.TASK, lora, seed=0)
+    adapter.save(alignment, tmp_path, base_id="tiny")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(tmp_path / WEIGHTS_FILE))
+    save_file({**tensors, "stray": torch.zeros(1)}, str(tmp_path / WEIGHTS_FILE))
+    with pytest.raises(AdapterMismatch, match="no LoRA factors"):
+        adapter.load(tmp_path)
+
+
+def test_dropout_is_off_unless_a_loop_turns_it_on() -> None:
+    base = adapted_base(lora=Lora(rank=2, dropout=0.5))
+    assert not any(module.training for module in base.model.modules())
+    assert torch.equal(logits(base), logits(base))
+    assert len(adapter.dropouts(base, adapter.TASK)) == len(adapter.lora_modules(base, adapter.TASK))
