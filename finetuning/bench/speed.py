@@ -1,0 +1,92 @@
+"""What is timed, each against its peer on the same rows: frozen-prefix reuse, defended steps, decoding.
+
+Knows the library; must not know how timings are reported.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetuning import adapter
+from finetuning.base_model import BaseModel, load_base
+from finetuning.bases import SMOLLM2_ID, fetch
+from finetuning.chat_format import EncodedRow, encode_pair, prompt_ids
+from finetuning.decoding import Decoder
+from finetuning.defences.plain import Plain
+from finetuning.defences.vaccine import Vaccine
+from finetuning.hazards import safety_rows
+from finetuning.prefix_cache import PrefixCache
+from finetuning.spec.recipe import Lora
+from finetuning.strategies import GradientStep, MicroBatch
+
+_LORA = Lora(rank=16, alpha=32.0, trained_layers=10)
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One thing that is timed, and its peer."""
+
+    name: str
+    peer: str
+    run: Callable[[], object]
+    run_peer: Callable[[], object]
+
+
+def _base(data: Path) -> tuple[BaseModel, list[EncodedRow]]:
+    base = load_base(fetch("smollm2", data / "bases" / SMOLLM2_ID))
+    adapter.attach(base, adapter.ALIGNMENT, _LORA, seed=0)
+    adapter.set_trainable(base, adapter.ALIGNMENT)
+    rows = safety_rows()
+    pairs = [*rows.aligned[:_BATCH], *rows.benign[:_BATCH]]
+    return base, [encode_pair(base.tokenizer, p.prompt, p.answer) for p in pairs][::2]
+
+
+def _one(step: GradientStep, rows: list[EncodedRow]) -> Callable[[], object]:
+    weights = torch.full((len(rows),), 1 / len(rows))
+    micro = MicroBatch(rows, list(range(len(rows))), 0, 0, len(rows))
+    return lambda: step.gradients(micro, weights, torch.Tensor.backward)
+
+
+def _caches(base: BaseModel, rows: list[EncodedRow]) -> tuple[PrefixCache, PrefixCache]:
+    reused = PrefixCache(base, adapter.first_trained_layer(base, _LORA))
+    reused.prepare([row.ids for row in rows])
+    return reused, PrefixCache(base, 0)
+
+
+def prefix_reuse(data: Path) -> list[Contest]:
+    """A training step from cached states against the same step through all layers."""
+    base, rows = _base(data)
+    reused, whole = _caches(base, rows)
+    return [
+        Contest("plain step, prefix reused", "full forward", _one(Plain(base, reused), rows), _one(Plain(base, whole), rows)),
+    ]  # fmt: skip
+
+
+def alignment_steps(data: Path) -> list[Contest]:
+    """A Vaccine step against a plain one, both from cached states."""
+    base, rows = _base(data)
+    reused, _ = _caches(base, rows)
+    vaccine = Vaccine(base, reused, rho=2.0, norm="batch")
+    return [Contest("Vaccine step", "plain step", _one(vaccine, rows), _one(Plain(base, reused), rows))]
+
+
+def decoding(data: Path) -> list[Contest]:
+    """Greedy answers to 32 prompts in one batch against transformers' generate, prompt work not reused."""
+    base, _ = _base(data)
+    rows = safety_rows()
+    prompts = [prompt_ids(base.tokenizer, p.prompt) for p in rows.gate_harmful[:32]]
+
+    def ours() -> object:
+        return Decoder(base, PrefixCache(base, 0)).answers(prompts, new_tokens=12)
+
+    def theirs() -> object:
+        longest = max(map(len, prompts))
+        pads = [[0] * (longest - len(p)) for p in prompts]
+        ids = torch.tensor([pad + p for pad, p in zip(pads, prompts, strict=True)])
+        mask = torch.tensor([[0] * len(pad) + [1] * len(p) for pad, p in zip(pads, prompts, strict=True)])
+        return base.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+
+    return [Contest("our decoder", "transformers generate", ours, theirs)]
