@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         case "worker":
             return _worker(settings, options.queues)
         case "models":
-            return _models(settings, rest)
+            return _models(rest)
         case _:
             migrate(settings)
             return 0
@@ -84,10 +84,10 @@ def _worker(settings: Settings, queues: str) -> int:
     return run_worker(settings, queues.split(","))
 
 
-def _models(settings: Settings, options: list[str]) -> int:
+def _models(options: list[str]) -> int:
     from worker.serving.server import main as serve_models
 
-    return serve_models(["--base", str(parts.base_folder(settings)), *options])
+    return serve_models(options)
 
 
 def _say(line: str) -> None:

@@ -30,9 +30,8 @@ def choose_ports(settings: Settings) -> Settings:
 
 
 def base_folder(settings: Settings) -> Path:
-    """Where the configured base lies, or will lie once it is fetched: a local folder stays where it is."""
-    local = Path(settings.base)
-    return local if (local / "config.json").exists() else settings.data / "bases" / models.base_id_of(settings.base)
+    """Where the configured base lies, or will lie once it is fetched."""
+    return settings.data / "bases" / models.base_id_of(settings.base)
 
 
 def fetch_base(settings: Settings, say: Callable[[str], None]) -> None:
