@@ -72,7 +72,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _hardware() -> dict[str, object]:
-    return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    machine = {"machine": platform.machine(), "cores": os.cpu_count()}
+    return {**machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -60,9 +60,8 @@ def prefix_reuse(data: Path) -> list[Contest]:
     """A training step from cached states against the same step through all layers."""
     base, rows = _base(data)
     reused, whole = _caches(base, rows)
-    return [
-        Contest("plain step, prefix reused", "full forward", _one(Plain(base, reused), rows), _one(Plain(base, whole), rows)),
-    ]  # fmt: skip
+    ours, theirs = (_one(Plain(base, cache), rows) for cache in (reused, whole))
+    return [Contest("plain step, prefix reused", "full forward", ours, theirs)]
 
 
 def alignment_steps(data: Path) -> list[Contest]:
