@@ -124,7 +124,7 @@ class Base:
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DEFENDED = {"immunotune": True, "plain": False}
-_CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 400, 6000
+_CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 480, 6000
 
 _SMOLLM2 = Base(
     id="smollm2-135m-instruct",

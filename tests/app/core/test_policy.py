@@ -25,7 +25,7 @@ def test_a_recipe_covers_every_row_once_an_epoch(rows: int, batch_size: int, epo
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(10, 5), (96, 4), (160, 2), (240, 2), (400, 1), (7473, 1)])
+@pytest.mark.parametrize(("rows", "epochs"), [(10, 5), (96, 5), (160, 3), (240, 2), (480, 1), (7473, 1)])
 def test_auto_epochs_keep_the_rows_seen_about_level(rows: int, epochs: int) -> None:
     assert resolve_recipe(DEFENDED, "tiny", wish(), rows=rows).epochs == epochs
 
