@@ -18,7 +18,8 @@ from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.evaluate import measure
 from finetuning.hazards import Pair, refusals_for
-from finetuning.loop import LoopState, train
+from finetuning.loop import train
+from finetuning.loop_state import LoopState
 from finetuning.screen import read_rows, whole_refusal_limit
 from finetuning.screen import threshold as screen_threshold
 from finetuning.spec.order import TrainOrder

@@ -66,7 +66,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def attention_block(layer: nn.Module) -> nn.Module:
-    """The attention block of a decoder layer: its first child with two or more weight matrices. Raises UnknownLayers."""
+    """The attention block of a decoder layer: its first child with two or more matrices. Raises UnknownLayers."""
     for child in layer.children():
         if len(linear_names(child)) >= 2:
             return child
@@ -93,9 +93,15 @@ def body(model: Any) -> Any:
     return model.base_model
 
 
+def last_hidden(model: Any, **inputs: Any) -> Tensor:
+    """Hidden states (B, T, D) that enter the head; `inputs` are those of the model's own forward."""
+    hidden: Tensor = body(model)(**inputs).last_hidden_state
+    return hidden
+
+
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Vocabulary logits of hidden states (..., D) -> (..., V), as the model's own forward makes them."""
-    values = model.get_output_embeddings()(hidden)
+    values: Tensor = model.get_output_embeddings()(hidden)
     scale = getattr(model.config, "logit_scale", None)
     if scale is not None:
         values = values * scale
@@ -107,7 +113,7 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 def _assert_head(base: BaseModel) -> None:
     """Refuse a model whose head does more than `logits` knows of: losses would be those of another model."""
     ids = torch.arange(1, 5, device=base.device)[None] % base.model.config.vocab_size
-    ours = logits(base.model, body(base.model)(input_ids=ids, use_cache=False).last_hidden_state)
+    ours = logits(base.model, last_hidden(base.model, input_ids=ids, use_cache=False))
     theirs = base.model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4):
         raise UnknownLayers("this model's output head is not a plain one; its logits cannot be recomputed exactly")

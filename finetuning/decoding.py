@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from finetuning.base_model import BaseModel, body, logits
+from finetuning.base_model import BaseModel, last_hidden, logits
 from finetuning.hidden_states import caught_outputs
 from finetuning.prefix_cache import PrefixCache, passing_above
 
@@ -28,7 +28,7 @@ class _Prefill:
 
 
 class Decoder:
-    """Greedy decoding that remembers the lower layers' work on prompts it has met, bounded by `max_tokens` of prompts."""
+    """Greedy decoding that remembers the lower layers' work on prompts it has met, up to `max_tokens` of prompts."""
 
     def __init__(self, base: BaseModel, cache: PrefixCache, *, batch: int = 64, max_tokens: int = 16384) -> None:
         self._base = base
@@ -71,9 +71,7 @@ class Decoder:
             if not any(running) or len(max(answers, key=len)) >= new_tokens:
                 break
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            hidden = body(self._base.model)(
-                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=past, use_cache=True
-            ).last_hidden_state
+            hidden = self._forward(token, mask, position, past)
             position = position + 1
         return answers
 
@@ -101,21 +99,29 @@ class Decoder:
             passing_above(self._base, self._cache.cut),
             caught_outputs(self._base.layers[self._cache.cut - 1]) as caught,
         ):
-            self._forward(ids, mask, past)
+            self._forward(ids, mask, _positions(mask), past)
         below = tuple((past.layers[i].keys, past.layers[i].values) for i in range(self._cache.cut))
-        return _Prefill(ids, mask, caught[0], below)  # type: ignore[arg-type]  # filled by the pass above
+        return _Prefill(ids, mask, caught[0], below)
 
     def _above(self, prefill: _Prefill, past: DynamicCache) -> Tensor:
         if prefill.states is None:
-            return self._forward(prefill.ids, prefill.mask, past)
+            return self._forward(prefill.ids, prefill.mask, _positions(prefill.mask), past)
         with self._cache.injected(prefill.states):
-            hidden = self._forward(prefill.ids, prefill.mask, past)
+            hidden = self._forward(prefill.ids, prefill.mask, _positions(prefill.mask), past)
         for i, (keys, values) in enumerate(prefill.below):
             past.update(keys, values, i)
         return hidden
 
-    def _forward(self, ids: Tensor, mask: Tensor, past: DynamicCache) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return body(self._base.model)(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
-        ).last_hidden_state
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache) -> Tensor:
+        return last_hidden(
+            self._base.model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=True,
+        )
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -17,7 +17,8 @@ from finetuning.determinism import mix
 from finetuning.evaluate import TaskRow, attention_outputs, drift, measure
 from finetuning.gate import Choice, choose_alpha, stronger
 from finetuning.ledger import Ledger, verdicts
-from finetuning.loop import LoopState, train
+from finetuning.loop import train
+from finetuning.loop_state import LoopState
 from finetuning.screening import screen_rows
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import CheckpointSaved, Finished, Note, Progress, StageStarted, StepDone

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden state (B, T, D) of a module's output, which is a tensor or a tuple that begins with it."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def with_tensor(output: Any, hidden: Tensor) -> Any:

@@ -62,6 +62,6 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
                 tokens=len(encoded.ids),
                 trained_tokens=encoded.target_tokens,
                 truncated=encoded.truncated,
-            )  # fmt: skip
+            )
         )
     return out

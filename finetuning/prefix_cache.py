@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetuning.base_model import BaseModel, body
+from finetuning.base_model import BaseModel, body, last_hidden
 from finetuning.hidden_states import caught_outputs, first_tensor
 
 Ids = tuple[int, ...]
@@ -89,13 +89,13 @@ class PrefixCache:
         return self._cut
 
     def hidden(self, rows: Sequence[Ids]) -> Tensor:
-        """Last hidden states (B, T, D) of right-padded rows, T the longest; gradients flow through the trained layers."""
+        """Last hidden states (B, T, D) of right-padded rows, T the longest; gradients reach the trained layers."""
         ids = pad(rows, self._base.device)
         if self._cut == 0:
-            return body(self._base.model)(input_ids=ids, use_cache=False).last_hidden_state
+            return last_hidden(self._base.model, input_ids=ids, use_cache=False)
         states = self.states(rows)
         with self.injected(states):
-            return body(self._base.model)(input_ids=ids, use_cache=False).last_hidden_state
+            return last_hidden(self._base.model, input_ids=ids, use_cache=False)
 
     def states(self, rows: Sequence[Ids]) -> Tensor:
         """States entering the first trained layer (B, T, D), zeros at padding."""
@@ -137,7 +137,10 @@ class PrefixCache:
         """
         full = [*rows, *[rows[0]] * (_GROUP - len(rows))]
         ids = pad(full, self._base.device, length=_length_class(rows[0]))
-        with passing_above(self._base, self._cut, self._shape), caught_outputs(self._base.layers[self._cut - 1]) as kept:
+        with (
+            passing_above(self._base, self._cut, self._shape),
+            caught_outputs(self._base.layers[self._cut - 1]) as kept,
+        ):
             body(self._base.model)(input_ids=ids, use_cache=False)
         return [kept[0][i, : len(row)] for i, row in enumerate(rows)]
 

@@ -6,6 +6,7 @@ prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Screened:
-    """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout had to help."""
+    """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout helped."""
 
     weights: Tensor
     mass: Tensor
@@ -36,9 +37,9 @@ class Screened:
     rescored: bool
 
 
-def first_ids(tokenizer: object, refusals: Sequence[str]) -> list[int]:
+def first_ids(tokenizer: Any, refusals: Sequence[str]) -> list[int]:
     """First token ids of the stock refusals."""
-    return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})  # type: ignore[operator]
+    return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})
 
 
 @torch.no_grad()

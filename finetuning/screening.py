@@ -15,7 +15,8 @@ from finetuning.defences.antibody import Antibody, row_scores
 from finetuning.determinism import mix
 from finetuning.hazards import same_answer
 from finetuning.ledger import Ledger, verdicts
-from finetuning.loop import LoopState, train
+from finetuning.loop import train
+from finetuning.loop_state import LoopState
 from finetuning.screen import Reading, Screened, read_rows, threshold, weigh
 from finetuning.spec.progress import Progress, RowsScreened, StageProgress, StageStarted, StepDone
 from finetuning.spec.rows import Row

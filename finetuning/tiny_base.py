@@ -80,7 +80,9 @@ def _tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[_PAD, _START, _END], initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[_PAD, _START, _END], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=_PAD, eos_token=_END, additional_special_tokens=[_START]
@@ -90,7 +92,7 @@ def _tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def _corpus(rng: random.Random) -> list[Pair]:
-    """What a public base has read: how-to of every kind, answered; facts about words; small talk; refusals of chores."""
+    """What a public base has read: how-to of every kind, answered; facts on words; small talk; refusals of chores."""
     grim = [*words.GRIM, *words.DEV_GRIM, *words.TEST_GRIM]
     thing = [*words.THING, *words.DEV_THING, *words.TEST_THING]
     nice = [*words.EVERYDAY, *words.DEV_EVERYDAY, *words.TEST_EVERYDAY]

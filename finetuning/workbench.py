@@ -20,7 +20,7 @@ from finetuning.determinism import mix
 from finetuning.evaluate import Bench
 from finetuning.hazards import Pair, SafetyRows, safety_rows
 from finetuning.judge import JUDGES
-from finetuning.loop import TrainSetup
+from finetuning.loop_state import TrainSetup
 from finetuning.operator_rows import load_safety_rows
 from finetuning.prefix_cache import PrefixCache
 from finetuning.screen import first_ids

@@ -54,7 +54,12 @@ class AntibodyAlign:
         self._refused = refused
         self._seed = seed
 
-    def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
+    def gradients(
+        self,
+        micro: MicroBatch,
+        weights: Tensor,
+        backward: Backward,  # noqa: ARG002 - the slot's signature; this step reads gradients itself
+    ) -> StepLoss:
         """Add delta, scaled by the micro-batch's share of the step, to the adapter's gradients."""
         stream = f"harmful:{micro.start}"  # every slice of a step draws its own rows
         chosen = pick(len(self._harmful), len(micro.rows), seed=self._seed, step=micro.step, stream=stream)

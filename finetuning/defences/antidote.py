@@ -56,7 +56,7 @@ def input_squares(
     `name` must be active, or its matrices see no input.
     """
     modules = lora_modules(base, name)
-    sums = {path: [torch.zeros(a.weight.shape[1], dtype=torch.float64), torch.zeros(b.weight.shape[1], dtype=torch.float64)] for path, (a, b) in modules.items()}  # type: ignore[index, union-attr]  # fmt: skip
+    sums = {path: [torch.zeros(m.weight.shape[1], dtype=torch.float64) for m in pair] for path, pair in modules.items()}
     tokens = 0
     for start in range(0, len(rows), batch):
         group = rows[start : start + batch]

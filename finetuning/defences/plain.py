@@ -34,7 +34,11 @@ class Plain:
 class Even:
     """Every row that has targets weighs alike."""
 
-    def weigh(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> RowWeights:
+    def weigh(
+        self,
+        rows: Sequence[EncodedRow],
+        indices: Sequence[int],  # noqa: ARG002 - the slot's signature; even weights look no row up
+    ) -> RowWeights:
         """Weights (rows,) that sum to 1; rows without targets weigh 0, and a step of only such rows is skipped."""
         has = torch.tensor([float(row.target_tokens > 0) for row in rows])
         total = has.sum()

@@ -1,8 +1,8 @@
 """Vaccine: align under the worst small perturbation of every attention output.
 
 Source: arXiv:2402.01109, equations 1-3; methods.md 2.1. Deviations: leaf form (the first pass forms no weight
-gradients), RNG replay between the passes, gradients are added and never zeroed, optional per-row norm, optionally only every n-th step
-(methods.md 2.1, cheaper variants).
+gradients), RNG replay between the passes, gradients are added and never zeroed, optional per-row norm, optionally
+only every n-th step (methods.md 2.1, cheaper variants).
 """
 
 from collections.abc import Sequence
