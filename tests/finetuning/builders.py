@@ -9,8 +9,18 @@ from functools import cache
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
-from transformers import GemmaConfig, Gemma2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from finetuning import adapter
 from finetuning.base_model import BaseModel, wrap
@@ -42,7 +52,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def config_of(family: str, *, layers: int = 2, hidden: int = 32) -> PretrainedConfig:
+def config_of(  # noqa: PLR0911 - one return for each family
+    family: str, *, layers: int = 2, hidden: int = 32
+) -> PretrainedConfig:
     """The smallest config of a model family."""
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4,
@@ -64,7 +76,8 @@ def config_of(family: str, *, layers: int = 2, hidden: int = 32) -> PretrainedCo
         case "gpt_neox":
             return GPTNeoXConfig(**wide)
         case "opt":
-            return OPTConfig(**sizes, ffn_dim=2 * hidden, word_embed_proj_dim=hidden, dropout=0.0, activation_function="gelu")
+            wide = {**sizes, "ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden}
+            return OPTConfig(**wide, dropout=0.0, activation_function="gelu")
         case _:
             raise ValueError(family)
 

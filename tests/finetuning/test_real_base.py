@@ -1,4 +1,4 @@
-"""The whole library once through the real base: fetch, align a little, fine-tune a little, certify, load by plain peft."""
+"""The whole library once through the real base: fetch, align and fine-tune a little, certify, load by plain peft."""
 
 import json
 import os

@@ -1,5 +1,6 @@
 """Facts about row weights: methods.md 2.3 and 8.1, invariants M23 to M33."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,7 +112,7 @@ def test_the_released_form_with_equal_weights_is_token_mean_training() -> None:
 
 
 @given(scores_of, st.floats(-100, 100), st.randoms())
-def test_weights_follow_the_order_of_the_scores_alone(scores: torch.Tensor, shift: float, rng) -> None:  # noqa: ANN001
+def test_weights_follow_the_order_of_the_scores_alone(scores: torch.Tensor, shift: float, rng: random.Random) -> None:
     """M25: a constant added changes nothing; a higher score never weighs less; permuting rows permutes weights."""
     weights = softmax_weights(scores, 1.0)
     assert torch.allclose(softmax_weights(scores.double() + shift, 1.0), weights, atol=1e-6)

@@ -2,12 +2,14 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from finetuning import adapter
 from finetuning.base_model import BaseModel
+from finetuning.chat_format import EncodedRow
 from finetuning.defences.antibody_align import AntibodyAlign, strength
 from finetuning.defences.plain import Plain
 from finetuning.objectives import row_nll
@@ -34,7 +36,7 @@ def step_on(base: BaseModel, **settings: object) -> AntibodyAlign:
     )  # fmt: skip
 
 
-def delta_of(base: BaseModel, step: object, rows=ALIGNED) -> list[torch.Tensor]:  # noqa: ANN001  rows
+def delta_of(base: BaseModel, step: object, rows: Sequence[EncodedRow] = ALIGNED) -> list[torch.Tensor]:
     clear(base)
     step.gradients(MicroBatch(rows, range(len(rows)), 0, 0, len(rows)), even(len(rows)), torch.Tensor.backward)  # type: ignore[attr-defined]
     found = gradients(base)
@@ -239,9 +241,7 @@ def test_a_half_precision_adapter_is_refused(dtype: torch.dtype) -> None:
     arguments = {"harmful": HARMFUL, "refused": REFUSED, "seed": 0}
     with pytest.raises(TypeError, match="fp32"):
         AntibodyAlign(base, uncached(base), Settings(), parameters=halves, **arguments)
-    AntibodyAlign(
-        base, uncached(base), Settings(), parameters=adapter.parameters(base, adapter.TASK), **arguments
-    )
+    AntibodyAlign(base, uncached(base), Settings(), parameters=adapter.parameters(base, adapter.TASK), **arguments)
 
 
 def test_checkpointing_changes_no_gradient() -> None:

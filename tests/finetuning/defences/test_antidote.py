@@ -93,9 +93,7 @@ def test_kept_entries_keep_their_bits_and_score_lowest() -> None:
     done = prune(found, scores, 0.3)
     for path, masks in done.masks.items():
         before, after = found[path], done.adapter[path]
-        for mask, old, new, score in zip(
-            masks, (before.a, before.b), (after.a, after.b), scores[path], strict=True
-        ):
+        for mask, old, new, score in zip(masks, (before.a, before.b), (after.a, after.b), scores[path], strict=True):
             assert torch.equal(old[~mask], new[~mask])
             assert bool((new[mask] == 0).all())
             lowest_pruned = score.masked_fill(~mask, float("inf")).amin(1)
@@ -163,7 +161,8 @@ def test_the_contrast_spares_what_the_task_uses_as_much() -> None:
     same = contrast_scores(found, harmful, harmful)
     assert all(float(s.abs().max()) == 0 for pair in same.values() for s in pair)
     other = input_squares(base, uncached(base), adapter.TASK, [blank(row) for row in random_rows(4, seed=8)])
-    assert any(float(s.min()) < 0 < float(s.max()) for pair in contrast_scores(found, harmful, other).values() for s in pair)
+    scores = contrast_scores(found, harmful, other)
+    assert any(float(s.min()) < 0 < float(s.max()) for pair in scores.values() for s in pair)
 
 
 def test_the_alignment_adapter_is_never_touched() -> None:
