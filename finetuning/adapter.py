@@ -258,7 +258,7 @@ def save(adapter: Mapping[str, Factors], folder: Path, *, base_id: str, antidote
 
 
 def _sort_marks(file: Path) -> None:
-    """Put the header's marks in order: the library writes them in a random one, and equal adapters must be equal files."""
+    """Put the header's marks in order: the library's is random, and equal adapters must be equal files."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])

@@ -340,9 +340,10 @@ HARD = [
 
 @pytest.mark.parametrize("messages", HARD)
 def test_ids_are_those_of_the_training_process(tmp_path: Path, messages: tuple[Message, ...]) -> None:
-    transformers = pytest.importorskip("transformers")
+    from transformers import AutoTokenizer
+
     folder = make_base(tmp_path / "base")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), BaseTokenizer(folder)
+    theirs, ours = AutoTokenizer.from_pretrained(str(folder)), BaseTokenizer(folder)
     assert encode_row(ours, messages, max_tokens=64) == encode_row(theirs, messages, max_tokens=64)
     assert render_prompt(ours, messages[:1]) == render_prompt(theirs, messages[:1])
 
