@@ -14,7 +14,7 @@ from finetuning.chat_format import render_prompt
 from finetuning.clock import StageClock
 from finetuning.defences.antibody import Antibody
 from finetuning.determinism import mix
-from finetuning.evaluate import TaskRow, attention_outputs, drift, measure
+from finetuning.evaluate import TaskRow, answer_task, attention_outputs, drift, measure
 from finetuning.gate import Choice, choose_alpha, stronger
 from finetuning.ledger import Ledger, verdicts
 from finetuning.loop import train
@@ -29,6 +29,9 @@ from finetuning.workbench import Workbench, anchored_step, anchors_of, refusal_i
 _CUSTOMER_PROMPTS = 24
 _DRIFT_ROWS = 16
 _MOST_TASK_TOKENS = 192
+# Long answers are scored on fewer rows: decoding is most of what measuring costs.
+_TASK_TOKENS = 4096
+_FEWEST_TASK_ROWS = 16
 
 
 class DataRejected(ValueError):
@@ -37,10 +40,11 @@ class DataRejected(ValueError):
 
 @dataclass(frozen=True)
 class Customer:
-    """What a job knows of its customer: the ledger, and the scored prompts (none without a validation file)."""
+    """What a job knows of its customer: the ledger and the customer's own prompts, asked and, if `scored`, scored."""
 
     ledger: Ledger
-    task: list[TaskRow]
+    prompts: list[TaskRow]
+    scored: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Outcome:
     choice: Choice
     tuned: Metrics
     after: Metrics
+    answers: list[str]
     decision: GateDecision
     tokens: int
 
@@ -66,13 +71,13 @@ def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterat
     ledger = yield from screen_rows(bench, list(iter_rows(scratch / order.rows)), calibration)
     export.write_ledger(scratch, verdicts(ledger))
     _require_enough(bench, ledger)
-    customer = Customer(ledger, task)
+    customer = Customer(ledger, task or _own_prompts(bench, ledger), scored=bool(task))
     outcome = yield from _attempts(bench, order, scratch, mark, clock, customer, base_report.metrics["before"])
     held_out = None
     if bench.recipe.evaluation.held_out:
         clock.start("held_out")
         yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
-        held_out = _held_out(bench, base_report, customer)
+        held_out = _held_out(bench, base_report, customer, outcome.answers)
     if adapter.digest(adapter.read(bench.base, adapter.ALIGNMENT)) != alignment:
         raise RuntimeError("the alignment adapter changed during the job")
     clock.start("export")
@@ -111,13 +116,13 @@ def _attempts(
         choice = choose_alpha(bench, bench.recipe.antidote, [customer.ledger.encoded[i] for i in customer.ledger.kept])
         clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
-        after = _measure(bench, customer)
+        after, answers = _measure(bench, customer)
         tuned = after if choice.alpha == 0 else _measure_unpruned(bench, trained, choice, customer)
         decision = decide(bench.recipe.gate.limits, after, before, attempts=attempt)
         if not bench.recipe.gate.enabled:
             decision = decision.model_copy(update={"decision": "disabled"})
         if decision.decision != "fail" or attempt == last:
-            return Outcome(choice, tuned, after, decision, tokens)
+            return Outcome(choice, tuned, after, answers, decision, tokens)
         yield Note(level="warn", code="gate_retry", message=f"Attempt {attempt} did not pass: {decision.reasons[0]}")
         attempt += 1
 
@@ -174,7 +179,7 @@ def _task_rows(bench: Workbench, path: Path | None) -> list[TaskRow]:
         if row.messages[-1].role == "assistant":
             prompt = render_prompt(bench.base.tokenizer, row.messages[:-1])
             out.append(TaskRow(tuple(prompt), row.messages[-1].content))
-    return out[: bench.recipe.evaluation.task_rows]
+    return out[: min(bench.recipe.evaluation.task_rows, max(_FEWEST_TASK_ROWS, _TASK_TOKENS // max(1, _longest(out))))]
 
 
 def _require_enough(bench: Workbench, ledger: Ledger) -> None:
@@ -183,24 +188,22 @@ def _require_enough(bench: Workbench, ledger: Ledger) -> None:
         raise DataRejected(f"{kept} of {total} rows could be used; see the row ledger")
 
 
-def _measure(bench: Workbench, customer: Customer) -> Metrics:
-    """The gate split, the customer's own prompts among the benign ones, and drift from the aligned base."""
+def _measure(bench: Workbench, customer: Customer) -> tuple[Metrics, list[str]]:
+    """The gate split with the customer's own prompts among the benign ones, and drift; also the customer's answers."""
     recipe, rows = bench.recipe.evaluation, bench.rows
     harmful, benign = rows.gate_harmful[: recipe.harmful_rows], rows.gate_benign[: recipe.benign_rows]
-    prompts = customer.task or _own_prompts(bench, customer.ledger)
-    found = measure(
-        bench.bench, harmful, benign, refusals=rows.refusals, task=prompts, task_tokens=_longest(customer.task)
-    )
+    answers = answer_task(bench.bench, customer.prompts, _longest(customer.prompts))
+    found = measure(bench.bench, harmful, benign, refusals=rows.refusals, task=customer.prompts, task_answers=answers)
     update: dict[str, Measure | None] = {"drift": _drift(bench)}
-    if not customer.task:
+    if not customer.scored:
         update["task_score"] = None
-    return found.model_copy(update=update)
+    return found.model_copy(update=update), answers
 
 
 def _measure_unpruned(bench: Workbench, trained: adapter.Adapter, choice: Choice, customer: Customer) -> Metrics:
     """The model as it was before pruning, for the report."""
     adapter.write(bench.base, bench.trained, trained)
-    found = _measure(bench, customer)
+    found, _ = _measure(bench, customer)
     adapter.write(bench.base, bench.trained, choice.pruned.adapter)
     return found
 
@@ -225,12 +228,14 @@ def _drift(bench: Workbench) -> Measure:
     return drift(before, attention_outputs(bench.base, bench.cache, rows))
 
 
-def _held_out(bench: Workbench, base_report: SafetyReport, customer: Customer) -> HeldOut:
+def _held_out(bench: Workbench, base_report: SafetyReport, customer: Customer, answers: Sequence[str]) -> HeldOut:
     """The test split on the final model, beside the aligned base's columns; the customer's prompts count too."""
     rows, known = bench.rows, base_report.held_out or HeldOut()
     items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals, losses=False)
     wordings = measure(
         bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals, losses=False,
-        task=customer.task or _own_prompts(bench, customer.ledger), task_tokens=_longest(customer.task),
+        task=customer.prompts, task_answers=answers,
     )  # fmt: skip
+    if not customer.scored:
+        wordings = wordings.model_copy(update={"task_score": None})
     return HeldOut(items={**known.items, "after": items}, wordings={**known.wordings, "after": wordings})
