@@ -233,6 +233,14 @@ def broker(broker_process: Child, settings: Settings) -> Celery:
     return make_celery(settings)
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base that was trained just now, in seconds."""
+    from finetuning.tiny_base import tiny_test_base  # torch: only for the tests that need a model
+
+    return tiny_test_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
 # --- a world to act in -----------------------------------------------------------------------------------------------
 
 

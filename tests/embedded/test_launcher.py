@@ -1,6 +1,7 @@
 """`./run up` for real: it answers, and leaves no process behind however it ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
 class Service:
     """A running `up`, with the address and key that it printed."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, base: Path) -> None:
+        shutil.copytree(base, data / "bases" / "tiny")
         environment = dict(os.environ, IMMUNOTUNE_DATA=str(data), IMMUNOTUNE_PORT="0", IMMUNOTUNE_BASE="tiny")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embedded", "up"],
@@ -46,8 +48,8 @@ class Service:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    service = Service(tmp_path)
+def service(tmp_path: Path, tiny_base: Path) -> Iterator[Service]:
+    service = Service(tmp_path, tiny_base)
     yield service
     service.process.kill()
     service.process.wait(timeout=30)
