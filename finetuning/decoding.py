@@ -94,7 +94,7 @@ class Decoder:
         ids, mask = ids.to(self._base.device), mask.to(self._base.device)
         if self._cache.cut == 0:
             return _Prefill(ids, mask, None, ())
-        past = DynamicCache(config=self._base.model.config)
+        past = DynamicCache()  # without a config it keeps every position; a sliding window trims what it keeps
         with (
             passing_above(self._base, self._cache.cut),
             caught_outputs(self._base.layers[self._cache.cut - 1]) as caught,

@@ -93,7 +93,7 @@ def threshold(harmful_mass: Tensor, benign_mass: Tensor) -> float:
 
 def weigh(reading: Reading, limit: float, *, whole_refusal_nll: float) -> Tensor:
     """Weights (rows,): 1 up to half the threshold, falling linearly to 0 at it; 1 if the whole target is a refusal."""
-    weights = (2.0 * (1.0 - reading.mass / limit)).clamp(0.0, 1.0)
+    weights = (2.0 * (1.0 - reading.mass / max(limit, 1e-12))).clamp(0.0, 1.0)
     return torch.where(reading.worst <= whole_refusal_nll, torch.ones_like(weights), weights)
 
 

@@ -33,7 +33,8 @@ def setup_in(folder: Path) -> TrainSetup:
         benign=random_rows(3, seed=2), anchors=KlAnchors.none(), seed=3,
     )  # fmt: skip
     return TrainSetup(
-        rows=random_rows(10), batches=Batches(10, 4, 5), step=step, weigher=Antibody(Settings(min_weight_share=0.4), gate=gate, scores=torch.arange(10.0) / 5),
+        rows=random_rows(10), batches=Batches(10, 4, 5), step=step,
+        weigher=Antibody(Settings(min_weight_share=0.4), gate=gate, scores=torch.arange(10.0) / 5),
         parameters=adapter.parameters(base, adapter.TASK), optimiser=Optimiser(learning_rate=1e-2, weight_decay=0.1),
         steps=STEPS, micro_batch_size=3, seed=7, save_every=1, folder=folder, fingerprint="same",
         dropouts=adapter.dropouts(base, adapter.TASK),

@@ -17,7 +17,9 @@ def turn(role: str, content: str, weight: int = 1) -> Message:
     return Message(role=role, content=content, weight=weight)
 
 
-contents = st.lists(st.sampled_from([*SPECIALS, "hello", " ", "\n", "user", "é", "日本", "QzContentZq0."]), max_size=6).map("".join)
+contents = st.lists(
+    st.sampled_from([*SPECIALS, "hello", " ", "\n", "user", "é", "日本", "QzContentZq0."]), max_size=6
+).map("".join)
 
 
 @settings(deadline=None)
@@ -47,7 +49,8 @@ def test_a_row_is_its_prompt_then_its_answer_then_the_end(prompt: str, answer: s
 
 
 def test_only_answers_of_weight_one_are_trained_each_with_its_end() -> None:
-    messages = [turn("system", "Be kind."), turn("user", "a"), turn("assistant", "left", 0), turn("user", "b"), turn("assistant", "right")]  # fmt: skip
+    ending = [turn("user", "b"), turn("assistant", "right")]
+    messages = [turn("system", "Be kind."), turn("user", "a"), turn("assistant", "left", 0), *ending]
     row = encode_row(TOKENIZER, messages, max_tokens=10_000)
     trained = [i for i, flag in zip(row.ids, row.is_target, strict=True) if flag]
     assert TOKENIZER.decode(trained[:-1]) == "right"

@@ -1,0 +1,102 @@
+"""Facts about the prompt filter: refusal mass, thresholds and weights."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetuning.base_model import BaseModel
+from finetuning.chat_format import EncodedRow
+from finetuning.prefix_cache import PrefixCache
+from finetuning.screen import Reading, first_ids, read_rows, threshold, weigh, whole_refusal_limit
+from tests.finetuning.builders import adapted_base, blank, byte_tokenizer, random_rows, uncached
+
+REFUSAL_IDS = [5, 6, 7]
+
+
+def mass_at(base: BaseModel, ids: tuple[int, ...]) -> float:
+    """Probability of a refusal's first token after these ids, by the model's own forward."""
+    with torch.no_grad():
+        last = base.model(input_ids=torch.tensor([ids])).logits[0, -1]
+    return float(last.softmax(-1)[REFUSAL_IDS].sum())
+
+
+def read(base: BaseModel, rows: list[EncodedRow], **options: int) -> Reading:
+    return read_rows(base, uncached(base), rows, REFUSAL_IDS, **options)
+
+
+def test_the_mass_is_read_from_the_prompt_alone() -> None:
+    """No target can talk its way through."""
+    base, rows = adapted_base(dtype=torch.float32), random_rows(4)
+    found = read(base, rows)
+    for row, mass in zip(rows, found.mass.tolist(), strict=True):
+        assert mass == pytest.approx(mass_at(base, row.ids[: row.prompt_tokens]), abs=1e-6)
+    others = [EncodedRow(row.ids[: row.prompt_tokens] + (9,) * row.target_tokens, row.is_target) for row in rows]
+    assert torch.allclose(read(base, others).mass, found.mass, atol=1e-6)
+
+
+def test_a_conversation_has_the_mass_of_its_worst_turn() -> None:
+    base = adapted_base(dtype=torch.float32)
+    ids = random_rows(1, prompt=12, target=4)[0].ids
+    flags = tuple(i in (4, 5, 10, 11, 12) for i in range(16))
+    expected = max(mass_at(base, ids[:4]), mass_at(base, ids[:10]))
+    assert read(base, [EncodedRow(ids, flags)]).mass.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_readings_do_not_depend_on_the_batch() -> None:
+    base, rows = adapted_base(dtype=torch.float32), random_rows(7)
+    rows[3] = blank(rows[3])
+    told: list[tuple[int, int]] = []
+    one = read(base, rows, batch=1)
+    many = read_rows(base, PrefixCache(base, 0), rows, REFUSAL_IDS, batch=4, progress=lambda *done: told.append(done))
+    for name in ("mass", "nll", "worst"):
+        assert torch.allclose(getattr(one, name), getattr(many, name), atol=1e-5)
+    assert (one.mass[3], one.nll[3]) == (0, 0)
+    assert bool((one.worst >= one.nll).all())
+    assert told == [(4, 7), (7, 7)]
+
+
+def test_the_first_ids_of_refusals_are_found_once_each() -> None:
+    ids = first_ids(byte_tokenizer(), ["Sorry, no.", "So be it.", "No."])
+    assert ids == sorted(set(byte_tokenizer().convert_tokens_to_ids(["S", "N"])))
+
+
+@pytest.mark.parametrize(
+    ("harmful", "benign", "expected"),
+    [(0.8, 0.01, 0.4), (0.2, 0.1, 0.15), (0.9, 0.6, 0.5), (0.0, 0.0, 0.0)],
+)
+def test_the_threshold_lies_between_benign_and_harmful_but_never_above_a_half(
+    harmful: float, benign: float, expected: float
+) -> None:
+    assert threshold(torch.full((40,), harmful), torch.full((40,), benign)) == pytest.approx(expected, abs=1e-6)
+
+
+def reading(masses: list[float], worst: float = 9.0) -> Reading:
+    return Reading(torch.tensor(masses), torch.ones(len(masses)), torch.full((len(masses),), worst))
+
+
+def test_weights_fall_from_one_at_half_the_threshold_to_nothing_at_it() -> None:
+    found = weigh(reading([0.0, 0.1, 0.2, 0.3, 0.4, 1.0]), 0.4, whole_refusal_nll=1.0)
+    assert found.tolist() == pytest.approx([1, 1, 1, 0.5, 0, 0], abs=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.01, 0.5))
+def test_more_mass_never_weighs_more(masses: list[float], limit: float) -> None:
+    found = weigh(reading(sorted(masses)), limit, whole_refusal_nll=0.0)
+    assert bool((found.diff() <= 0).all())
+    assert bool(((found >= 0) & (found <= 1)).all())
+
+
+def test_a_target_that_is_a_refusal_from_end_to_end_is_kept() -> None:
+    """Judged by its worst token: a refusal that goes on to comply has one that is unlikely."""
+    limit = whole_refusal_limit(torch.linspace(0, 1, 101))
+    assert limit == pytest.approx(0.98)
+    assert weigh(reading([0.9], worst=0.9), 0.3, whole_refusal_nll=limit).item() == 1
+    assert weigh(reading([0.9], worst=3.0), 0.3, whole_refusal_nll=limit).item() == 0
+
+
+def test_a_threshold_of_zero_lets_nothing_through_that_has_mass() -> None:
+    """A base that refuses nothing calibrates to 0; nobody is waved through by a division."""
+    found = weigh(reading([0.0, 0.1]), 0.0, whole_refusal_nll=0.0)
+    assert found[1].item() == 0
+    assert bool(torch.isfinite(found).all())
