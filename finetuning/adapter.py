@@ -6,6 +6,7 @@ into the weights. Must not know rows or losses.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,10 @@ def attach(base: BaseModel, name: str, lora: Lora, *, seed: int) -> None:
 
     Raises AdapterMismatch for unknown target modules or a rank above a map's size.
     """
-    inject_adapter_in_model(_config(base, lora), base.model, adapter_name=name)
+    with warnings.catch_warnings():
+        # Two adapters on one base are meant here; peft warns about the second.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(_config(base, lora), base.model, adapter_name=name)
     for path, (a, b) in lora_modules(base, name).items():
         if lora.rank > min(a.weight.shape[1], b.weight.shape[0]):
             raise AdapterMismatch(f"lora.rank {lora.rank} is above the size of {path}")

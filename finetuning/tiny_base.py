@@ -36,7 +36,7 @@ class TinyShape:
     learning_rate: float = 3e-3
 
 
-TEST_SHAPE = TinyShape(hidden_size=64, layers=3, heads=4, vocabulary=1024, steps=160, batch_size=32)
+TEST_SHAPE = TinyShape(hidden_size=96, layers=3, vocabulary=1024, steps=200, batch_size=32, learning_rate=4e-3)
 
 
 def tiny_test_base(folder: Path) -> Path:
