@@ -39,7 +39,7 @@ class DataRejected(ValueError):
 
 
 @dataclass(frozen=True)
-class Customer:
+class UserFile:
     """What a job knows of its customer: the ledger and the customer's own prompts, asked and, if `scored`, scored."""
 
     ledger: Ledger
@@ -71,13 +71,13 @@ def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterat
     ledger = yield from screen_rows(bench, list(iter_rows(scratch / order.rows)), calibration)
     export.write_ledger(scratch, verdicts(ledger))
     _require_enough(bench, ledger)
-    customer = Customer(ledger, task or _own_prompts(bench, ledger), scored=bool(task))
-    outcome = yield from _attempts(bench, order, scratch, mark, clock, customer, base_report.metrics["before"])
+    user_file = UserFile(ledger, task or _own_prompts(bench, ledger), scored=bool(task))
+    outcome = yield from _attempts(bench, order, scratch, mark, clock, user_file, base_report.metrics["before"])
     held_out = None
     if bench.recipe.evaluation.held_out:
         clock.start("held_out")
         yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
-        held_out = _held_out(bench, base_report, customer, outcome.answers)
+        held_out = _held_out(bench, base_report, user_file, outcome.answers)
     if adapter.digest(adapter.read(bench.base, adapter.ALIGNMENT)) != alignment:
         raise RuntimeError("the alignment adapter changed during the job")
     clock.start("export")
@@ -100,7 +100,7 @@ def _attempts(
     scratch: Path,
     mark: str,
     clock: StageClock,
-    customer: Customer,
+    user_file: UserFile,
     before: Metrics,
 ) -> Generator[Progress, None, Outcome]:
     """Train, prune and measure until the gate passes or the ladder ends."""
@@ -109,15 +109,15 @@ def _attempts(
     while True:
         clock.start("train")
         resume = scratch / order.checkpoint if order.checkpoint and attempt == first else None
-        tokens = yield from _train(bench, customer.ledger, scratch, mark, attempt, resume)
+        tokens = yield from _train(bench, user_file.ledger, scratch, mark, attempt, resume)
         clock.start("prune")
         yield StageStarted(stage="prune", detail="Choosing how much to prune on calibration rows")
         trained = adapter.read(bench.base, bench.trained)
-        choice = choose_alpha(bench, bench.recipe.antidote, [customer.ledger.encoded[i] for i in customer.ledger.kept])
+        choice = choose_alpha(bench, bench.recipe.antidote, [user_file.ledger.encoded[i] for i in user_file.ledger.kept])
         clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
-        after, answers = _measure(bench, customer)
-        tuned = after if choice.alpha == 0 else _measure_unpruned(bench, trained, choice, customer)
+        after, answers = _measure(bench, user_file)
+        tuned = after if choice.alpha == 0 else _measure_unpruned(bench, trained, choice, user_file)
         decision = decide(bench.recipe.gate.limits, after, before, attempts=attempt)
         if not bench.recipe.gate.enabled:
             decision = decision.model_copy(update={"decision": "disabled"})
@@ -188,22 +188,22 @@ def _require_enough(bench: Workbench, ledger: Ledger) -> None:
         raise DataRejected(f"{kept} of {total} rows could be used; see the row ledger")
 
 
-def _measure(bench: Workbench, customer: Customer) -> tuple[Metrics, list[str]]:
+def _measure(bench: Workbench, user_file: UserFile) -> tuple[Metrics, list[str]]:
     """The gate split with the customer's own prompts among the benign ones, and drift; also the customer's answers."""
     recipe, rows = bench.recipe.evaluation, bench.rows
     harmful, benign = rows.gate_harmful[: recipe.harmful_rows], rows.gate_benign[: recipe.benign_rows]
-    answers = answer_task(bench.bench, customer.prompts, _longest(customer.prompts))
-    found = measure(bench.bench, harmful, benign, refusals=rows.refusals, task=customer.prompts, task_answers=answers)
+    answers = answer_task(bench.bench, user_file.prompts, _longest(user_file.prompts))
+    found = measure(bench.bench, harmful, benign, refusals=rows.refusals, task=user_file.prompts, task_answers=answers)
     update: dict[str, Measure | None] = {"drift": _drift(bench)}
-    if not customer.scored:
+    if not user_file.scored:
         update["task_score"] = None
     return found.model_copy(update=update), answers
 
 
-def _measure_unpruned(bench: Workbench, trained: adapter.Adapter, choice: Choice, customer: Customer) -> Metrics:
+def _measure_unpruned(bench: Workbench, trained: adapter.Adapter, choice: Choice, user_file: UserFile) -> Metrics:
     """The model as it was before pruning, for the report."""
     adapter.write(bench.base, bench.trained, trained)
-    found, _ = _measure(bench, customer)
+    found, _ = _measure(bench, user_file)
     adapter.write(bench.base, bench.trained, choice.pruned.adapter)
     return found
 
@@ -228,14 +228,14 @@ def _drift(bench: Workbench) -> Measure:
     return drift(before, attention_outputs(bench.base, bench.cache, rows))
 
 
-def _held_out(bench: Workbench, base_report: SafetyReport, customer: Customer, answers: Sequence[str]) -> HeldOut:
+def _held_out(bench: Workbench, base_report: SafetyReport, user_file: UserFile, answers: Sequence[str]) -> HeldOut:
     """The test split on the final model, beside the aligned base's columns; the customer's prompts count too."""
     rows, known = bench.rows, base_report.held_out or HeldOut()
     items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals, losses=False)
     wordings = measure(
         bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals, losses=False,
-        task=customer.prompts, task_answers=answers,
+        task=user_file.prompts, task_answers=answers,
     )  # fmt: skip
-    if not customer.scored:
+    if not user_file.scored:
         wordings = wordings.model_copy(update={"task_score": None})
     return HeldOut(items={**known.items, "after": items}, wordings={**known.wordings, "after": wordings})
