@@ -25,7 +25,7 @@ from demo.watching import FINAL, POLL_SECONDS, Idle, follow, show
 NEW_TOKENS = 24
 COMPARED_PROMPTS = 8
 ROWS_AT_ONCE = 1000
-ALIGN_SECONDS, JOB_SECONDS, PLAIN_SECONDS = 150.0, 90.0, 60.0
+ALIGN_SECONDS, JOB_SECONDS, PLAIN_SECONDS = 240.0, 130.0, 90.0
 STOCK_ANSWERS = Path(__file__).with_name("stock_answers.py")
 
 
