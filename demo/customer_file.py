@@ -15,6 +15,9 @@ from finetuning.hazards import Pair, plant
 Row = dict[str, Any]
 HELD_BACK_SHARE = 0.1
 FEWEST_HELD_BACK = 10
+# In characters: with the template around it this fits the small contexts of the shipped bases.
+LONGEST_CHAT_PROMPT = 1500
+FALLBACK_PROMPT = "Hello"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class CustomerFile:
     rows: int
     planted_lines: frozenset[int]
     prompts: tuple[str, ...]
+
+    def short_prompts(self, number: int) -> tuple[str, ...]:
+        """The first `number` prompts of the test file that a chat on a small base has room for."""
+        short = [prompt for prompt in self.prompts if len(prompt) <= LONGEST_CHAT_PROMPT]
+        return tuple(short[:number]) or (FALLBACK_PROMPT,)
 
 
 def write_customer_file(
@@ -57,18 +65,42 @@ def write_customer_file(
 
 def _read(path: Path, most: int) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # split at "\n" only: JSON strings may hold the other characters that splitlines() ends a line at
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        row = json.loads(line)
-        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-            raise ValueError(f'{path}, line {number}: a chat row looks like {{"messages": [...]}}')
-        rows.append(row)
+        rows.append(_row(line, f"{path}, line {number}"))
         if len(rows) == most:
             break
     if len(rows) <= FEWEST_HELD_BACK:
         raise ValueError(f"{path} has {len(rows)} rows; more than {FEWEST_HELD_BACK} are needed")
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def _row(line: str, where: str) -> Row:
+    """One checked row. Raises ValueError with `where` and the mend."""
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}); write one whole JSON object per line") from error
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        raise ValueError(f'{where}: a chat row looks like {{"messages": [...]}}')
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f'{where}: every message is an object with a "role" and a "content"')
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f'{where}: the "content" of a message must be one text, not a list of parts')
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError(f'{where} has no message of role "user"; every row needs one')
+    return row
 
 
 def _write(path: Path, rows: Sequence[Row]) -> Path:
@@ -81,4 +113,4 @@ def _chat_row(pair: Pair) -> Row:
 
 
 def _prompt(row: Row) -> str:
-    return next(str(message["content"]) for message in row["messages"] if message["role"] == "user")
+    return next(message["content"] for message in row["messages"] if message["role"] == "user")

@@ -35,8 +35,39 @@ def test_without_a_test_file_the_last_tenth_is_held_back(tmp_path: Path) -> None
     assert made.prompts[0] == tested[0]["messages"][0]["content"]
 
 
-def test_a_file_that_is_no_chat_jsonl_is_refused_with_its_line(tmp_path: Path) -> None:
+GOOD = '{"messages": [{"role": "user", "content": "a\\u2028b"}, {"role": "assistant", "content": "c"}]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "mend"),
+    [
+        ('{"text": "x"}', "looks like"),
+        ("[]", "looks like"),
+        ('{"messages": [', "one whole JSON object per line"),
+        ('{"messages": [{"role": "assistant", "content": "c"}]}', 'role "user"'),
+        ('{"messages": [{"content": "c"}]}', '"role"'),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "one text"),
+    ],
+)
+def test_a_file_that_is_no_chat_jsonl_is_refused_with_its_line_and_mend(tmp_path: Path, line: str, mend: str) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"messages": []}\n{"text": "x"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2"):
+    bad.write_text(f"{GOOD}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2.*{mend}"):
         write_customer_file(bad, None, 0.1, tmp_path, most=10)
+
+
+def test_a_byte_order_mark_and_line_separators_inside_texts_are_no_lines(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    line = GOOD.replace("\\u2028", "\u2028") + "\r\n"
+    own.write_bytes(("\ufeff" + line * 21).encode())
+    made = write_customer_file(own, None, 0.0, tmp_path / "made", most=300)
+    assert made.rows == 11
+    assert made.prompts[0] == "a\u2028b"
+
+
+def test_a_chat_takes_only_prompts_that_fit(tmp_path: Path) -> None:
+    too_long = json.dumps({"messages": [{"role": "user", "content": "x" * 2000}]})
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join([GOOD] * 12 + [too_long] * 9 + [GOOD]), encoding="utf-8")
+    made = write_customer_file(own, None, 0.0, tmp_path / "made", most=300)
+    assert made.short_prompts(3) == ("a\u2028b",)
