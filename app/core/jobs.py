@@ -35,6 +35,7 @@ from app.core.tables import (
 from app.core.telemetry import JOBS_ENDED
 from finetuning.spec.recipe import Kind, Recipe
 
+_AT_ONCE = 100
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -266,7 +267,33 @@ def move(
         if job.kind == Kind.ALIGN and target != JobState.SUCCEEDED:
             left = BaseModel.id == job.base_id, BaseModel.status == BaseStatus.ALIGNING
             session.execute(update(BaseModel).where(*left).values(status=BaseStatus.FAILED))
+            fail_baseless(session)
     return job
+
+
+def fail_baseless(session: Session) -> None:
+    """validating_files or queued -> failed `base_retired` for jobs whose base will not come: nothing waits for ever."""
+    waiting = Job.kind == Kind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
+    lost = select(Job.id, BaseModel).join(BaseModel, BaseModel.id == Job.base_id).where(*waiting, _will_not_come())
+    for job_id, base in session.execute(lost.order_by(Job.seq).limit(_AT_ONCE)).all():
+        error = JobError("base_retired", base_trouble(base) or "", "model")
+        event = NewEvent(error.message, level="error", data={"code": error.code})
+        ended = {"error": asdict(error), "finished_at": db_now()}
+        move(session, job_id, JobState.FAILED, *waiting, event=event, **ended)
+
+
+def base_trouble(base: BaseModel) -> str | None:
+    """Why nothing can be asked of this base, and what to do; None while it is ready or being aligned."""
+    if base.status == BaseStatus.FAILED:
+        return (
+            f"The alignment of the base '{base.id}' failed, so it cannot be used. GET /v1/models/{base.id} for the "
+            "error; the operator's next start of the service tries it again."
+        )
+    return None
+
+
+def _will_not_come() -> ColumnElement[bool]:
+    return BaseModel.status == BaseStatus.FAILED
 
 
 def count_rows(file: File) -> int | None:
@@ -299,6 +326,9 @@ def _leave_room(session: Session, project: Project, live_jobs: int) -> None:
 def _base_to_tune(session: Session, model: str) -> BaseModel:
     base = session.scalars(select(BaseModel).where(BaseModel.id == model)).one_or_none()
     if base is not None:
+        trouble = base_trouble(base)
+        if trouble is not None:
+            raise InvalidRequest(trouble, code="model_not_fine_tunable", param="model")
         return base
     if model.startswith("ft:"):
         raise InvalidRequest(

@@ -16,7 +16,7 @@ from app.core.errors import Forbidden, ServiceBusy, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
 from app.core.job_states import JobState
-from app.core.jobs import NewEvent, append_events, wake_for
+from app.core.jobs import NewEvent, append_events, base_trouble, wake_for
 from app.core.policy import base_of, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
@@ -104,6 +104,9 @@ def resolve(session: Session, project_id: str, name: str) -> Target:
     found = get_model(session, project_id, name)
     if isinstance(found, Model):
         return Target(found.id, found.base_id, _adapter(session, found.artifact_id))
+    trouble = base_trouble(found)
+    if trouble is not None:
+        raise ServiceBusy(trouble, code="model_loading", retry_after=30.0)
     if found.status != BaseStatus.READY:
         raise ServiceBusy(
             f"The base '{found.id}' is being aligned. Try again when GET /v1/models shows it as ready.",

@@ -18,7 +18,7 @@ from app.core.blobs import BlobStore
 from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
 from app.core.db import Database, db_now
 from app.core.job_states import LIVE, JobState
-from app.core.jobs import JobError, NewEvent, fail_checks, move
+from app.core.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
 from app.core.lease import base_is_ready, lose
 from app.core.settings import LeaseSettings, Settings
 from app.core.tables import Checkpoint, File, FileStatus, Job
@@ -68,6 +68,7 @@ def tick(database: Database, celery: Celery, blobs: BlobStore, settings: Setting
     with database.writing() as session:
         wakes = expire(session, settings.lease)
         end_overdue_checks(session, settings.limits.check_seconds)
+        fail_baseless(session)
         files.hide_expired(session)
         replies.forget_old(session)
         session.commit()

@@ -10,8 +10,11 @@ from app.core.db import JsonObject
 from app.core.tables import BaseModel, BaseStatus, Job, Model
 
 
+_STATUS = {BaseStatus.READY: "ready", BaseStatus.ALIGNING: "loading", BaseStatus.FAILED: "failed"}
+
+
 def item_to_wire(item: BaseModel | Model, base: BaseModel, job: Job | None, *, org_id: str) -> dict[str, object]:
-    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is published."""
+    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is there, or `failed`."""
     is_base = isinstance(item, BaseModel)
     report = base.report if is_base or job is None else cast(JsonObject | None, (job.result or {}).get("safety"))
     return {
@@ -22,7 +25,7 @@ def item_to_wire(item: BaseModel | Model, base: BaseModel, job: Job | None, *, o
         "shutdown_date": None,
         "parent": None if is_base else base.id,
         "job": None if is_base or job is None else job.id,
-        "status": "ready" if base.status == BaseStatus.READY else "loading",
+        "status": _STATUS[BaseStatus(base.status)],
         "capabilities": {"tools": False, "context": base.context, "formats": ["chat", "completion"]},
         "safety": _safety(report),
         "alignment": _alignment(job) if is_base and job is not None else None,

@@ -3,7 +3,7 @@ from sqlalchemy import select
 
 from app.core import files, jobs, lease, models
 from app.core.db import Database
-from app.core.errors import Forbidden, NotFound, ServiceBusy
+from app.core.errors import Forbidden, InvalidRequest, NotFound, ServiceBusy
 from app.core.jobs import JobError
 from app.core.settings import Settings
 from app.core.tables import BaseModel, Form, Job, Project
@@ -53,6 +53,30 @@ def test_a_failed_alignment_is_tried_again_at_the_next_start(database: Database,
     assert second.id != first.id
     with database.reading() as session:
         assert models.get_base(session, "tiny").status == "aligning"
+
+
+def test_a_failed_alignment_ends_what_waits_and_refuses_what_comes(
+    database: Database, settings: Settings, project: Project
+) -> None:
+    with database.writing() as session:
+        (due,) = models.ensure_base(session, settings)
+        session.commit()
+    waiting = [add_job(database, project, settings, queued=queued) for queued in (True, False)]
+    with database.writing() as session:
+        held = lease.claim(session, settings, due.id, "w")
+        assert held is not None
+        lease.fail(session, held, JobError("non_finite_loss", "..."))
+        session.commit()
+    with database.reading() as session:
+        for job in (jobs.get_job(session, project.id, job.id) for job in waiting):
+            assert (job.state, (job.error or {})["code"]) == ("failed", "base_retired")
+        with pytest.raises(ServiceBusy) as busy:
+            models.resolve(session, project.id, "tiny")
+    assert "failed" in busy.value.message
+    assert "being aligned" not in busy.value.message
+    with pytest.raises(InvalidRequest) as refused:
+        add_job(database, project, settings)
+    assert (refused.value.code, refused.value.message) == ("model_not_fine_tunable", busy.value.message)
 
 
 def test_align_jobs_are_nobodys(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
