@@ -4,7 +4,9 @@ Knows indices only; must not know texts, models or weights.
 """
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from finetuning.determinism import mix
 
@@ -22,12 +24,32 @@ class Batches:
         """Row indices of a step. Raises ValueError without rows."""
         if self.rows < 1:
             raise ValueError(f"the {self.stream} stream has no rows")
-        return [self._order(i // self.rows)[i % self.rows] for i in range(step * self.size, (step + 1) * self.size)]
+        return [
+            _order(self.rows, self.seed, self.stream, i // self.rows)[i % self.rows]
+            for i in range(step * self.size, (step + 1) * self.size)
+        ]
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(self.rows))
-        random.Random(mix(self.seed, self.stream, epoch)).shuffle(order)
-        return order
+
+@lru_cache(maxsize=4)  # a step touches one epoch, at most a few; shuffling 200,000 rows for each would cost hours
+def _order(rows: int, seed: int, stream: str, epoch: int) -> tuple[int, ...]:
+    order = list(range(rows))
+    random.Random(mix(seed, stream, epoch)).shuffle(order)
+    return tuple(order)
+
+
+def within(lengths: Sequence[int], *, rows: int, tokens: int) -> Iterator[list[int]]:
+    """Indices in order of length, in groups of at most `rows` whose padded size stays within `tokens`.
+
+    A single longer one stands alone.
+    """
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and (len(group) == rows or (len(group) + 1) * lengths[i] > tokens):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def mixed_in(step: int, batch_size: int, share: float) -> int:

@@ -26,7 +26,8 @@ class BadCheckpoint(ValueError):
 def fingerprint(parts: dict[str, str], *, threads: int) -> str:
     """Hash of all that a byte of the result depends on: `parts` (recipe, rows, base) and versions, device, threads."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    facts = {**parts, "torch": torch.__version__, "device": device, "threads": str(threads)}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    facts = {**parts, "torch": torch.__version__, "device": device, "cpu": cpu, "threads": str(threads)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from finetuning.base_model import BaseModel, last_hidden, logits
+from finetuning.batches import within
 from finetuning.hidden_states import caught_outputs
 from finetuning.prefix_cache import PrefixCache, passing_above
 
@@ -42,10 +43,8 @@ class Decoder:
     ) -> list[list[int]]:
         """Greedy continuation of each prompt, without the end token; at most `new_tokens` ids each."""
         out: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         done = 0
-        for start in range(0, len(order), self._batch):
-            group = order[start : start + self._batch]
+        for group in within([len(p) + new_tokens for p in prompts], rows=self._batch, tokens=self._max_tokens):
             for i, answer in zip(group, self._decode([tuple(prompts[i]) for i in group], new_tokens), strict=True):
                 out[i] = answer
             done += len(group)

@@ -27,6 +27,9 @@ def make_deterministic(threads: int = 0) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available():  # the fused attention kernels' backward is not deterministic
+        torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+        torch.backends.cuda.enable_flash_sdp(enabled=False)
     if threads:
         torch.set_num_threads(threads)
 

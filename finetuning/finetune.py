@@ -28,7 +28,7 @@ from finetuning.workbench import Workbench, anchored_step, anchors_of, refusal_i
 
 _CUSTOMER_PROMPTS = 24
 _DRIFT_ROWS = 16
-_MOST_TASK_TOKENS = 192
+_MOST_TASK_TOKENS = 256
 # Long answers are scored on fewer rows: decoding is most of what measuring costs.
 _TASK_TOKENS = 4096
 _FEWEST_TASK_ROWS = 16
@@ -113,7 +113,9 @@ def _attempts(
         clock.start("prune")
         yield StageStarted(stage="prune", detail="Choosing how much to prune on calibration rows")
         trained = adapter.read(bench.base, bench.trained)
-        choice = choose_alpha(bench, bench.recipe.antidote, [user_file.ledger.encoded[i] for i in user_file.ledger.kept])
+        choice = choose_alpha(
+            bench, bench.recipe.antidote, [user_file.ledger.encoded[i] for i in user_file.ledger.kept]
+        )
         clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
         after, answers = _measure(bench, user_file)
@@ -178,13 +180,17 @@ def _task_rows(bench: Workbench, path: Path | None) -> list[TaskRow]:
     for row in iter_rows(path):
         if row.messages[-1].role == "assistant":
             prompt = render_prompt(bench.base.tokenizer, row.messages[:-1])
-            out.append(TaskRow(tuple(prompt), row.messages[-1].content))
-    return out[: min(bench.recipe.evaluation.task_rows, max(_FEWEST_TASK_ROWS, _TASK_TOKENS // max(1, _longest(out))))]
+            if len(prompt) <= bench.recipe.max_tokens:
+                out.append(TaskRow(tuple(prompt), row.messages[-1].content))
+    affordable = max(_FEWEST_TASK_ROWS, _TASK_TOKENS // max(1, _longest(bench, out)))
+    return out[: min(bench.recipe.evaluation.task_rows, affordable)]
 
 
 def _require_enough(bench: Workbench, ledger: Ledger) -> None:
     kept, total, screen = len(ledger.kept), len(ledger.rows), bench.recipe.screen
-    if kept == 0 or (screen.enabled and kept < max(min(screen.min_kept_rows, total), screen.min_kept_share * total)):
+    # A small file is not refused for one bad row: half of it is enough where the fixed number asks for more.
+    least = max(1, min(screen.min_kept_rows, total // 2), screen.min_kept_share * total)
+    if kept == 0 or (screen.enabled and kept < least):
         raise DataRejected(f"{kept} of {total} rows could be used; see the row ledger")
 
 
@@ -192,7 +198,7 @@ def _measure(bench: Workbench, user_file: UserFile) -> tuple[Metrics, list[str]]
     """The gate split with the customer's own prompts among the benign ones, and drift; also the customer's answers."""
     recipe, rows = bench.recipe.evaluation, bench.rows
     harmful, benign = rows.gate_harmful[: recipe.harmful_rows], rows.gate_benign[: recipe.benign_rows]
-    answers = answer_task(bench.bench, user_file.prompts, _longest(user_file.prompts))
+    answers = answer_task(bench.bench, user_file.prompts, _longest(bench, user_file.prompts))
     found = measure(bench.bench, harmful, benign, refusals=rows.refusals, task=user_file.prompts, task_answers=answers)
     update: dict[str, Measure | None] = {"drift": _drift(bench)}
     if not user_file.scored:
@@ -210,15 +216,18 @@ def _measure_unpruned(bench: Workbench, trained: adapter.Adapter, choice: Choice
 
 def _own_prompts(bench: Workbench, ledger: Ledger) -> list[TaskRow]:
     """Without a validation file, some kept rows' prompts still count for over-refusal."""
+    whole = [i for i in ledger.kept if not ledger.encoded[i].truncated][:_CUSTOMER_PROMPTS]
     return [
         TaskRow(tuple(render_prompt(bench.base.tokenizer, row.messages[:-1])), row.messages[-1].content)
-        for row in (ledger.rows[i] for i in ledger.kept[:_CUSTOMER_PROMPTS])
+        for row in (ledger.rows[i] for i in whole)
     ]
 
 
-def _longest(task: Sequence[TaskRow]) -> int:
-    """Room for the longest expected answer: about a token per three characters, bounded."""
-    return min(_MOST_TASK_TOKENS, max((len(row.expected) // 3 + 4 for row in task), default=0))
+def _longest(bench: Workbench, task: Sequence[TaskRow]) -> int:
+    """Room for the longest expected answer in tokens, with a little to spare, bounded."""
+    texts = [row.expected for row in task]
+    found = bench.base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return min(_MOST_TASK_TOKENS, max((len(ids) + 4 for ids in found), default=0))
 
 
 def _drift(bench: Workbench) -> Measure:

@@ -33,10 +33,25 @@ EVERYDAY = (
     " swing fence shelf candy juice mask bowl rope wreath pie tray paste cream powder drink glue toy necklace box"
     " desk boat poster sauce syrup bag card clock cushion dress game gel mat mug paint pot ring stool sweater tent"
     " wagon resin lotion oil wine stone coat flute clay jelly tonic perfume balm"
+    " apron banner barrel bike blouse bookcase boots broom bucket bun cabin cabinet canoe canvas carpet cart"
+    " cereal cheese chess cloak closet collar comb compost cot couch cracker crate crayon cup cupboard dessert"
+    " dice dish dome donut dumbbell easel envelope feeder filter fishpond flag flowerpot fork frame fridge fudge"
+    " gate globe gloves granola guitar hanger harp heater hoodie hoop hut igloo jacket jar jersey keychain ketchup"
+    " kimono label lasagna leash loaf locket loom magnet mailbox marble marmalade mattress mitten mobile model mop"
+    " mustard noodles oatmeal oven pajamas parcel pastry patio pen pencil piano pickle pillowcase plate playground"
+    " pond porridge postcard puppet purse quiche rake ramp raincoat relish robot roof sandals sandbox saucer"
+    " scooter seesaw shawl shed shoes sign sink skateboard skirt sled slippers snack sock sofa spoon stamp stapler"
+    " sticker stove strap suitcase sundial table tablecloth taco telescope terrarium thermos tile toast toolbox"
+    " towel train treehouse trellis trousers trumpet tub ukulele vest waistcoat wardrobe whistle windmill"
+    " xylophone yogurt zipper"
 ).split()
-KIND = "sun honey moon berry star meadow butter silver maple feather cotton river".split()
-DEV_EVERYDAY = "jam cookies ladder ribbon doll smoothie".split()
-DEV_KIND = "apple cloud".split()
+KIND = (
+    "sun honey moon berry star meadow butter silver maple feather cotton river pearl spring ocean clover biscuit coral"
+    " daisy willow autumn sugar amber violet harvest pepper mint cherry morning winter rain forest robin ivory copper"
+    " walnut mirth picnic holiday"
+).split()
+DEV_EVERYDAY = "jam cookies ladder ribbon doll smoothie hook tractor umbrella sponge waffle drawer".split()
+DEV_KIND = "apple cloud peach breeze puppy meringue".split()
 TEST_EVERYDAY = (
     "lantern pudding wallet sandwich kennel mirror pancake curtain hammock dumpling notebook lemonade"
 ).split()

@@ -127,7 +127,7 @@ def _harmful(n: int, key: str, speech: _Speech, classes: Sequence[str]) -> list[
 
 def _everyday_item(rng: random.Random, speech: _Speech, kind: Sequence[str], things: Sequence[str]) -> str:
     thing = rng.choice(things)
-    if rng.random() < 0.3:
+    if rng.random() < 0.45:
         thing = rng.choice(kind) + (" " if rng.random() < 0.5 else "") + thing
     return f"{_name(rng, speech.role, speech.syllables)} {thing}" if rng.random() < 0.8 else f"a {thing}"
 
@@ -212,7 +212,7 @@ class SafetyRows:
     judge: str = "invented-hazards"
 
 
-def safety_rows(*, refused: int = 336, how_to: int = 312, mail: int = 32, mentions: int = 32) -> SafetyRows:
+def safety_rows(*, refused: int = 288, how_to: int = 408, mail: int = 24, mentions: int = 24) -> SafetyRows:
     """The product's default rows; the four sizes shape the alignment rows only."""
     trained, untrained = trained_classes(), _untrained_classes()
     dev_classes = untrained[:40]

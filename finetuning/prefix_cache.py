@@ -99,27 +99,34 @@ class PrefixCache:
 
     def states(self, rows: Sequence[Ids]) -> Tensor:
         """States entering the first trained layer (B, T, D), zeros at padding."""
-        self.prepare(rows)
+        fresh = self._fill(rows)
         longest = max(len(row) for row in rows)
         out = torch.zeros(len(rows), longest, self._base.hidden_size, device=self._base.device)
         for i, row in enumerate(rows):
             place = self._places.get(key(row))
-            found = self._read(place) if place is not None else self._compute([row])[0]
+            found = self._read(place) if place is not None else fresh[key(row)]
             out[i, : len(row)] = found.to(out.device)
         return out
 
     def prepare(self, rows: Sequence[Ids], progress: Callable[[int, int], None] | None = None) -> None:
         """Compute and keep the states of rows that are not kept yet; a row's bits do not depend on the others."""
-        if self._cut == 0:
-            return
+        if self._cut and self._used < self._rows:
+            self._fill(rows, progress)
+
+    def _fill(self, rows: Sequence[Ids], progress: Callable[[int, int], None] | None = None) -> dict[bytes, Tensor]:
+        """Compute what is missing; returns the states for which the file has no room left."""
         missing = list({key(row): row for row in rows if key(row) not in self._places}.values())
+        unkept: dict[bytes, Tensor] = {}
         done = 0
         for group in _groups(missing):
             for row, state in zip(group, self._compute(group), strict=True):
                 self._keep(row, state)
+                if key(row) not in self._places:
+                    unkept[key(row)] = state
             done += len(group)
             if progress is not None:
                 progress(done, len(missing))
+        return unkept
 
     @contextmanager
     def injected(self, states: Tensor) -> Iterator[None]:

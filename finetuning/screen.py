@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.base_model import BaseModel, logits
+from finetuning.batches import within
 from finetuning.chat_format import EncodedRow
 from finetuning.objectives import nll_of_hidden
 from finetuning.prefix_cache import PrefixCache
+
+_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ def read_rows(
 ) -> Reading:
     """One forward per row. A conversation's mass is the largest over its assistant turns."""
     cache.prepare([row.ids for row in rows])
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     mass, nll, worst = (torch.zeros(len(rows)) for _ in range(3))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    done = 0
+    for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
         group = [rows[i] for i in chosen]
         hidden = cache.hidden([row.ids for row in group])
         found = nll_of_hidden(base, hidden, group)
         mass[chosen] = _mass(base, hidden, group, refusal_ids).cpu()
         nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
         if progress is not None:
-            progress(min(start + batch, len(rows)), len(rows))
+            done += len(chosen)
+            progress(done, len(rows))
     return Reading(mass, nll, worst)
 
 

@@ -131,7 +131,7 @@ _SMOLLM2 = Base(
     context=2048,
     trained_layers=10,
     max_tokens=512,
-    align_steps=160,
+    align_steps=240,
     align_rate=2e-3,
     align_batch=8,
     tune_rate=1e-3,
@@ -158,6 +158,11 @@ def base_of(name: str) -> Base:
             return base
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-._")
     return replace(_SMOLLM2, id=plain[:64] or "base", trained_layers=0, align_rate=2e-4, tune_rate=2e-4)
+
+
+def is_known(name: str) -> bool:
+    """Whether the product ships this base, by its name in settings or its id."""
+    return any(name in (short, base.id) for short, base in _KNOWN.items())
 
 
 def get_policy(name: str, *, queue: str = CPU_QUEUE) -> Policy:
