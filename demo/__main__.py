@@ -4,15 +4,15 @@ Knows the options and the order of the journey; each step is in journey.py.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from openai import OpenAI
+from openai import APIError, OpenAI
 
+from app.core.policy import base_of
 from app.core.settings import Settings, load_settings
 from demo import journey, outcome
 from demo.customer_file import CustomerFile, write_customer_file
@@ -28,7 +28,7 @@ SDK_RETRIES = 5
 
 
 def main(argv: list[str]) -> int:
-    """0 when the job succeeded and the downloaded adapter answered the same."""
+    """0 when the job succeeded and the downloaded adapter answered the same; 1 also for a job without a model."""
     options, begin = _options(argv), time.monotonic()
     settings = load_settings()
     # Two demos, or a demo beside a service, never meet on a port; the data folder has its own lock.
@@ -41,12 +41,22 @@ def main(argv: list[str]) -> int:
     except Stopped:
         return 130
     except (StartFailed, DemoFailed, ValueError, OSError) as error:
-        print(f"the demo stopped: {error}", file=sys.stderr)
-        return 1
+        return _stopped(str(error))
+    except APIError as error:
+        return _stopped(
+            f"the service refused a request or was not there ({error.message}); see {settings.data / 'logs'}"
+        )
     # after the last part has stopped, so that the table is the last thing on the screen
     say("")
     outcome.show(ending.rows, ending.title)
+    if ending.no_model:
+        say(f"Immunotune's job ended without a model: {ending.no_model}\nIts report: {ending.report}")
     return 0 if ending.same_answers else 1
+
+
+def _stopped(why: str) -> int:
+    print(f"the demo stopped: {why}", file=sys.stderr)
+    return 1
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -68,7 +78,8 @@ def _client(service: Running, key: str) -> OpenAI:
 
 
 def _align(service: Running) -> int:
-    base = journey.wait_for_base(_client(service, service.default_key), Story(), service.watch)
+    client = _client(service, service.default_key)
+    base = journey.wait_for_base(client, base_of(service.settings.base).id, Story(), service.watch)
     say(f"{base} is aligned and kept in {service.settings.data}")
     return 0
 
@@ -79,7 +90,9 @@ class Ending:
 
     title: str
     rows: list[outcome.Figures]
+    report: Path
     same_answers: bool
+    no_model: str | None
 
 
 def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending:
@@ -91,7 +104,7 @@ def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending
     )
     client, baseline = _client(service, service.default_key), _client(service, service.baseline_key)
     say(f"the service answers at {service.address}")
-    base = journey.wait_for_base(client, story, service.watch)
+    base = journey.wait_for_base(client, base_of(service.settings.base).id, story, service.watch)
     say(f"customer file: {customer.rows} rows, {len(customer.planted_lines)} of them harmful (planted)")
     immune = journey.run_job(
         client, base, customer, title="Immunotune", expected=journey.JOB_SECONDS, idle=service.watch
@@ -99,32 +112,37 @@ def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending
     plain = journey.run_job(
         baseline, base, customer, title="plain fine-tuning", expected=journey.PLAIN_SECONDS, idle=service.watch
     )
-    same = _use(client, service.settings, customer, immune, story, folder)
-    rows = journey.as_figures(immune, plain, story.facts["align_seconds"])
+    _tell_verdicts(client, customer, immune, story)
+    no_model = None if immune.job.fine_tuned_model else journey.why_no_model(immune.job)
+    same = no_model is None and _use(client, service.settings, customer, immune, story, folder)
     story.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
+    story.facts |= {"job": immune.job.status if no_model is None else no_model}
     story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
     story.seconds["total"] = time.monotonic() - begin
-    outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
+    rows = journey.as_figures(immune, plain, story.facts["align_seconds"])
+    report = outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
     planted = f"{customer.rows} rows, {len(customer.planted_lines)} of them planted"
     total = f"{story.seconds['total']:.0f} s in all"
-    return Ending(f"{base}, {planted}; held-out prompts, greedy answers; {total}", rows, same)
+    title = f"{base}, {planted}; held-out prompts, greedy answers; {total}"
+    return Ending(title, rows, report, same, no_model)
+
+
+def _tell_verdicts(client: OpenAI, customer: CustomerFile, immune: journey.Run, story: Story) -> None:
+    story.facts["verdicts"] = counts = journey.count_verdicts(client, immune.job.id, customer.planted_lines)
+    journey.tell_verdicts(counts)
 
 
 def _use(
     client: OpenAI, settings: Settings, customer: CustomerFile, immune: journey.Run, story: Story, folder: Path
 ) -> bool:
-    """Verdicts, chat, download, the same answers elsewhere. Raises DemoFailed when there is no model to use."""
-    story.facts["verdicts"] = counts = journey.count_verdicts(client, immune.job.id, customer.planted_lines)
-    journey.tell_verdicts(counts)
-    model = immune.job.fine_tuned_model
-    if model is None:
-        raise DemoFailed(f"the job has no model; its report: {json.dumps(immune.report.get('gate'))}")
+    """Chat, download, the same answers elsewhere: whether all are equal."""
+    model = immune.job.fine_tuned_model or ""
     harmful, benign = dev_rows(8)
-    prompts = [customer.prompts[0], benign[-1].prompt, harmful[0].prompt]
+    prompts = [*customer.short_prompts(1), benign[-1].prompt, harmful[0].prompt]
     story.facts["chat"] = list(zip(prompts, journey.chat(client, model, prompts), strict=True))
     for prompt, answer in story.facts["chat"]:
         say(f"  > {prompt[:100]}\n    {answer[:100]}")
-    compared = [*customer.prompts[: journey.COMPARED_PROMPTS - 2], *prompts[1:]]
+    compared = [*customer.short_prompts(journey.COMPARED_PROMPTS - 2), *prompts[1:]]
     served = journey.chat(client, model, compared)
     adapter = journey.download_stock_adapter(client, immune.job.id, folder)
     elsewhere = journey.answer_elsewhere(base_folder(settings), adapter, compared)

@@ -100,7 +100,8 @@ def _row(line: str, where: str) -> Row:
             raise ValueError(f'{where}: the "content" of a message must be one text, not a list of parts')
     if not any(message["role"] == "user" for message in messages):
         raise ValueError(f'{where} has no message of role "user"; every row needs one')
-    return row
+    checked: Row = row
+    return checked
 
 
 def _write(path: Path, rows: Sequence[Row]) -> Path:
@@ -113,4 +114,4 @@ def _chat_row(pair: Pair) -> Row:
 
 
 def _prompt(row: Row) -> str:
-    return next(message["content"] for message in row["messages"] if message["role"] == "user")
+    return next(str(message["content"]) for message in row["messages"] if message["role"] == "user")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openai import APIStatusError, OpenAI
+from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from demo import outcome
@@ -25,7 +25,8 @@ from demo.watching import FINAL, POLL_SECONDS, Idle, follow, show
 NEW_TOKENS = 24
 COMPARED_PROMPTS = 8
 ROWS_AT_ONCE = 1000
-ALIGN_SECONDS, JOB_SECONDS, PLAIN_SECONDS = 240.0, 130.0, 90.0
+# On two quiet cores with the default base, everything in it: evaluation, gate, parity.
+ALIGN_SECONDS, JOB_SECONDS, PLAIN_SECONDS = 220.0, 150.0, 90.0
 STOCK_ANSWERS = Path(__file__).with_name("stock_answers.py")
 
 
@@ -41,9 +42,9 @@ class DemoFailed(Exception):
     """The journey cannot go on; the message says what the service answered."""
 
 
-def wait_for_base(client: OpenAI, story: Story, idle: Idle) -> str:
-    """Wait until the base is aligned and return its id. Raises DemoFailed when its alignment failed."""
-    base = next(model for model in client.models.list() if getattr(model, "parent", None) is None)
+def wait_for_base(client: OpenAI, base_id: str, story: Story, idle: Idle) -> str:
+    """Wait until that base is aligned and return its id. Raises DemoFailed when its alignment failed."""
+    base = client.models.retrieve(base_id)  # by id: a data folder may know more bases than the one in use
     ticker = Ticker(f"aligning {base.id} (once, then kept)", ALIGN_SECONDS)
     alignment: dict[str, Any] = {}
     while getattr(base, "status", "") != "ready":
@@ -85,7 +86,7 @@ def run_job(client: OpenAI, base: str, customer: CustomerFile, *, title: str, ex
     ticker = Ticker(title, expected)
     job = client.fine_tuning.jobs.create(model=base, training_file=train, validation_file=test, suffix="demo")
     job = follow(client, job.id, ticker, idle)
-    seconds = ticker.done(job.status if job.status == "succeeded" else f"{job.status}: {_why(job)}")
+    seconds = ticker.done(job.status if job.status == "succeeded" else f"{job.status}: {why_no_model(job)}")
     return Run(job, get_json(client, f"/fine_tuning/jobs/{job.id}/safety"), seconds)
 
 
@@ -148,23 +149,17 @@ def get_json(client: OpenAI, path: str) -> dict[str, Any]:
 
 def as_figures(immune: Run, plain: Run, align_seconds: float | None) -> list[outcome.Figures]:
     """The table's three rows, from the held-out part of the two safety reports."""
+    # a job whose rows were rejected measured nothing; the aligned base is the same in the other's report
+    of_base = immune.report if immune.report.get("held_out") else plain.report
     return [
-        outcome.figures("aligned base", immune.report, "before", align_seconds),
+        outcome.figures("aligned base", of_base, "before", align_seconds),
         outcome.figures("plain fine-tuning", plain.report, "after", plain.seconds),
         outcome.figures("Immunotune", immune.report, "after", immune.seconds),
     ]
 
 
-def why_refused(client: OpenAI, model: str) -> str:
-    """What the service answers to a chat with a model that it does not serve."""
-    try:
-        chat(client, model, ["Hello"])
-    except APIStatusError as error:
-        return str(error.code)
-    return "served"
-
-
-def _why(job: FineTuningJob) -> str:
+def why_no_model(job: FineTuningJob) -> str:
+    """The reason of a job that made no model, in the service's words."""
     return f"{job.error.code}: {job.error.message}" if job.error else "no reason given"
 
 

@@ -63,11 +63,12 @@ def show(rows: list[Figures], title: str) -> None:
     Console(width=110).print(table)
 
 
-def write(path: Path, rows: list[Figures], story: dict[str, Any]) -> None:
-    """Write report.json: the table's figures and how they came about."""
+def write(path: Path, rows: list[Figures], story: dict[str, Any]) -> Path:
+    """Write report.json: the table's figures and how they came about; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {"table": [asdict(row) for row in rows], **story}
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def _value(metrics: dict[str, Any], name: str, column: str) -> float | None:
