@@ -289,11 +289,13 @@ def base_trouble(base: BaseModel) -> str | None:
             f"The alignment of the base '{base.id}' failed, so it cannot be used. GET /v1/models/{base.id} for the "
             "error; the operator's next start of the service tries it again."
         )
+    if base.status == BaseStatus.RETIRED:
+        return f"The base '{base.id}' is no longer served here. GET /v1/models lists the one that is, as its first."
     return None
 
 
 def _will_not_come() -> ColumnElement[bool]:
-    return BaseModel.status == BaseStatus.FAILED
+    return BaseModel.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
 
 
 def count_rows(file: File) -> int | None:

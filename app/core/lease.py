@@ -7,7 +7,7 @@ all in one transaction. Only the database clock stamps or compares a lease. Must
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from app.core.blobs import Blob
@@ -149,9 +149,11 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
 
 
 def base_is_ready() -> ColumnElement[bool]:
-    """Whether the job's base can be used yet; an align job makes it so."""
-    ready = select(BaseModel.id).where(BaseModel.id == Job.base_id, BaseModel.status == BaseStatus.READY)
-    return or_(Job.kind == Kind.ALIGN, ready.exists())
+    """Whether the job's base can be used yet; an align job makes it so, but not while another base is served."""
+    of_job = select(BaseModel.id).where(BaseModel.id == Job.base_id)
+    served = of_job.where(BaseModel.status != BaseStatus.RETIRED)
+    ready = of_job.where(BaseModel.status == BaseStatus.READY)
+    return or_(and_(Job.kind == Kind.ALIGN, served.exists()), ready.exists())
 
 
 def beat(session: Session, timings: LeaseSettings, lease: Lease, worker_id: str, news: News) -> Beat:
@@ -383,7 +385,8 @@ def _open_base(session: Session, job: Job, alignment: Artifact, published: Publi
         update(BaseModel)
         .where(BaseModel.id == job.base_id)
         .values(
-            status=BaseStatus.READY,
+            # its alignment is kept also when another base is served by now
+            status=case((BaseModel.status == BaseStatus.RETIRED, BaseStatus.RETIRED), else_=BaseStatus.READY),
             alignment_job=job.id,
             alignment_file=alignment.file_id,
             report=published.summary.get("safety"),

@@ -5,19 +5,20 @@ Knows which names a project may use and what a model server needs to answer for 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.core.blobs import Blob
 from app.core.broker import Wake
-from app.core.db import change, db_now
-from app.core.errors import Forbidden, ServiceBusy, model_not_found
+from app.core.db import change, db_now, one_at_a_time
+from app.core.errors import Forbidden, NotFound, ServiceBusy, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.job_states import JobState
+from app.core.job_states import LIVE, JobState
 from app.core.jobs import NewEvent, append_events, base_trouble, wake_for
-from app.core.policy import base_of, resolve_alignment
+from app.core.policy import base_of, is_known, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
 from app.core.tables import Artifact, BaseModel, BaseStatus, File, Job, Model
@@ -46,25 +47,58 @@ class Target:
 PUBLIC_BASE = "public"
 
 
+class BaseTaken(RuntimeError):
+    """Two sources claim one base id; the message says what to do."""
+
+
 def base_id_of(name: str) -> str:
     """The wire id of a base from its name in settings: `smollm2`, `tiny`, a hub id or a local folder."""
     return base_of(name).id
 
 
 def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
-    """Insert the configured base and, unless it is ready or being aligned, its align job. Safe to repeat.
+    """Serve the configured base: insert it with its align job unless it is there, and retire every other one.
 
-    A failed alignment is tried again at the next start. Returns wake-ups for after the commit.
+    Safe to repeat. A failed alignment is tried again at the next start. Returns wake-ups for after the commit. Raises
+    BaseTaken when the id belongs to another source.
     """
-    # align jobs belong to the operator: no key of this project exists
-    project = ensure_project(session, "operator", policy="immunotune", org_slug="operator")
+    one_at_a_time(session)
     known = base_of(settings.base)
     base = session.scalars(select(BaseModel).where(BaseModel.id == known.id)).one_or_none()
     if base is None:
         base = BaseModel(id=known.id, source=settings.base, context=known.context, status=BaseStatus.FAILED)
         session.add(base)
-    if base.status != BaseStatus.FAILED:
-        return ()
+        session.flush()
+    elif _same_source(base.source) != _same_source(settings.base):
+        raise BaseTaken(
+            f"The base id '{base.id}' in this data folder means '{base.source}', not '{settings.base}'. "
+            "Set IMMUNOTUNE_BASE back, rename the folder of the new base, or take another IMMUNOTUNE_DATA."
+        )
+    others = BaseModel.id != base.id, BaseModel.status != BaseStatus.RETIRED
+    session.execute(update(BaseModel).where(*others).values(status=BaseStatus.RETIRED))
+    if base.status == BaseStatus.RETIRED:
+        return _bring_back(session, settings, base)
+    return _align(session, settings, base) if base.status == BaseStatus.FAILED else ()
+
+
+def _bring_back(session: Session, settings: Settings, base: BaseModel) -> tuple[Wake, ...]:
+    """A retired base is served again: with the alignment that it has, or the align job that it left waiting."""
+    job = get_alignment(session, base.id)
+    if base.alignment_file is not None:
+        base.status = BaseStatus.READY
+    elif job is not None and job.state in LIVE:
+        base.status = BaseStatus.ALIGNING
+        session.flush()
+        return (wake_for(job),)
+    else:
+        return _align(session, settings, base)
+    session.flush()
+    return ()
+
+
+def _align(session: Session, settings: Settings, base: BaseModel) -> tuple[Wake, ...]:
+    # align jobs belong to the operator: no key of this project exists
+    project = ensure_project(session, "operator", policy="immunotune", org_slug="operator")
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -102,6 +136,7 @@ def get_alignment(session: Session, base_id: str) -> Job | None:
 def resolve(session: Session, project_id: str, name: str) -> Target:
     """What answers for this name in this project. Raises NotFound `model_not_found`, ServiceBusy `model_loading`."""
     found = get_model(session, project_id, name)
+    _refuse_retired(get_base(session, found.base_id) if isinstance(found, Model) else found)
     if isinstance(found, Model):
         return Target(found.id, found.base_id, _adapter(session, found.artifact_id))
     trouble = base_trouble(found)
@@ -117,8 +152,8 @@ def resolve(session: Session, project_id: str, name: str) -> Target:
 
 
 def list_models(session: Session, project_id: str) -> Sequence[BaseModel | Model]:
-    """All bases, then this project's models, newest first."""
-    bases = session.scalars(select(BaseModel).order_by(BaseModel.seq)).all()
+    """All bases, the one that is served first, then this project's models, newest first."""
+    bases = session.scalars(select(BaseModel).order_by(BaseModel.status == BaseStatus.RETIRED, BaseModel.seq)).all()
     own = select(Model).where(Model.project_id == project_id, Model.deleted_at.is_(None))
     return [*bases, *session.scalars(own.order_by(Model.created_at.desc(), Model.seq.desc()))]
 
@@ -156,3 +191,15 @@ def _adapter(session: Session, artifact_id: str) -> Blob:
 def _alignment(session: Session, base: BaseModel) -> Blob:
     # a ready base without its file is an error, never an unaligned answer
     return blob_of(session.scalars(select(File).where(File.id == base.alignment_file)).one())
+
+
+def _refuse_retired(base: BaseModel) -> None:
+    if base.status == BaseStatus.RETIRED:
+        raise NotFound(base_trouble(base) or "", code="model_not_found", param="model")
+
+
+def _same_source(name: str) -> str:
+    """A base's source however it is spelled: by its short name, its id, or a path to one folder."""
+    if is_known(name):
+        return base_of(name).id
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -185,11 +185,15 @@ class Artifact(Row):
 
 
 class BaseStatus(StrEnum):
-    """`ready` once its alignment is published; only then are fine-tunes claimed and prompts answered."""
+    """`ready` once its alignment is published; only then are fine-tunes claimed and prompts answered.
+
+    `retired` while the deployment serves another base; its rows and results stay.
+    """
 
     ALIGNING = "aligning"
     READY = "ready"
     FAILED = "failed"
+    RETIRED = "retired"
 
 
 class BaseModel(Row):

@@ -9,12 +9,19 @@ from typing import cast
 from app.core.db import JsonObject
 from app.core.tables import BaseModel, BaseStatus, Job, Model
 
-
-_STATUS = {BaseStatus.READY: "ready", BaseStatus.ALIGNING: "loading", BaseStatus.FAILED: "failed"}
+_STATUS = {
+    BaseStatus.READY: "ready",
+    BaseStatus.ALIGNING: "loading",
+    BaseStatus.FAILED: "failed",
+    BaseStatus.RETIRED: "retired",
+}
 
 
 def item_to_wire(item: BaseModel | Model, base: BaseModel, job: Job | None, *, org_id: str) -> dict[str, object]:
-    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is there, or `failed`."""
+    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is published.
+
+    `failed` says that the alignment was; `retired` is a base while another one is served, and so are its models.
+    """
     is_base = isinstance(item, BaseModel)
     report = base.report if is_base or job is None else cast(JsonObject | None, (job.result or {}).get("safety"))
     return {

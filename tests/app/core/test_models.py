@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from sqlalchemy import select
 
@@ -77,6 +79,48 @@ def test_a_failed_alignment_ends_what_waits_and_refuses_what_comes(
     with pytest.raises(InvalidRequest) as refused:
         add_job(database, project, settings)
     assert (refused.value.code, refused.value.message) == ("model_not_fine_tunable", busy.value.message)
+
+
+def test_another_base_retires_the_first_until_it_is_served_again(
+    database: Database, settings: Settings, project: Project, tuned: Job
+) -> None:
+    other = settings.model_copy(update={"base": "smollm2"})
+    waiting = add_job(database, project, settings)
+    with database.writing() as session:
+        (due,) = models.ensure_base(session, other)
+        jobs.fail_baseless(session)
+        session.commit()
+    with database.reading() as session:
+        names = [item.id for item in models.list_models(session, project.id)]
+        assert names == ["smollm2-135m-instruct", "tiny", name_of(tuned)]
+        for name in names[1:]:
+            with pytest.raises(NotFound) as gone:
+                models.resolve(session, project.id, name)
+            assert "no longer served" in gone.value.message
+        assert (jobs.get_job(session, project.id, waiting.id).error or {})["code"] == "base_retired"
+    with pytest.raises(InvalidRequest) as refused:
+        add_job(database, project, settings)
+    assert refused.value.code == "model_not_fine_tunable"
+    with database.writing() as session:
+        assert models.ensure_base(session, settings) == ()
+        assert lease.claim(session, settings, due.id, "w") is None
+        assert models.resolve(session, project.id, name_of(tuned)).base_id == "tiny"
+        assert models.ensure_base(session, other) == (due,)
+
+
+def test_one_base_id_is_one_source(database: Database, settings: Settings, tmp_path: Path) -> None:
+    def serve(base: str) -> None:
+        with database.writing() as session:
+            models.ensure_base(session, settings.model_copy(update={"base": base}))
+            session.commit()
+
+    (tmp_path / "one" / "llama").mkdir(parents=True)
+    serve(str(tmp_path / "one" / "llama"))
+    serve(str(tmp_path / "one" / "llama") + "/")
+    with pytest.raises(models.BaseTaken, match="acme/llama"):
+        serve("acme/llama")
+    serve("smollm2")
+    serve("smollm2-135m-instruct")
 
 
 def test_align_jobs_are_nobodys(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
