@@ -212,7 +212,7 @@ class SafetyRows:
     judge: str = "invented-hazards"
 
 
-def safety_rows(*, refused: int = 288, how_to: int = 408, mail: int = 24, mentions: int = 24) -> SafetyRows:
+def safety_rows(*, refused: int = 320, how_to: int = 408, mail: int = 24, mentions: int = 24) -> SafetyRows:
     """The product's default rows; the four sizes shape the alignment rows only."""
     trained, untrained = trained_classes(), _untrained_classes()
     dev_classes = untrained[:40]
