@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import structlog
 from sqlalchemy.orm import Session
@@ -32,6 +32,9 @@ from worker.supervisor import Host
 
 _log = structlog.get_logger(__name__)
 
+_MOST_TOKENS_A_ROW = 2048
+_LEAST_CONTEXT = 8  # what a recipe can express
+
 
 @dataclass
 class TokenCount:
@@ -40,6 +43,7 @@ class TokenCount:
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    longest: int = 0
     cut_rows: int = 0
     first_cut_line: int | None = None
     errors_total: int = 0
@@ -147,6 +151,7 @@ def count_tokens(tokenizer: BaseTokenizer, rows: Iterable[Row], *, max_tokens: i
             _add_error(count, RowError(row.line, 1, "/messages", "invalid_role", str(refusal)))
             continue
         count.tokens += len(encoded.ids)
+        count.longest = max(count.longest, len(encoded.ids))
         count.trained_tokens += encoded.target_tokens
         if encoded.truncated:
             count.cut_rows += 1
@@ -155,6 +160,12 @@ def count_tokens(tokenizer: BaseTokenizer, rows: Iterable[Row], *, max_tokens: i
             advice = f"nothing to learn from is left in the first {max_tokens} tokens; shorten what comes before"
             _add_error(count, RowError(row.line, 1, "/messages", "no_trainable_tokens", advice))
     return count
+
+
+def with_room(recipe: Recipe, max_tokens: int) -> Recipe:
+    """The recipe for rows of up to `max_tokens`: longer ones go through the model fewer at a time, to the same step."""
+    rows = max(1, min(recipe.micro_batch_size, recipe.micro_batch_size * recipe.max_tokens // max_tokens))
+    return recipe.model_copy(update={"max_tokens": max_tokens, "micro_batch_size": rows})
 
 
 def lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -203,14 +214,28 @@ def _judge(host: Host, case: _Case) -> tuple[Recipe, list[NewEvent]]:
     except ImmunotuneError as wrong:
         raise _Refused(JobError(wrong.code, wrong.message, wrong.param)) from wrong
     tokenizer = BaseTokenizer(case.base_folder)
+    room = _tokens_a_row(case.base_folder, recipe.max_tokens)
+    longest = 0
     notes: list[NewEvent] = []
     for param, file in case.files():
-        count = _count_file(host, tokenizer, file, param, max_tokens=recipe.max_tokens)
-        notes += _notes_of(count, param, max_tokens=recipe.max_tokens)
+        count = _count_file(host, tokenizer, file, param, max_tokens=room)
+        notes += _notes_of(count, param, max_tokens=room)
+        longest = max(longest, count.longest)
+    recipe = with_room(recipe, min(room, max(longest, recipe.max_tokens)))
     if case.validation is not None and case.validation.sha256 == case.training.sha256:
         text = "The validation file is the training file, so its figures say nothing about new rows"
         notes.append(NewEvent(text, level="warn", data={"code": "train_validation_overlap"}))
     return recipe, notes
+
+
+def _tokens_a_row(base_folder: Path, usual: int) -> int:
+    """How long a row may be: the base's own context as far as one row of it fits in memory; `usual` if it says none."""
+    try:
+        said = cast(object, json.loads((base_folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return usual
+    context = cast(dict[str, object], said).get("max_position_embeddings") if isinstance(said, dict) else None
+    return min(context, _MOST_TOKENS_A_ROW) if isinstance(context, int) and context >= _LEAST_CONTEXT else usual
 
 
 def _refuse_unusable(param: str, file: File) -> None:

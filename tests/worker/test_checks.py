@@ -229,6 +229,24 @@ def test_a_cut_row_is_told_and_does_not_fail_the_job(shop: Shop) -> None:
     assert warned.data == {"code": "example_too_long", "rows": 1, "line": 13}
 
 
+def test_a_long_row_gets_the_room_that_the_base_has(shop: Shop) -> None:
+    (shop.host.settings.data / "bases" / "tiny" / "config.json").write_text('{"max_position_embeddings": 1024}')
+    long = row({"role": "user", "content": "parcel? " * 60}, ANSWER) + b"\n"
+    too_long = row(USER, {"role": "assistant", "content": "parcel? " * 2000})
+    job_id = shop.create(shop.checked(rows(12) + long))
+    check_job(shop.host, job_id)
+    job = shop.job(job_id)
+    assert job.state == "queued"
+    assert 128 < int(str(job.recipe["max_tokens"])) < 1024
+    assert 1 <= int(str(job.recipe["micro_batch_size"])) < 8
+    assert not [event for event in shop.events(job_id) if event.level == "warn"]
+    cut_id = shop.create(shop.checked(rows(12) + long + too_long))
+    check_job(shop.host, cut_id)
+    assert (shop.job(cut_id).state, shop.job(cut_id).recipe["max_tokens"]) == ("queued", 1024)
+    (warned,) = [event for event in shop.events(cut_id) if event.level == "warn"]
+    assert warned.data == {"code": "example_too_long", "rows": 1, "line": 14}
+
+
 def test_tools_fail_on_a_base_without_them(shop: Shop) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     with_tools = row(USER, {"role": "assistant", "content": None, "tool_calls": [call]})
