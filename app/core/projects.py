@@ -10,10 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.core.db import one_at_a_time
+from app.core.db import db_now, one_at_a_time
 from app.core.errors import InvalidApiKey
 from app.core.ids import Prefix, new_id, random_text
 from app.core.settings import Settings
@@ -63,14 +63,19 @@ def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapK
     """Make the projects `default` (policy immunotune) and `baseline` (policy plain) with a key each. Safe to repeat.
 
     The default key is `settings.api_key`; keys not given are generated once and kept under <data>/keys, mode 600.
+    Whatever else opened these projects is revoked: who changes the configured key wants the old one dead.
     """
     folder = settings.data / "keys"
     keys = BootstrapKeys(
         default=settings.api_key or _keep_secret(folder / "default", new_secret()),
         baseline=_keep_secret(folder / "baseline", new_secret()),
     )
-    add_key(session, pepper, ensure_project(session, "default", policy="immunotune"), keys.default)
-    add_key(session, pepper, ensure_project(session, "baseline", policy="plain"), keys.baseline)
+    for name, policy, secret in (("default", "immunotune", keys.default), ("baseline", "plain", keys.baseline)):
+        key = add_key(session, pepper, ensure_project(session, name, policy=policy), secret)
+        key.revoked_at = None  # a key that is configured again opens again
+        others = ApiKey.project_id == key.project_id, ApiKey.id != key.id, ApiKey.revoked_at.is_(None)
+        session.execute(update(ApiKey).where(*others).values(revoked_at=db_now()))
+    session.flush()
     return keys
 
 

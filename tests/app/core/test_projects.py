@@ -39,6 +39,21 @@ def test_an_operators_own_key_opens_the_default_project(
         assert holder.project.name == "default"
 
 
+def test_a_changed_key_revokes_the_one_before(
+    database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
+) -> None:
+    own = settings.model_copy(update={"api_key": "my-own-key-of-some-length"})
+    with database.writing() as session:
+        projects.bootstrap(session, own, pepper)
+        with pytest.raises(InvalidApiKey):
+            projects.authenticate(session, pepper, keys.default)
+        assert projects.authenticate(session, pepper, keys.baseline).project.name == "baseline"
+        projects.bootstrap(session, settings, pepper)
+        assert projects.authenticate(session, pepper, keys.default).project.name == "default"
+        with pytest.raises(InvalidApiKey):
+            projects.authenticate(session, pepper, "my-own-key-of-some-length")
+
+
 @pytest.mark.parametrize("wrong", ["", "sk-proj-", "sk-proj-" + "x" * 43, "\udcff", "ключ"])
 def test_a_wrong_key_is_refused(database: Database, keys: projects.BootstrapKeys, pepper: bytes, wrong: str) -> None:
     with database.reading() as session, pytest.raises(InvalidApiKey):
