@@ -75,6 +75,10 @@ class BlobStore(Protocol):
         """All keys that begin with `prefix`, in any order."""
         ...
 
+    def discard_unfinished(self, older_than_seconds: float) -> int:
+        """Remove what uploads left that were cut off and never became a blob. Returns how many."""
+        ...
+
 
 @dataclass(frozen=True)
 class FolderBlobs:
@@ -129,6 +133,16 @@ class FolderBlobs:
                     with suppress(FileNotFoundError):
                         found = path.stat()
                         yield StoredBlob(key, found.st_size, now - found.st_mtime)
+
+    def discard_unfinished(self, older_than_seconds: float) -> int:
+        """See BlobStore."""
+        now, removed = time.time(), 0
+        for path in (self.root / _INCOMING).glob("*"):
+            with suppress(FileNotFoundError):
+                if now - path.stat().st_mtime >= older_than_seconds:
+                    path.unlink()
+                    removed += 1
+        return removed
 
     def _path(self, key: str) -> Path:
         check_key(key)

@@ -64,6 +64,10 @@ class ObjectBlobs:
                 if entry["path"].startswith(prefix):
                     yield StoredBlob(entry["path"], entry["size"], now - entry["last_modified"].timestamp())
 
+    def discard_unfinished(self, older_than_seconds: float) -> int:  # noqa: ARG002
+        """See BlobStore. An unfinished upload is no object; a bucket's life-cycle rule ends it."""
+        return 0
+
     def _exists(self, key: str) -> bool:
         try:
             obstore.head(self.store, key)

@@ -21,7 +21,7 @@ from app.core.job_states import LIVE, JobState
 from app.core.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
 from app.core.lease import base_is_ready, lose
 from app.core.settings import LeaseSettings, Settings
-from app.core.tables import Checkpoint, File, FileStatus, Job
+from app.core.tables import File, FileStatus, Job
 from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -146,13 +146,20 @@ def erase_deleted(database: Database, blobs: BlobStore) -> None:
 
 
 def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float) -> int:
-    """Delete blobs without a row that needs them: cut-off uploads, lost attempts. Returns how many."""
-    swept = 0
+    """Delete blobs without a row that needs them: cut-off uploads, lost attempts, checkpoints of ended jobs.
+
+    Those of a cancelled job go whatever their age. Returns how many were deleted.
+    """
+    swept = blobs.discard_unfinished(older_than_seconds)
+    hurried: dict[str, bool] = {}
     for prefix in ("files/", "jobs/"):
         for blob in blobs.list(prefix):
-            if blob.age_seconds < older_than_seconds:
-                continue
+            job_id = blob.key.split("/")[1] if prefix == "jobs/" else ""
             with database.reading() as session:
+                if job_id not in hurried:
+                    hurried[job_id] = _is_cancelled(session, job_id)
+                if blob.age_seconds < older_than_seconds and not hurried[job_id]:
+                    continue
                 needed = is_needed(session, blob.key)
             if not needed:
                 blobs.delete(blob.key)
@@ -164,16 +171,19 @@ def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float) ->
 
 
 def is_needed(session: Session, key: str) -> bool:
-    """Whether a row still speaks for this blob: its file, its checkpoint, its result, or its live job."""
+    """Whether a row still speaks for this blob: its file, its job's result, or its live job."""
     of_file = select(File.id).where(File.blob_key == key, File.deleted_at.is_(None))
     parts = key.split("/")
     if parts[0] != "jobs" or len(parts) < 4:
         return session.scalars(of_file).first() is not None
-    of_checkpoint = select(Checkpoint.id).where(Checkpoint.job_id == parts[1], Checkpoint.prefix.in_(_folders_of(key)))
     job = session.scalars(select(Job).where(Job.id == parts[1])).one_or_none()
     if job is not None and (job.state in LIVE or (job.result or {}).get("prefix") in _folders_of(key)):
         return True
-    return session.scalars(of_file).first() is not None or session.scalars(of_checkpoint).first() is not None
+    return session.scalars(of_file).first() is not None
+
+
+def _is_cancelled(session: Session, job_id: str) -> bool:
+    return session.scalars(select(Job.state).where(Job.id == job_id)).one_or_none() == JobState.CANCELLED
 
 
 _CRASHED: dict[str, object] = {"code": "worker_crashed"}

@@ -48,7 +48,7 @@ class Limits(BaseModel):
     running_jobs: int = Field(default=2, ge=1)
     check_seconds: float = Field(default=900.0, gt=0, description="a file or job not checked by then ends in error")
     orphan_blob_seconds: float = Field(default=86_400.0, ge=0, description="a blob that no row needs goes after this")
-    sweep_seconds: float = Field(default=3600.0, gt=0, description="between two looks for such blobs")
+    sweep_seconds: float = Field(default=1800.0, gt=0, description="between two looks for such blobs")
     free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
 
 

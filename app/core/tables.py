@@ -141,7 +141,10 @@ class Event(Row):
 
 
 class Checkpoint(Row):
-    """A complete checkpoint under `prefix` in the blob store: it exists if and only if this row does."""
+    """A complete checkpoint under `prefix` in the blob store: a live job's exists if and only if this row does.
+
+    Once the job has ended nobody resumes from it: its bytes go, the row stays for its metrics.
+    """
 
     __tablename__ = "checkpoints"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 from celery import Celery
 from sqlalchemy import select, update
@@ -165,10 +168,10 @@ def test_only_blobs_that_no_row_needs_are_swept(
     needed = {
         file.blob_key,
         f"jobs/{running.id}/1/checkpoints/20/loop.json",
-        f"{saved.prefix}/adapter.safetensors",
         f"{result.prefix}/reports/safety.json",
     }
     orphans = {
+        f"{saved.prefix}/adapter.safetensors",  # nobody resumes from the checkpoint of an ended job
         "files/proj_x/file-absent",
         "jobs/ftjob-absent/1/result/adapter.zip",
         f"jobs/{ended.id}/0/result/adapter.zip",
@@ -182,6 +185,32 @@ def test_only_blobs_that_no_row_needs_are_swept(
     assert needed <= left
     assert not orphans & left
     assert {one.blob.key for one in result.files} <= left
+
+
+def test_what_a_cancelled_job_stored_goes_soon(
+    database: Database, settings: Settings, project: Project, base: BaseModel, blobs: BlobStore
+) -> None:
+    job = add_job(database, project, settings)
+    held = claimed(database, settings, job)
+    put_bytes(blobs, f"{held.prefix}/checkpoints/20/adapter.safetensors", b"x")
+    assert reaper.sweep(database, blobs, older_than_seconds=3600) == 0
+    with database.writing() as session:
+        jobs.cancel(session, project.id, job.id)
+        session.commit()
+    assert reaper.sweep(database, blobs, older_than_seconds=3600) == 1
+    assert list(blobs.list("jobs/")) == []
+
+
+def test_cut_off_uploads_are_removed_when_old(database: Database, tmp_path: Path) -> None:
+    store = FolderBlobs(tmp_path / "blobs")
+    put_bytes(store, "files/kept", b"x")
+    left = tmp_path / "blobs" / ".incoming" / "0123"
+    left.write_bytes(b"half")
+    assert store.discard_unfinished(3600) == 0
+    assert reaper.sweep(database, store, older_than_seconds=3600) == 0
+    os.utime(left, (0, 0))
+    assert reaper.sweep(database, store, older_than_seconds=3600) == 1
+    assert not left.exists()
 
 
 def test_the_thread_takes_a_job_back_and_wakes_it(
