@@ -43,6 +43,9 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
 
     SIGTERM drains: the job under way is saved, handed back and taken up by another worker.
     """
+    if settings.operator_rows is not None and not settings.operator_rows.is_file():
+        _log.error("operator_rows.missing", path=str(settings.operator_rows))
+        return 1  # every job of this worker would be lost
     celery = build_worker(settings, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]

@@ -25,6 +25,7 @@ from worker.archive import unpack
 from worker.devices import usable_cores
 
 ROWS, VALIDATION, ALIGNMENT, CHECKPOINT, RESULT = "rows.jsonl", "validation.jsonl", "alignment", "checkpoint", "result"
+OPERATOR_ROWS = "operator.jsonl"
 _CONTENTS, _STEPS, _OWNER = "contents.json", "steps.jsonl", "owner.lock"
 _KEPT_LOGS = 50
 # Checkpoints, cached hidden states and the result together, measured on the 135M base: 180 MiB
@@ -128,6 +129,9 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
     for blob, name in ((lease.training, ROWS), (lease.validation, VALIDATION)):
         if blob is not None:
             fetch_file(store, blob, folder / name)
+    if settings.operator_rows is not None:
+        # a copy, so that an edit during the attempt changes nothing in it
+        shutil.copyfile(settings.operator_rows, folder / OPERATOR_ROWS)
     if lease.alignment is not None:
         packed = folder / "alignment.zip"
         fetch_file(store, lease.alignment, packed)
@@ -145,6 +149,7 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         validation=VALIDATION if lease.validation else None,
         alignment=ALIGNMENT if lease.alignment else None,
         checkpoint=CHECKPOINT if lease.checkpoint else None,
+        operator_rows=OPERATOR_ROWS if settings.operator_rows else None,
         cache="cache",
         threads=usable_cores(),
     )

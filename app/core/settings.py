@@ -78,6 +78,7 @@ class Settings(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535)
     api_key: str | None = Field(default=None, min_length=16, repr=False)
     base: str = "smollm2"
+    operator_rows: Path | None = Field(default=None, description="the operator's own safety rows, read by workers")
     train_queue: str = Field(default="train.cpu", pattern=r"train\.[a-z0-9]+", description="where new jobs queue")
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
@@ -90,10 +91,10 @@ class Settings(BaseModel):
     limits: Limits = Limits()
     serving: ServingSettings = ServingSettings()
 
-    @field_validator("data")
+    @field_validator("data", "operator_rows")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().resolve()
 
     @field_validator("model_server_urls", mode="before")
     @classmethod

@@ -16,11 +16,13 @@ from app.core.db import open_database
 from app.core.job_states import JobState
 from app.core.settings import Limits
 from app.core.tables import BaseModel, BaseStatus, Form, Model
+from finetuning.spec.order import read_order
 from finetuning.spec.recipe import Kind
 from tests.conftest import wait_until
 from tests.embedded.processes import is_gone
 from tests.worker.scene import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
 from worker.supervisor import supervise
+from worker.workspace import open_workspace
 
 
 @pytest.fixture
@@ -241,6 +243,23 @@ def test_an_alignment_opens_its_base(tmp_path: Path) -> None:
         assert session.scalars(select(BaseModel.status)).one() == BaseStatus.READY
     supervise(scene.host(scripted(needs="alignment/alignment.json")), waiting)
     assert scene.job(waiting).state == JobState.SUCCEEDED
+    scene.database.close()
+
+
+@pytest.mark.parametrize("kind", [Kind.ALIGN, Kind.FINETUNE])
+def test_the_operators_own_rows_reach_every_job(tmp_path: Path, kind: Kind) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text("{}\n")
+    scene = open_scene(settings_in(tmp_path / "data", operator_rows=own))
+    job_id = scene.add_job(recipe(kind=kind))
+    with scene.database.writing() as session:
+        held = lease.claim(session, scene.settings, job_id, "w")
+        session.commit()
+    assert held is not None
+    workspace = open_workspace(scene.settings, scene.blobs, held)
+    order = read_order(workspace.folder)
+    assert order.operator_rows is not None
+    assert (workspace.folder / order.operator_rows).read_text() == "{}\n"
     scene.database.close()
 
 
