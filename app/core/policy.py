@@ -30,6 +30,7 @@ from finetuning.spec.recipe import (
 
 Auto = Literal["auto"]
 _SAVE_EVERY = 20
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class _Frozen(BaseModel):
@@ -239,10 +240,14 @@ def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: i
 
 
 def _lora(base: Base, wish: LoraWish) -> Lora:
-    unknown = sorted(set(wish.target_modules or ()) - set(LORA_MODULES))
+    wished = wish.target_modules or ()
+    # another base's modules are its own to name: training refuses what it lacks
+    allowed = set(LORA_MODULES) if is_known(base.id) else set(filter(_MODULE.fullmatch, wished))
+    unknown = sorted(set(wished) - allowed)
     if unknown:
         raise InvalidRequest(
-            f"Unknown module '{unknown[0]}'. Choose from {', '.join(LORA_MODULES)}.", param="lora.target_modules"
+            f"Unknown module '{unknown[0]}'. Name modules of the base, such as {', '.join(LORA_MODULES)}.",
+            param="lora.target_modules",
         )
     rank = wish.r or 8
     return Lora(

@@ -107,3 +107,11 @@ def test_lora_wishes_reach_the_recipe_and_unknown_modules_do_not() -> None:
 def test_bad_hyperparameters_are_refused(numbers: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Hyperparameters.model_validate(numbers)
+
+
+def test_a_base_of_the_operators_own_names_its_modules_itself() -> None:
+    own = resolve_recipe(DEFENDED, "acme-gpt", wish(lora={"target_modules": ("c_attn",)}), rows=100)
+    assert own.lora.target_modules == ("c_attn",)
+    with pytest.raises(InvalidRequest) as refused:
+        resolve_recipe(DEFENDED, "acme-gpt", wish(lora={"target_modules": ("c attn",)}), rows=100)
+    assert refused.value.param == "lora.target_modules"
