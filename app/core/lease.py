@@ -226,7 +226,9 @@ def fail(
     """
     event = NewEvent(error.message, level="error", data={"code": error.code})
     ended = _ended(published) | {"error": asdict(error)}
-    job = move(session, lease.job_id, JobState.FAILED, _fenced(lease), event=event, **ended)
+    # a queued job may fail too, but never by an attempt that handed it back
+    held = Job.state == JobState.RUNNING, _fenced(lease)
+    job = move(session, lease.job_id, JobState.FAILED, *held, event=event, **ended)
     if job is None:
         raise LeaseLost(lease.job_id)
     if published is not None:
