@@ -150,10 +150,9 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
 
 def base_is_ready() -> ColumnElement[bool]:
     """Whether the job's base can be used yet; an align job makes it so, but not while another base is served."""
-    of_job = select(BaseModel.id).where(BaseModel.id == Job.base_id)
-    served = of_job.where(BaseModel.status != BaseStatus.RETIRED)
-    ready = of_job.where(BaseModel.status == BaseStatus.READY)
-    return or_(and_(Job.kind == Kind.ALIGN, served.exists()), ready.exists())
+    may_align = and_(Job.kind == Kind.ALIGN, BaseModel.status != BaseStatus.RETIRED)
+    usable = or_(may_align, BaseModel.status == BaseStatus.READY)
+    return select(BaseModel.id).where(BaseModel.id == Job.base_id, usable).correlate(Job).exists()
 
 
 def beat(session: Session, timings: LeaseSettings, lease: Lease, worker_id: str, news: News) -> Beat:
@@ -226,8 +225,7 @@ def fail(
     """
     event = NewEvent(error.message, level="error", data={"code": error.code})
     ended = _ended(published) | {"error": asdict(error)}
-    # a queued job may fail too, but never by an attempt that handed it back
-    held = Job.state == JobState.RUNNING, _fenced(lease)
+    held = Job.state == JobState.RUNNING, _fenced(lease)  # not after it was handed back
     job = move(session, lease.job_id, JobState.FAILED, *held, event=event, **ended)
     if job is None:
         raise LeaseLost(lease.job_id)
