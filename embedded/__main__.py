@@ -59,12 +59,12 @@ def _up(settings: Settings) -> int:
 
 
 def _base(settings: Settings, name: str) -> int:
-    from finetuning.bases import FetchFailed, fetch  # torch takes seconds to import, and only this verb needs it
+    from finetuning.bases import FetchFailed, fetch
 
     try:
         fetch(name, parts.base_folder(settings.model_copy(update={"base": name})), say=_say)
-    except FetchFailed as error:
-        _say(str(error))
+    except (FetchFailed, OSError) as error:
+        _say(f"no base: {error}")
         return 1
     return 0
 

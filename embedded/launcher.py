@@ -12,15 +12,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from app.core.settings import Settings
 from embedded import parts, valkey
 from embedded.children import Child, Part, kill, start, stop, tail
+from finetuning.bases import FetchFailed
 
 BROKER_SECONDS = 20.0
 READY_SECONDS = 180.0
+MODEL_SECONDS = 900.0  # a large base from a slow disk
 POLL_SECONDS = 0.1
 # A part that ends this often within this time will not get better by starting it again.
 MOST_RESTARTS = 3
@@ -78,7 +81,7 @@ def serve_until_stopped(service: Running) -> None:
 
 def _start_all(settings: Settings, say: Say, children: list[Child]) -> Running:
     settings = parts.choose_ports(settings)
-    parts.fetch_base(settings, say)
+    _fetch_base(settings, say)
     say("starting broker, database, API, workers and model server")
     broker = start(valkey.part(settings.runtime, settings.data))
     children.append(broker)
@@ -87,8 +90,41 @@ def _start_all(settings: Settings, say: Say, children: list[Child]) -> Running:
     children.extend(start(part) for part in parts.programs(settings))
     address = f"http://{settings.host}:{settings.port}"
     _wait("API", lambda: _answers(address + "/readyz"), READY_SECONDS, children)
-    # the model server loads its base meanwhile: until the base is aligned, chat is refused anyway
+    if parts.is_base_aligned(settings):  # otherwise chat is refused until it is, and the server loads meanwhile
+        say("loading the model server")
+        health = settings.model_server_urls[0] + "/health"
+        _wait("model server", lambda: _answers(health), MODEL_SECONDS, children)
     return Running(settings, address + "/v1", keys.default, keys.baseline, children)
+
+
+def _fetch_base(settings: Settings, say: Say) -> None:
+    """Fetch the base unless it is here, in a process of its own: that needs torch, and must end when we are killed."""
+    try:
+        part = parts.fetching(settings)
+    except FetchFailed as error:
+        raise StartFailed(str(error)) from error
+    if part is None:
+        return
+    say(f"fetching the base {settings.base} (once)")
+    part.log.unlink(missing_ok=True)  # so that its lines are this fetch's lines
+    child, told = start(part), 0
+    try:
+        while child.is_alive:
+            time.sleep(POLL_SECONDS)
+            told = _relay(part.log, told, say)
+        _relay(part.log, told, say)
+    finally:
+        kill([child])
+    if child.process.returncode != 0:
+        raise StartFailed(f"there is no base {settings.base} to start with; {part.log} says why")
+
+
+def _relay(log: Path, told: int, say: Say) -> int:
+    """Say the whole lines of a log beyond the first `told`; returns how many there are now."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for line in lines[told:]:
+        say(line)
+    return len(lines)
 
 
 def _end_all(children: list[Child], say: Say) -> None:

@@ -5,9 +5,8 @@ Knows which verb of this package runs which program; must not know how processes
 
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from app.core import models, projects
@@ -15,7 +14,9 @@ from app.core.broker import CHECKS_QUEUE, CPU_QUEUE
 from app.core.db import migrate, open_database
 from app.core.projects import BootstrapKeys
 from app.core.settings import Settings, to_environment
+from app.core.tables import BaseStatus
 from embedded.children import Part
+from finetuning.bases import is_here
 
 # A worker may hand its job back first: save, release, wake another worker.
 WORKER_GRACE_SECONDS = 60.0
@@ -34,14 +35,23 @@ def base_folder(settings: Settings) -> Path:
     return settings.data / "bases" / models.base_id_of(settings.base)
 
 
-def fetch_base(settings: Settings, say: Callable[[str], None]) -> None:
-    """Fetch the base unless it is here; in a process of its own, for that needs torch. Raises CalledProcessError."""
-    if (base_folder(settings) / "config.json").exists():
-        return
-    say(f"fetching the base {settings.base} (once)")
-    environment = os.environ | to_environment(settings)
-    environment.pop("HF_HUB_OFFLINE", None)
-    subprocess.run(_verb("base", settings.base), check=True, env=environment)
+def fetching(settings: Settings) -> Part | None:
+    """The program that fetches the base, or None when it is here. Raises FetchFailed when another base lies there."""
+    if is_here(settings.base, base_folder(settings)):
+        return None
+    part = _part(settings, "base", _verb("base", settings.base))
+    environment = {name: value for name, value in part.env.items() if name != "HF_HUB_OFFLINE"}
+    return replace(part, env=environment)
+
+
+def is_base_aligned(settings: Settings) -> bool:
+    """Whether the configured base can answer already, or will be aligned first. Call after the API is up."""
+    database = open_database(settings)
+    try:
+        with database.reading() as session:
+            return models.get_base(session, models.base_id_of(settings.base)).status == BaseStatus.READY
+    finally:
+        database.close()
 
 
 def prepare_database(settings: Settings) -> BootstrapKeys:
