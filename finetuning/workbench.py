@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from finetuning import adapter
@@ -28,6 +28,8 @@ from finetuning.spec.order import TrainOrder
 from finetuning.spec.recipe import Anchor, Optimiser, Recipe
 from finetuning.strategies import GradientStep, RowWeigher
 
+_ANCHOR_PROMPTS = 48
+
 
 @dataclass
 class Workbench:
@@ -41,6 +43,7 @@ class Workbench:
     rows: SafetyRows
     refusal_ids: list[int]
     trained: str
+    anchors: dict[int, KlAnchors] = field(default_factory=dict)  # by kl_tokens: scout and training share them
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
         """Operator pairs as training rows."""
@@ -108,12 +111,14 @@ def anchors_of(bench: Workbench, settings: Anchor) -> KlAnchors:
     """
     if not settings.kl_weight:
         return KlAnchors.none()
-    prompts = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in bench.rows.aligned[:64]]
-    with bench.aligned():
-        return make_anchors(
-            bench.base, bench.cache, bench.decoder, prompts,
-            tokens=settings.kl_tokens, refused_first=set(bench.refusal_ids),
-        )  # fmt: skip
+    if settings.kl_tokens not in bench.anchors:
+        prompts = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in bench.rows.aligned[:_ANCHOR_PROMPTS]]
+        with bench.aligned():
+            bench.anchors[settings.kl_tokens] = make_anchors(
+                bench.base, bench.cache, bench.decoder, prompts,
+                tokens=settings.kl_tokens, refused_first=set(bench.refusal_ids),
+            )  # fmt: skip
+    return bench.anchors[settings.kl_tokens]
 
 
 def anchored_step(bench: Workbench, settings: Anchor, anchors: KlAnchors, *, seed: int) -> Anchored:
