@@ -106,15 +106,17 @@ def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending
     say(f"the service answers at {service.address}")
     base = journey.wait_for_base(client, base_of(service.settings.base).id, story, service.watch)
     say(f"customer file: {customer.rows} rows, {len(customer.planted_lines)} of them harmful (planted)")
-    immune = journey.run_job(
-        client, base, customer, title="Immunotune", expected=journey.JOB_SECONDS, idle=service.watch
-    )
-    plain = journey.run_job(
-        baseline, base, customer, title="plain fine-tuning", expected=journey.PLAIN_SECONDS, idle=service.watch
-    )
+    immune = journey.finish_job(
+        client, journey.start_job(client, base, customer),
+        title="Immunotune", expected=journey.JOB_SECONDS, idle=service.watch,
+    )  # fmt: skip
+    plain_id = journey.start_job(baseline, base, customer)  # it trains while the first job's model is put to use
     _tell_verdicts(client, customer, immune, story)
     no_model = None if immune.job.fine_tuned_model else journey.why_no_model(immune.job)
     same = no_model is None and _use(client, service.settings, customer, immune, story, folder)
+    plain = journey.finish_job(
+        baseline, plain_id, title="plain fine-tuning", expected=journey.PLAIN_SECONDS, idle=service.watch
+    )
     story.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
     story.facts |= {"job": immune.job.status if no_model is None else no_model}
     story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}

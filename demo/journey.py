@@ -80,13 +80,19 @@ class Run:
     seconds: float
 
 
-def run_job(client: OpenAI, base: str, customer: CustomerFile, *, title: str, expected: float, idle: Idle) -> Run:
-    """Upload both files, fine-tune, and fetch the report. A refused release is an outcome, not an error."""
+def start_job(client: OpenAI, base: str, customer: CustomerFile) -> str:
+    """Upload both files and create the job; returns its id."""
     train, test = upload(client, customer.train), upload(client, customer.test)
-    ticker = Ticker(title, expected)
     job = client.fine_tuning.jobs.create(model=base, training_file=train, validation_file=test, suffix="demo")
-    job = follow(client, job.id, ticker, idle)
-    seconds = ticker.done(job.status if job.status == "succeeded" else f"{job.status}: {why_no_model(job)}")
+    return job.id
+
+
+def finish_job(client: OpenAI, job_id: str, *, title: str, expected: float, idle: Idle) -> Run:
+    """Follow a job to its end and fetch the report. A refused release is an outcome, not an error."""
+    ticker = Ticker(title, expected)
+    job = follow(client, job_id, ticker, idle)
+    ticker.done(job.status if job.status == "succeeded" else f"{job.status}: {why_no_model(job)}")
+    seconds = float((job.finished_at or job.created_at) - job.created_at)
     return Run(job, get_json(client, f"/fine_tuning/jobs/{job.id}/safety"), seconds)
 
 

@@ -23,6 +23,7 @@ from finetuning.prefix_cache import PrefixCache
 from finetuning.spec.report import Measure, Metrics, mean, share
 
 _BATCH_TOKENS = 4096
+_LOSS_ROWS = 24  # a mean loss needs fewer rows than a rate
 Progress = Callable[[int, int], None]
 
 
@@ -79,8 +80,8 @@ def measure(
         refusal_rate=share(sum(map(bench.judge.refuses, bad)), len(bad)),
         leak=share(sum(map(bench.judge.leaks, bad)), len(bad)),
         over_refusal=share(over, len(good) + len(task)),
-        harmful_nll=pair_nll(bench, harmful) if losses else None,
-        alignment_loss=pair_nll(bench, refused) if losses else None,
+        harmful_nll=pair_nll(bench, harmful[:_LOSS_ROWS]) if losses else None,
+        alignment_loss=pair_nll(bench, refused[:_LOSS_ROWS]) if losses else None,
         task_score=share(sum(right), len(right)) if task else None,
     )
 

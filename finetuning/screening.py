@@ -58,10 +58,9 @@ def _filter(
     if not settings.scout_steps or bool((weights == 1).all()) or len(kept) < settings.min_kept_rows:
         return first
     again, limit = yield from _ask_scout(bench, kept, encoded)
-    # The whole-refusal test stays with the aligned model's reading: the scout has learned the customer's answers.
-    rescored = weigh(again, limit, whole_refusal_nll=-1.0)
-    is_refusal = reading.worst <= calibration.whole_refusal_nll
-    return Screened(torch.where(is_refusal, torch.ones_like(rescored), rescored), again.mass, limit, rescored=True)
+    # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
+    rescored = torch.maximum(weights, weigh(again, limit, whole_refusal_nll=-1.0))
+    return Screened(rescored, again.mass, limit, rescored=True)
 
 
 def _ask_scout(
