@@ -37,7 +37,7 @@ def write_rows(target: Path, rows: list[Pair]) -> None:
 def aligned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scratch folder of a finished align job."""
     scratch = tmp_path_factory.mktemp("align")
-    recipe = resolve_alignment("tiny").model_copy(update={"steps": 150})
+    recipe = resolve_alignment("tiny")
     lines = list(pipeline.run(TrainOrder(job_id="a", recipe=recipe, base=str(tiny_base), threads=1), scratch))
     assert isinstance(lines[-1], Finished)
     assert lines[-1].released, lines[-1].reasons

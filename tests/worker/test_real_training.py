@@ -128,7 +128,7 @@ def test_a_result_that_the_gate_refuses_keeps_its_reports_and_no_weights(scene: 
 
 
 def test_a_file_without_enough_usable_rows_keeps_its_ledger(scene: Scene, tmp_path: Path) -> None:
-    job_id = scene.add_job(wanted(screen=Screen(enabled=True, min_kept_rows=1000)), ROWS)
+    job_id = scene.add_job(wanted(screen=Screen(enabled=True, min_kept_share=1.0)), ROWS)
     supervise(scene.host(launch_command), job_id)
     job = scene.job(job_id)
     assert job.error is not None
