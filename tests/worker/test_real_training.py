@@ -12,6 +12,7 @@ import pytest
 
 from app.core.job_states import JobState
 from app.core.tables import BaseStatus, Form
+from finetuning.hazards import safety_rows
 from finetuning.spec.recipe import Anchor, Antibody, Antidote, Evaluation, Gate, GateLimits, Kind, Lora, Recipe, Screen
 from finetuning.tiny_base import tiny_test_base
 from tests.conftest import wait_until
@@ -128,10 +129,13 @@ def test_a_result_that_the_gate_refuses_keeps_its_reports_and_no_weights(scene: 
 
 
 def test_a_file_without_enough_usable_rows_keeps_its_ledger(scene: Scene, tmp_path: Path) -> None:
-    job_id = scene.add_job(wanted(screen=Screen(enabled=True, min_kept_share=1.0)), ROWS)
+    probe = safety_rows().gate_harmful[0]  # an operator's own prompt, word for word, is always excluded
+    turns = [{"role": "user", "content": probe.prompt}, {"role": "assistant", "content": probe.answer}]
+    rows = ROWS + json.dumps({"messages": turns}).encode() + b"\n"
+    job_id = scene.add_job(wanted(screen=Screen(enabled=True, min_kept_share=1.0)), rows)
     supervise(scene.host(launch_command), job_id)
     job = scene.job(job_id)
     assert job.error is not None
     assert job.error["code"] == "training_data_rejected"
     reports = scene.unpacked(scene.artifacts(job_id)[Form.REPORTS], tmp_path)
-    assert len(json.loads(reports["rows.json"])) == len(ROWS.splitlines())
+    assert len(json.loads(reports["rows.json"])) == len(rows.splitlines())
