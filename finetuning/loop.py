@@ -14,7 +14,7 @@ from finetuning import checkpoint
 from finetuning.determinism import reseed
 from finetuning.loop_state import LoopState, TrainSetup
 from finetuning.spec.progress import CheckpointSaved, StepDone
-from finetuning.spec.recipe import Optimiser
+from finetuning.spec.recipe import Optimiser, saves_after
 from finetuning.strategies import MicroBatch, NonFiniteLoss, StepLoss
 
 
@@ -45,12 +45,8 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
             step=step + 1, total_steps=setup.steps, train_loss=loss, train_mean_token_accuracy=accuracy,
             learning_rate=rate, antibody_mean_weight=weights.scale, tokens=state.tokens, skipped=weights.scale == 0,
         )  # fmt: skip
-        if (
-            setup.folder is not None
-            and setup.save_every
-            and (step + 1) % setup.save_every == 0
-            and step + 1 < setup.steps
-        ):
+        due = saves_after(step, steps=setup.steps, save_every=setup.save_every)
+        if due and setup.folder is not None:
             yield checkpoint.save(setup, state, loss, accuracy)
 
 

@@ -170,6 +170,7 @@ class Recipe(_Frozen):
     gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
 
-    def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due once `step` (0-based) is done; the last step is exported instead."""
-        return (step + 1) % self.save_every == 0 and step + 1 < self.steps
+
+def saves_after(step: int, *, steps: int, save_every: int) -> bool:
+    """Whether a checkpoint is due once `step` (0-based) is done; 0 saves none; the last step is exported instead."""
+    return save_every > 0 and (step + 1) % save_every == 0 and step + 1 < steps

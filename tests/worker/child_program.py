@@ -24,7 +24,7 @@ from finetuning.spec.progress import (
     StepDone,
     to_line,
 )
-from finetuning.spec.recipe import GateLimits, Kind
+from finetuning.spec.recipe import GateLimits, Kind, saves_after
 from finetuning.spec.report import GateDecision, SafetyReport
 
 
@@ -63,7 +63,7 @@ def train(scratch: Path, script: dict[str, object]) -> None:
         chain = hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
         step += 1
         say(StepDone(step=step, total_steps=total, train_loss=1.0 / step, learning_rate=1e-3, tokens=10, skipped=False))
-        if order.recipe.saves_after(step - 1):
+        if saves_after(step - 1, steps=order.recipe.steps, save_every=order.recipe.save_every):
             save(scratch, step, chain)
     finish(scratch, chain, order.recipe.kind, script)
 
