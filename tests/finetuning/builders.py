@@ -26,8 +26,10 @@ from finetuning import adapter
 from finetuning.base_model import BaseModel, wrap
 from finetuning.bases import CHATML_TEMPLATE
 from finetuning.chat_format import EncodedRow
+from finetuning.defences.vaccine import Vaccine
 from finetuning.prefix_cache import PrefixCache
 from finetuning.spec.recipe import Lora
+from finetuning.strategies import GradientStep, MicroBatch
 
 SPECIALS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 272
@@ -157,6 +159,31 @@ def clear(base: BaseModel) -> None:
     """Forget all gradients."""
     for parameter in adapter.parameters(base, adapter.TASK):
         parameter.grad = None
+
+
+def whole(rows: Sequence[EncodedRow], *, number: int = 0) -> MicroBatch:
+    """All rows of optimiser step `number` as its only micro-batch."""
+    return MicroBatch(rows, range(len(rows)), number, 0, len(rows))
+
+
+def gradient_of(
+    base: BaseModel, step: GradientStep, rows: Sequence[EncodedRow], weights: torch.Tensor | None = None,
+    *, number: int = 0, slices: int = 1,
+) -> list[torch.Tensor]:  # fmt: skip
+    """What one optimiser step over these rows, alone, adds to the task adapter, in `slices` equal micro-batches."""
+    clear(base)
+    each, size = even(len(rows)) if weights is None else weights, len(rows) // slices
+    for start in range(0, len(rows), size):
+        micro = MicroBatch(rows[start : start + size], range(start, start + size), number, start, len(rows))
+        step.gradients(micro, each[start : start + size], torch.Tensor.backward)
+    found = gradients(base)
+    clear(base)
+    return found
+
+
+def vaccine_on(base: BaseModel, *, rho: float = 2.0, norm: str = "batch", every: int = 1) -> Vaccine:
+    """Vaccine's step, uncached."""
+    return Vaccine(base, uncached(base), rho=rho, norm=norm, every=every)
 
 
 def norm(tensors: Sequence[torch.Tensor]) -> float:

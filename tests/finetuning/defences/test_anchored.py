@@ -11,8 +11,8 @@ from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
 from finetuning.defences.plain import Plain
 from finetuning.objectives import row_nll
 from finetuning.spec.recipe import Anchor
-from finetuning.strategies import MicroBatch
-from tests.finetuning.builders import adapted_base, clear, even, farthest, gradients, random_rows, uncached
+from finetuning.strategies import GradientStep, MicroBatch
+from tests.finetuning.builders import adapted_base, even, farthest, gradient_of, random_rows, uncached
 
 REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_rows(4, seed=3)
 
@@ -24,14 +24,8 @@ def anchored(base: BaseModel, anchors: KlAnchors | None = None, **settings: floa
     )  # fmt: skip
 
 
-def run(base: BaseModel, step: object, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
-    clear(base)
-    for start in range(0, 4, size):
-        micro = MicroBatch(USER[start : start + size], range(start, start + size), number, start, 4)
-        step.gradients(micro, even(4)[start : start + size], torch.Tensor.backward)  # type: ignore[attr-defined]
-    found = gradients(base)
-    clear(base)
-    return found
+def run(base: BaseModel, step: GradientStep, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
+    return gradient_of(base, step, USER, number=number, slices=4 // size)
 
 
 def anchors_on(base: BaseModel) -> KlAnchors:

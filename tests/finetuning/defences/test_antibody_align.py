@@ -24,13 +24,14 @@ from finetuning.strategies import GradientStep, MicroBatch, Remembers
 from tests.finetuning.builders import (
     adapted_base,
     blank,
-    clear,
     even,
     farthest,
+    gradient_of,
     gradients,
     norm,
     random_rows,
     uncached,
+    vaccine_on,
 )
 
 HARMFUL, REFUSED, ALIGNED = random_rows(4, seed=1), random_rows(4, seed=2), random_rows(4, seed=3)
@@ -43,19 +44,10 @@ def step_on(base: BaseModel, vaccine: Vaccine | None = None, **settings: object)
     )  # fmt: skip
 
 
-def vaccine_on(base: BaseModel, *, rho: float = 2.0, every: int = 1) -> Vaccine:
-    return Vaccine(base, uncached(base), rho=rho, norm="batch", every=every)
-
-
 def delta_of(
     base: BaseModel, step: GradientStep, rows: Sequence[EncodedRow] = ALIGNED, *, number: int = 0
 ) -> list[torch.Tensor]:
-    clear(base)
-    micro = MicroBatch(rows, range(len(rows)), number, 0, len(rows))
-    step.gradients(micro, even(len(rows)), torch.Tensor.backward)
-    found = gradients(base)
-    clear(base)
-    return found
+    return gradient_of(base, step, rows, number=number)
 
 
 def harm(base: BaseModel) -> torch.Tensor:

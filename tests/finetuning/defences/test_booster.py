@@ -14,17 +14,18 @@ from finetuning.defences.plain import Plain
 from finetuning.objectives import row_nll
 from finetuning.spec.recipe import AntibodyAlign as Settings
 from finetuning.spec.recipe import Lora
-from finetuning.strategies import GradientStep, MicroBatch
+from finetuning.strategies import GradientStep
 from tests.finetuning.builders import (
     adapted_base,
     blank,
-    clear,
     even,
     farthest,
+    gradient_of,
     gradients,
     norm,
     random_rows,
     uncached,
+    whole,
 )
 
 HARMFUL, ALIGNED = random_rows(7, seed=1), random_rows(4, seed=3)
@@ -44,15 +45,8 @@ def antibody(base: BaseModel) -> AntibodyAlign:
 
 
 def added(base: BaseModel, step: GradientStep, *, number: int = 0, slices: int = 1) -> list[torch.Tensor]:
-    """The gradients that one optimiser step adds up to, its rows in `slices` micro-batches."""
-    clear(base)
-    size = len(ALIGNED) // slices
-    for start in range(0, len(ALIGNED), size):
-        micro = MicroBatch(ALIGNED[start : start + size], range(start, start + size), number, start, len(ALIGNED))
-        step.gradients(micro, even(len(ALIGNED))[:size], torch.Tensor.backward)
-    found = gradients(base)
-    clear(base)
-    return found
+    """The gradients that one optimiser step over the alignment rows adds up to."""
+    return gradient_of(base, step, ALIGNED, number=number, slices=slices)
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4])
@@ -115,7 +109,7 @@ def test_accumulation_adds_up() -> None:
     delta = added(base, booster(base))
     for parameter in adapter.parameters(base, adapter.TASK):
         parameter.grad = torch.ones_like(parameter)
-    booster(base).gradients(MicroBatch(ALIGNED, range(4), 0, 0, 4), even(4), torch.Tensor.backward)
+    booster(base).gradients(whole(ALIGNED), even(4), torch.Tensor.backward)
     assert farthest([g - 1 for g in gradients(base)], delta) < 1e-12
 
 
@@ -142,7 +136,7 @@ def test_a_harmful_loss_without_slope_moves_nothing() -> None:
 def test_a_micro_batch_without_targets_adds_nothing() -> None:
     """M11: all labels masked is skipped, without a NaN."""
     base = adapted_base()
-    micro = MicroBatch([blank(row) for row in ALIGNED], range(4), 0, 0, 4)
+    micro = whole([blank(row) for row in ALIGNED])
     found = booster(base).gradients(micro, torch.zeros(4), torch.Tensor.backward)
     assert (found.loss, found.correct, found.tokens) == (0.0, 0.0, 0)
     assert all(float(g.abs().sum()) == 0 for g in gradients(base))
@@ -150,7 +144,7 @@ def test_a_micro_batch_without_targets_adds_nothing() -> None:
 
 def test_it_reports_the_alignment_rows_alone() -> None:
     base = adapted_base()
-    micro = MicroBatch(ALIGNED, range(4), 0, 0, 4)
+    micro = whole(ALIGNED)
     plain = Plain(base, uncached(base)).gradients(micro, even(4), torch.Tensor.backward)
     assert booster(base).gradients(micro, even(4), torch.Tensor.backward) == plain
     assert plain.tokens == sum(row.target_tokens for row in ALIGNED)

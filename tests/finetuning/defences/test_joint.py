@@ -13,8 +13,8 @@ from finetuning.hidden_states import edited_outputs
 from finetuning.objectives import row_nll
 from finetuning.spec.recipe import AntibodyAlign as Settings
 from finetuning.strategies import MicroBatch, NonFiniteLoss, StepLoss
-from tests.finetuning.builders import adapted_base, blank, clear, even, farthest, gradients, uncached
-from tests.finetuning.defences.test_antibody_align import ALIGNED, HARMFUL, REFUSED, delta_of, step_on, vaccine_on
+from tests.finetuning.builders import adapted_base, blank, clear, even, farthest, gradients, uncached, vaccine_on
+from tests.finetuning.defences.test_antibody_align import ALIGNED, HARMFUL, REFUSED, delta_of, step_on
 
 MICRO = MicroBatch(ALIGNED, range(4), 0, 0, 4)
 

@@ -17,7 +17,17 @@ from finetuning.objectives import row_nll
 from finetuning.spec.recipe import Lisa as Settings
 from finetuning.spec.recipe import Optimiser
 from finetuning.strategies import MicroBatch, Remembers
-from tests.finetuning.builders import adapted_base, clear, even, farthest, gradients, random_rows, stir, uncached
+from tests.finetuning.builders import (
+    adapted_base,
+    clear,
+    even,
+    farthest,
+    gradient_of,
+    gradients,
+    random_rows,
+    stir,
+    uncached,
+)
 
 REFUSALS, USER = random_rows(9, seed=1), random_rows(4, seed=3)
 ALIGN, TUNE = 1, 3  # with two alignment and three user steps a period: a step of either turn
@@ -32,13 +42,7 @@ def lisa(base: BaseModel, *, refusals: int = 9, steps: int = 10, **settings: flo
 
 
 def run(base: BaseModel, step: Lisa | Plain, number: int, *, size: int = 4) -> list[torch.Tensor]:
-    clear(base)
-    for start in range(0, 4, size):
-        micro = MicroBatch(USER[start : start + size], range(start, start + size), number, start, 4)
-        step.gradients(micro, even(4)[start : start + size], torch.Tensor.backward)
-    found = gradients(base)
-    clear(base)
-    return found
+    return gradient_of(base, step, USER, number=number, slices=4 // size)
 
 
 def theta(base: BaseModel) -> list[torch.Tensor]:
