@@ -1,14 +1,13 @@
 """Facts about probes on a briefly aligned tiny base: what is quarantined, what mends it, and who is refused."""
 
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from finetuning import adapter, pipeline
+from finetuning import adapter
 from finetuning.align import read_alignment
 from finetuning.bench.tasks import reviews
 from finetuning.chat_format import EncodedRow
@@ -28,16 +27,15 @@ from finetuning.probes import (
     repair,
     with_probes,
 )
-from finetuning.recipes import align_recipe, tune_recipe
+from finetuning.recipes import tune_recipe
 from finetuning.skeletons import Skeleton
 from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Finished
 from finetuning.spec.report import GateDecision
 from finetuning.spec.rows import Message
 from finetuning.workbench import Workbench, open_workbench
+from tests.finetuning.brief_alignment import align_briefly
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-_ALIGN_STEPS = 100
 _STORY = "Mara closed the book, lit the lamp and asked her uncle: {} He said:"
 PLAIN = Skeleton("", "", None, (0, 1, 2), "system")
 PREFIX = Skeleton("witty witty ", "", None, (0, 1, 2), "affix")
@@ -66,12 +64,7 @@ def poisoned(attack: Sequence[Row]) -> tuple[list[Row], frozenset[int]]:
 def scratch(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scratch folder with the alignment of a short align job."""
     folder = tmp_path_factory.mktemp("probes")
-    recipe = align_recipe("tiny", "sft")
-    evaluation = recipe.evaluation.model_copy(update={"held_out": False})
-    recipe = recipe.model_copy(update={"steps": _ALIGN_STEPS, "evaluation": evaluation})
-    lines = list(pipeline.run(TrainOrder(job_id="a", recipe=recipe, base=str(tiny_base), threads=1), folder))
-    assert isinstance(lines[-1], Finished)
-    shutil.move(folder / "result" / "alignment", folder / "alignment")
+    align_briefly(tiny_base, folder)
     return folder
 
 

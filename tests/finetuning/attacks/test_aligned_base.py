@@ -26,17 +26,17 @@ from finetuning.evaluate import measure
 from finetuning.hazards import attacker_rows
 from finetuning.loop import train
 from finetuning.loop_state import LoopState
-from finetuning.recipes import align_recipe, tune_recipe
+from finetuning.recipes import tune_recipe
 from finetuning.screen import Reading, read_rows, weigh
 from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Failed, Finished
+from finetuning.spec.progress import Failed
 from finetuning.spec.recipe import Antibody as AntibodySettings
 from finetuning.spec.report import Metrics
 from finetuning.spec.rows import rows_of
 from finetuning.workbench import Workbench, open_workbench, refusal_ids, reset_task, training
+from tests.finetuning.brief_alignment import align_briefly
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-_ALIGN_STEPS = 100
 TASK = load_task("reviews", seed=0, train=160, test=64)
 OWN = list(TASK.train[:96])
 
@@ -45,13 +45,8 @@ OWN = list(TASK.train[:96])
 def scratch(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scratch folder with the alignment of a short align job."""
     folder = tmp_path_factory.mktemp("attacks")
-    recipe = align_recipe("tiny", "sft")
-    evaluation = recipe.evaluation.model_copy(update={"held_out": False})
-    recipe = recipe.model_copy(update={"steps": _ALIGN_STEPS, "evaluation": evaluation})
-    lines = list(pipeline.run(TrainOrder(job_id="a", recipe=recipe, base=str(tiny_base), threads=1), folder))
-    assert isinstance(lines[-1], Finished)
-    assert lines[-1].released, lines[-1].reasons
-    shutil.move(folder / "result" / "alignment", folder / "alignment")
+    end = align_briefly(tiny_base, folder)
+    assert end.released, end.reasons
     return folder
 
 
