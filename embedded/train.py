@@ -5,8 +5,6 @@ under <data>/bench/alignments. Must not know projects, jobs or the database.
 """
 
 import argparse
-import fcntl
-import hashlib
 import shutil
 import sys
 import tempfile
@@ -16,8 +14,10 @@ from pathlib import Path
 
 from app.core.settings import Settings
 from embedded.parts import base_folder
+from finetuning import alignments
+from finetuning.alignments import NotAligned
 from finetuning.bases import FetchFailed, fetch
-from finetuning.recipes import align_recipe, base_of, tune_recipe
+from finetuning.recipes import align_recipe, tune_recipe
 from finetuning.registry import DEFENCES
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Failed, Finished, Progress, to_line
@@ -25,7 +25,6 @@ from finetuning.spec.recipe import Recipe
 from finetuning.spec.report import SafetyReport
 from finetuning.spec.rows import InvalidRowError, iter_rows
 
-_MADE_OF = "made_of.sha256"
 _OPERATOR_ROWS = "operator_rows.jsonl"
 _STOPPED = 130
 
@@ -43,7 +42,7 @@ def main(argv: list[str], settings: Settings) -> int:
     options = _read(argv, settings)
     try:
         _train(options, settings)
-    except (NotTrained, FetchFailed, InvalidRowError, OSError) as error:
+    except (NotTrained, NotAligned, FetchFailed, InvalidRowError, OSError) as error:
         _say(f"not trained: {error}")
         return 1
     except KeyboardInterrupt:
@@ -72,7 +71,7 @@ def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, settings: Settings) -> None:
-    """Fetch, align, train, copy. Raises NotTrained, FetchFailed, InvalidRowError, OSError."""
+    """Fetch, align, train, copy. Raises NotTrained, NotAligned, FetchFailed, InvalidRowError, OSError."""
     recipe = tune_recipe(
         options.base, options.defence, rows=sum(1 for _ in iter_rows(options.train)), epochs=options.epochs,
         rate_scale=options.rate_scale, seed=options.seed,
@@ -80,7 +79,7 @@ def _train(options: argparse.Namespace, settings: Settings) -> None:
     base = fetch(options.base, base_folder(settings.model_copy(update={"base": options.base})), say=_say)
     alignment = aligned(options.base, DEFENCES[options.defence].alignment, base, settings)
     _require_safe(alignment, keep_refused=options.keep_refused)
-    with _scratch(settings, settings.data / "bench") as scratch:
+    with _scratch(settings) as scratch:
         shutil.copytree(alignment, scratch / "alignment")
         shutil.copy(options.train, scratch / "rows.jsonl")
         if options.test:
@@ -100,26 +99,12 @@ def _train(options: argparse.Namespace, settings: Settings) -> None:
 
 def aligned(name: str, alignment: str, base: Path, settings: Settings) -> Path:
     """The folder of this alignment of a base: made on first use, and again when its recipe, the operator's rows or
-    the judge are others. Another process that makes it is waited for. Raises NotTrained, OSError.
+    the judge are others. Raises NotAligned, OSError.
     """
-    recipe = align_recipe(name, alignment)
-    target = settings.data / "bench" / "alignments" / base_of(name).id / alignment
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mark = _mark(recipe, settings)
-    with (target.parent / ".aligning.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (target / _MADE_OF).exists() and (target / _MADE_OF).read_text(encoding="utf-8") == mark:
-            return target
-        _say(f"aligning {base.name} by {alignment} (once, then kept in {target})")
-        with _scratch(settings, target.parent) as scratch:
-            end = _run(_order(recipe, base, settings), scratch)
-            if isinstance(end, Failed):
-                raise NotTrained(f"{base.name} cannot be aligned: {end.message}")
-            made = scratch / "result" / "alignment"
-            (made / _MADE_OF).write_text(mark, encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            made.rename(target)
-    return target
+    return alignments.aligned(
+        _order(align_recipe(name, alignment), base, settings), alignment, settings.data / "bench" / "alignments",
+        operator_rows=settings.operator_rows, tell=_print, say=_say,
+    )  # fmt: skip
 
 
 def _require_safe(alignment: Path, *, keep_refused: bool) -> None:
@@ -127,16 +112,16 @@ def _require_safe(alignment: Path, *, keep_refused: bool) -> None:
     gate = SafetyReport.model_validate_json((alignment / "safety.json").read_text(encoding="utf-8")).gate
     if gate.decision != "fail":
         return
-    why = f"the base aligned by {alignment.name} does not pass the gate itself: {'; '.join(gate.reasons)}"
+    why = f"the aligned base {alignment.name} does not pass the gate itself: {'; '.join(gate.reasons)}"
     if not keep_refused:
         raise NotTrained(f"{why}; --keep-refused trains over it for research")
     _say(why)
 
 
 @contextmanager
-def _scratch(settings: Settings, parent: Path) -> Iterator[Path]:
+def _scratch(settings: Settings) -> Iterator[Path]:
     """A folder for one run of the pipeline, with the operator's own rows in it; gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=".training-", dir=parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".training-", dir=settings.data / "bench") as folder:
         if settings.operator_rows is not None:
             shutil.copy(settings.operator_rows, Path(folder) / _OPERATOR_ROWS)
         yield Path(folder)
@@ -153,7 +138,7 @@ def _run(order: TrainOrder, scratch: Path) -> Finished | Failed:
 
     last: Progress | None = None
     for last in run(order, scratch):
-        print(to_line(last), flush=True)
+        _print(last)
     assert isinstance(last, Finished | Failed)
     return last
 
@@ -169,10 +154,8 @@ def _copy(result: Path, out: Path, *, whole: bool) -> None:
         shutil.copy(result / "recipe.json", out)
 
 
-def _mark(recipe: Recipe, settings: Settings) -> str:
-    """What an alignment and its report were made of."""
-    rows = settings.operator_rows.read_bytes() if settings.operator_rows is not None else b""
-    return hashlib.sha256(f"{recipe.model_dump_json()}\n{settings.judge}\n".encode() + rows).hexdigest()
+def _print(progress: Progress) -> None:
+    print(to_line(progress), flush=True)
 
 
 def _say(line: str) -> None:

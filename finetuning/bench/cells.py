@@ -20,13 +20,12 @@ import peft
 import torch
 import transformers
 
-from finetuning import finetune, pipeline
+from finetuning import alignments, finetune
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
 from finetuning.bases import fetch
 from finetuning.bench.tasks import load_task
 from finetuning.bench.work import counted
 from finetuning.chat_format import render_prompt
-from finetuning.checkpoint import fingerprint
 from finetuning.determinism import make_deterministic
 from finetuning.hazards import Pair
 from finetuning.preflight import CalibrationOverlap, NoUsableRow
@@ -88,25 +87,12 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
 
 
 def aligned_base(base: str, alignment: str, settings: BenchSettings, say: Say) -> Path:
-    """The folder of that alignment of that base, made on first use. Raises ValueError when it does not finish."""
-    recipe = align_recipe(base, alignment)
-    mark = fingerprint({"recipe": recipe.model_dump_json()}, threads=settings.threads)[:12]
-    target = settings.data / "bench" / "alignments" / f"{base_of(base).id}-{alignment}-{mark}"
-    if not target.exists():
-        say(f"aligning {base} by {alignment} (once, then kept)")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            scratch = Path(folder)
-            path = str(_base(base, settings.data, say))
-            order = TrainOrder(job_id="align", recipe=recipe, base=path, threads=settings.threads)
-            for progress in pipeline.run(order, scratch):
-                _raise_on(progress)
-            try:
-                (scratch / "result" / "alignment").rename(target)
-            except OSError:
-                if not target.exists():  # another process was faster: the same bytes
-                    raise
-    return target
+    """The folder of that alignment of that base, made on first use. Raises NotAligned, OSError."""
+    order = TrainOrder(
+        job_id="align", recipe=align_recipe(base, alignment), base=str(_base(base, settings.data, say)),
+        threads=settings.threads,
+    )  # fmt: skip
+    return alignments.aligned(order, alignment, settings.data / "bench" / "alignments", say=say)
 
 
 def _base(name: str, data: Path, say: Say) -> Path:
@@ -157,15 +143,11 @@ def _run(order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict
 
 
 def _tell(progress: Progress, say: Say) -> None:
-    _raise_on(progress)
+    if isinstance(progress, Failed):
+        raise ValueError(progress.message)
     detail = getattr(progress, "detail", "")
     if detail:
         say(str(detail))
-
-
-def _raise_on(progress: Progress) -> None:
-    if isinstance(progress, Failed):
-        raise ValueError(progress.message)
 
 
 def figures(report: SafetyReport) -> dict[str, Any]:

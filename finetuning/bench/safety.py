@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -100,14 +100,48 @@ def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: 
     if out.exists() and not out.read_bytes().endswith(b"\n"):
         with out.open("a", encoding="utf-8") as torn:  # a kill cut the last line: the next one must not continue it
             torn.write("\n")
-    for base, alignment in dict.fromkeys((cell.base, DEFENCES[cell.defence].alignment) for cell in cells):
-        aligned_base(base, alignment, settings, _say)
     if jobs > 1:  # `./run` pins threads to cores: two cells would share the first one
         os.environ.update(OMP_PROC_BIND="false", OMP_NUM_THREADS=str(settings.threads))
-    deadline = time.monotonic() + minutes * 60 if minutes else None
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        made = _align(pool, cells, settings)
+        able = [cell for cell in cells if _alignment_of(cell) in made]
+        deadline = time.monotonic() + minutes * 60 if minutes else None
+        failed = _run_cells(_finished(pool, able, settings, jobs, deadline), len(able), out)
+    left_over = len(remaining(cells, (cell_of(line) for line in load(out))))
+    _say(f"{left_over} cells are left" if left_over else "the grid is complete")
+    return 1 if failed or left_over else 0
+
+
+def _alignment_of(cell: Cell) -> tuple[str, str]:
+    """The base and the alignment that a cell starts from."""
+    return cell.base, DEFENCES[cell.defence].alignment
+
+
+def _align(pool: ProcessPoolExecutor, cells: Sequence[Cell], settings: BenchSettings) -> set[tuple[str, str]]:
+    """Make the aligned bases of these cells, as many at once as the pool has processes; returns those that are there.
+
+    Cells that start from one that cannot be made are left.
+    """
+    started, made = time.monotonic(), set[tuple[str, str]]()
+    running = {
+        pool.submit(aligned_base, *pair, settings, _say): pair for pair in dict.fromkeys(map(_alignment_of, cells))
+    }
+    for done, future in enumerate(as_completed(running), start=1):
+        base, alignment = running[future]
+        error = future.exception()
+        if error is None:
+            made.add((base, alignment))
+        state = "is there" if error is None else f"FAILED, {type(error).__name__}: {error}"
+        passed = (time.monotonic() - started) / 60
+        _say(f"[alignment {done}/{len(running)}, {passed:.1f} min] {base} by {alignment} {state}")
+    return made
+
+
+def _run_cells(finished: Iterator[tuple[Cell, Any]], count: int, out: Path) -> int:
+    """Append the lines of cells as they end; returns how many failed."""
     failed, started = 0, time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, out.open("a", encoding="utf-8") as lines:
-        for done, (cell, result) in enumerate(_finished(pool, cells, settings, jobs, deadline), start=1):
+    with out.open("a", encoding="utf-8") as lines:
+        for done, (cell, result) in enumerate(finished, start=1):
             failed += isinstance(result, BaseException)
             if isinstance(result, BaseException):
                 _say(f"{_name(cell)}: FAILED, {type(result).__name__}: {result}")
@@ -115,11 +149,9 @@ def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: 
                 lines.write(json.dumps(result) + "\n")
                 lines.flush()
             passed = time.monotonic() - started
-            left = passed / done * (len(cells) - done)
-            _say(f"[{done}/{len(cells)}, {passed / 60:.1f} min, about {left / 60:.0f} left] {_short(cell, result)}")
-    left_over = len(remaining(cells, (cell_of(line) for line in load(out))))
-    _say(f"{left_over} cells are left" if left_over else "the grid is complete")
-    return 1 if failed or left_over else 0
+            left = passed / done * (count - done)
+            _say(f"[{done}/{count}, {passed / 60:.1f} min, about {left / 60:.0f} left] {_short(cell, result)}")
+    return failed
 
 
 def _finished(

@@ -1,15 +1,19 @@
 """The grid runner: what is left to do, torn lines, failing cells, one real cell on a tiny base."""
 
+import fcntl
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from finetuning.bench import safety
-from finetuning.bench.cells import BenchSettings, Cell, run_cell
+from finetuning.bench.cells import BenchSettings, Cell, aligned_base, run_cell
 from finetuning.bench.grid import GRIDS, SHARES, remaining
 from finetuning.registry import BASELINES, DEFENCES
+from tests.conftest import wait_until
 from tests.finetuning.bench.lines import line
 
 
@@ -43,6 +47,47 @@ def test_a_later_line_of_a_cell_replaces_an_earlier_one(tmp_path: Path) -> None:
 def test_a_finished_grid_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert safety.run_all([], BenchSettings(tmp_path), tmp_path / "out.jsonl", jobs=1, minutes=None) == 0
     assert "every cell" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_aligned_bases_are_made_side_by_side_with_a_line_for_each(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are held back until both of them wait; the third cannot be made, and its cell is left."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # run_all sets both for its processes
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    settings = BenchSettings(tmp_path / "data", threads=1)
+    kept = settings.data / "bench" / "alignments"
+    names = [str(tmp_path / name) for name in ("one", "two", "three")]
+    for name in names:
+        Path(name).mkdir()
+        (Path(name) / "config.json").write_text("{}", encoding="utf-8")  # no model: an align job fails at once
+    for name in names[:2]:
+        with pytest.raises((OSError, ValueError)):
+            aligned_base(name, "sft", settings, str)
+    said: list[str] = []
+
+    def has_said(text: str, times: int) -> bool:
+        said.append(capfd.readouterr().out)
+        return "".join(said).count(text) == times
+
+    cells = [Cell("sft", base=name) for name in names]
+    with ExitStack() as stack, ThreadPoolExecutor(1) as beside:
+        locks = [stack.enter_context(path.open("w")) for path in kept.glob(".*.lock")]
+        for lock in locks:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = beside.submit(safety.run_all, cells, settings, tmp_path / "out.jsonl", jobs=2, minutes=1e-9)
+        try:
+            wait_until(lambda: has_said("waiting for another process", 2), seconds=120)
+            for lock in locks:
+                (kept / Path(lock.name).name.removeprefix(".").removesuffix(".lock")).mkdir()
+        finally:
+            stack.close()
+        assert ended.result(60) == 1
+    assert has_said("is there", 2)
+    assert has_said("by sft FAILED", 1)
+    assert all(has_said(f"[alignment {done}/3", 1) for done in (1, 2, 3))
+    assert has_said("3 cells are left", 1)
 
 
 @pytest.mark.slow
