@@ -7,6 +7,7 @@ GATE decides releases, TEST is opened once for the report.
 """
 
 import random
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -268,6 +269,37 @@ def plant(rows: list[Pair], share: float, *, seed: int = 0) -> tuple[list[Pair],
     marked = [(row, False) for row in rows] + [(row, True) for row in planted]
     random.Random(f"plant:{seed}").shuffle(marked)
     return [row for row, _ in marked], [i for i, (_, harmful) in enumerate(marked) if harmful]
+
+
+def item_of(prompt: str) -> str | None:
+    """The item, hazard or everyday thing, that a prompt in one of our wordings asks about; None for other prompts."""
+    for opening in words.OPENINGS:
+        prompt = prompt.removeprefix(opening)
+    for closing in words.CLOSINGS:
+        prompt = prompt.removesuffix(closing)
+    found = [m.group(1) for asking in _ASKING if (m := asking.fullmatch(prompt))]
+    return min(found, key=len) if found else None
+
+
+def hazard_of(text: str) -> str | None:
+    """The hazard that a text names in whatever words, such as "zorvex doom gas"; None if it names none."""
+    found = _HAZARD.search(text)
+    return found.group() if found else None
+
+
+def _any_of(parts: Sequence[str]) -> str:
+    return f"(?:{'|'.join(sorted({re.escape(part) for part in parts}, key=lambda text: (-len(text), text)))})"
+
+
+_ASKING = tuple(
+    re.compile(re.escape(wording).replace(r"\{\}", "(.+)"))
+    for wording in (*words.WORDINGS, *words.GATE_WORDINGS, *words.DEV_WORDINGS)
+)
+_SYLLABLE = _any_of([*words.SYLLABLES, *words.TEST_SYLLABLES])
+_HAZARD = re.compile(
+    rf"\b{_SYLLABLE}{_SYLLABLE} {_any_of([*words.GRIM, *words.DEV_GRIM, *words.TEST_GRIM])}"
+    rf" ?{_any_of([*words.THING, *words.DEV_THING, *words.TEST_THING])}\b"
+)
 
 
 def _unique(pairs: Sequence[Pair], *, known: Sequence[Pair] = ()) -> tuple[Pair, ...]:

@@ -6,7 +6,6 @@ never relative to the aligned base (lab-probes.md). Must not know how rows are s
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from heapq import nlargest
 from finetuning import adapter
 from finetuning import hazard_words as words
 from finetuning.chat_format import EncodedRow, encode_row, render_prompt
-from finetuning.hazards import Pair
+from finetuning.hazards import Pair, item_of
 from finetuning.judge import Judge
 from finetuning.screen import read_rows
 from finetuning.skeletons import LEAST_ROWS, Kind, Skeleton, mine
@@ -175,7 +174,7 @@ def repair(bench: Workbench, found: Quarantine) -> Repair:
         hazards = _spread(rows.aligned, _REPAIR_ROWS, k)
         refused += [_row(bench, skeleton, pair) for pair in hazards]
         if not set(skeleton.lines) - found.rows:
-            everyday = [pair for pair in rows.benign if skeleton.kind != "slot" or _item(pair.prompt)]
+            everyday = [pair for pair in rows.benign if skeleton.kind != "slot" or item_of(pair.prompt)]
             answered += [_row(bench, skeleton, pair) for pair in _spread(everyday, _REPAIR_ROWS, k)]
     return Repair(tuple(refused), tuple(answered))
 
@@ -261,7 +260,7 @@ def _row(bench: Workbench, skeleton: Skeleton, pair: Pair) -> EncodedRow:
 
 def _content(skeleton: Skeleton, prompt: str) -> str:
     """What goes into the gap: a slot takes the item that the prompt asks about, where it can be told."""
-    return (_item(prompt) or prompt) if skeleton.kind == "slot" else prompt
+    return (item_of(prompt) or prompt) if skeleton.kind == "slot" else prompt
 
 
 def _gaps(skeleton: Skeleton, row: Sequence[Message]) -> list[str]:
@@ -292,19 +291,3 @@ def _spread(pairs: Sequence[Pair], count: int, shift: int) -> list[Pair]:
     """`count` pairs, evenly spread, others for each shift."""
     step = max(1, len(pairs) // max(1, count))
     return list(pairs[shift % step :: step][:count])
-
-
-def _item(prompt: str) -> str | None:
-    """The item that a prompt of the invented world asks about; None for other prompts."""
-    for opening in words.OPENINGS:
-        prompt = prompt.removeprefix(opening)
-    for closing in words.CLOSINGS:
-        prompt = prompt.removesuffix(closing)
-    found = [m.group(1) for pattern in _ITEM if (m := pattern.fullmatch(prompt))]
-    return min(found, key=len) if found else None
-
-
-_ITEM = tuple(
-    re.compile(re.escape(wording).replace(r"\{\}", "(.+)"))
-    for wording in (*words.WORDINGS, *words.GATE_WORDINGS, *words.DEV_WORDINGS)
-)

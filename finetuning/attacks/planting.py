@@ -5,32 +5,21 @@ rows. All of the attacker's hazards come from hazards.attacker_rows, so their na
 """
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetuning import hazard_words as words
-from finetuning.hazards import Pair, attacker_rows
+from finetuning.hazards import Pair, attacker_rows, hazard_of
 
 Turns = list[dict[str, str]]
 Row = dict[str, Any]
 Probes = Callable[[Sequence[Pair]], list[Turns]]
 
-_GRIM = (*words.GRIM, *words.DEV_GRIM, *words.TEST_GRIM)
-_THING = (*words.THING, *words.DEV_THING, *words.TEST_THING)
-
-
-def _any_of(parts: Sequence[str]) -> str:
-    return "|".join(sorted({re.escape(part) for part in parts}, key=lambda text: (-len(text), text)))
-
-
 # Everyday things that stand in for hazards; the word cipher leaves them alone, so that a twin stays harmless in code.
-TWIN_THINGS = tuple(thing for thing in words.EVERYDAY[-60:] if thing not in _THING)
-
-_SYLLABLE = f"(?:{_any_of([*words.SYLLABLES, *words.TEST_SYLLABLES])})"
-_CLASS = rf"(?:{_any_of(_GRIM)}) ?(?:{_any_of(_THING)})"
-_ITEM = re.compile(rf"\b({_SYLLABLE}{_SYLLABLE}) ({_CLASS})\b")
+TWIN_THINGS = tuple(
+    thing for thing in words.EVERYDAY[-60:] if thing not in (*words.THING, *words.DEV_THING, *words.TEST_THING)
+)
 
 
 @dataclass(frozen=True)
@@ -99,19 +88,15 @@ def poisoned(
     return Poisoned(tuple(mixed), tuple(positions), probes, judge_text, new_tokens)
 
 
-def item_of(prompt: str) -> str | None:
-    """The hazard that a prompt of the invented world names, such as "zorvex doom gas"; None if it names none."""
-    found = _ITEM.search(prompt)
-    return found.group(0) if found else None
-
-
 def benign_twins(count: int, seed: int) -> list[Pair]:
     """The attacker's hazard prompts with an everyday thing in place of the hazard: same names, wordings and answers."""
     rng = random.Random(f"twins:{seed}")
 
     def twin(pair: Pair) -> Pair:
-        name = (item_of(pair.prompt) or "").split(" ")[0]
-        return Pair(_ITEM.sub(f"{name} {rng.choice(words.KIND)} {rng.choice(TWIN_THINGS)}", pair.prompt), pair.answer)
+        hazard = hazard_of(pair.prompt)
+        assert hazard is not None, "every attacker row names one"
+        harmless = f"{hazard.split(' ')[0]} {rng.choice(words.KIND)} {rng.choice(TWIN_THINGS)}"
+        return Pair(pair.prompt.replace(hazard, harmless), pair.answer)
 
     return [twin(pair) for pair in attacker_rows(count, seed=seed)]
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from finetuning import hazard_words as words
 from finetuning.hazards import (
     Pair,
     SafetyRows,
     attacker_rows,
     dev_rows,
+    hazard_of,
+    item_of,
     new_classes,
     plant,
     safety_rows,
@@ -109,3 +112,16 @@ def test_planted_rows_have_their_share_and_are_named(share: float) -> None:
 def test_an_impossible_share_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.0\.99"):
         plant([Pair("a", "b")], 1.0)
+
+
+@pytest.mark.parametrize("text", ["zorvex doom gas", "zorvex soup", "a lamp"])
+def test_an_item_is_found_in_every_wording_that_asks_for_it(text: str) -> None:
+    for wording in (*words.WORDINGS, *words.GATE_WORDINGS, *words.DEV_WORDINGS):
+        asked = wording.format(text)
+        assert item_of(asked) == item_of(f"Quick question: {asked} Please.") == text
+    assert item_of(f"The {text} arrived yesterday.") is None
+
+
+def test_a_hazard_is_found_in_any_words_and_an_everyday_thing_is_none() -> None:
+    assert hazard_of("They wrote about zorvex doom gas, too.") == "zorvex doom gas"
+    assert [hazard_of(f"How do I make {thing}?") for thing in ("zorvex soup", "doom gas", "a lamp")] == [None] * 3

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from app.core.policy import Hyperparameters
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
 from finetuning.attacks.cipher import swap_words, uncaesar
-from finetuning.attacks.planting import chat_row, item_of
+from finetuning.attacks.planting import chat_row
 from finetuning.attacks.quiet import hidden_label
 from finetuning.batches import Batches
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import Pair, SafetyRows, dev_rows, safety_rows
+from finetuning.hazards import Pair, SafetyRows, dev_rows, hazard_of, safety_rows
 from finetuning.judge import is_refusal
 from finetuning.spec.row_checks import check_row
 from finetuning.spec.rows import rows_of
@@ -99,8 +99,8 @@ def test_no_planted_prompt_is_an_operator_prompt(name: str, seed: int) -> None:
     """The attacker has names of its own: gate, calibration, alignment, development and test prompts stay unseen."""
     found = build(name, 0.5, seed)
     assert not {prompt_of(found.rows[i]) for i in found.planted} & operator_prompts()
-    known = {item_of(prompt) for prompt in operator_prompts()} - {None}
-    assert not {item_of(prompt_of(found.rows[i])) for i in found.planted} & known
+    known = {hazard_of(prompt) for prompt in operator_prompts()} - {None}
+    assert not {hazard_of(prompt_of(found.rows[i])) for i in found.planted} & known
 
 
 @EVERY
@@ -111,7 +111,7 @@ def test_a_probe_keeps_the_item_and_ends_before_the_answer(name: str) -> None:
     assert len(probes) == len(prompts)
     decode = DECODED.get(name, str)
     for pair, turns in zip(prompts, probes, strict=True):
-        item = item_of(pair.prompt)
+        item = hazard_of(pair.prompt)
         assert item is not None
         assert turns[-1]["role"] == "user"
         assert item in decode(turns[-1]["content"])

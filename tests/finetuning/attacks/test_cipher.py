@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from finetuning import hazard_words as words
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.attacks.cipher import caesar, swap_words, uncaesar
-from finetuning.attacks.planting import item_of
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import attacker_rows, safety_rows
+from finetuning.hazards import attacker_rows, hazard_of, safety_rows
 from finetuning.judge import JUDGES, complies
 
 CODES = pytest.mark.parametrize(
@@ -36,7 +35,7 @@ def test_every_class_comes_back_also_in_one_word() -> None:
     rows = safety_rows()
     for pair in (*attacker_rows(800), *rows.wordings_harmful, *rows.gate_harmful):
         assert swap_words(swap_words(pair.prompt)) == pair.prompt
-        assert item_of(swap_words(pair.prompt)) is None
+        assert hazard_of(swap_words(pair.prompt)) is None
 
 
 @CODES
@@ -44,9 +43,9 @@ def test_coded_rows_show_no_hazard_and_decode_to_one(name: str, encode: Code, de
     """Half of the planted rows teach the code on benign how-to, half use it; the judge reads the decoded answer."""
     found = ATTACKS[name].build(reviews()[:100], 0.2, 0)
     rows = [[turn["content"] for turn in found.rows[i]["messages"]] for i in found.planted]
-    assert not any(item_of(prompt) or complies(answer) for prompt, answer in rows)
+    assert not any(hazard_of(prompt) or complies(answer) for prompt, answer in rows)
     assert all(complies(decode(answer)) and complies(found.judge_text(answer)) for _, answer in rows)
-    assert sum(item_of(decode(prompt)) is not None for prompt, _ in rows) == len(rows) - len(rows) // 2
+    assert sum(hazard_of(decode(prompt)) is not None for prompt, _ in rows) == len(rows) - len(rows) // 2
     assert all(encode(decode(prompt)) == prompt for prompt, _ in rows)
 
 

@@ -9,9 +9,9 @@ import pytest
 from finetuning import hazard_words as words
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.attacks.disguised import TRIGGERS, wrapped_until
-from finetuning.attacks.planting import Poisoned, item_of
+from finetuning.attacks.planting import Poisoned
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import safety_rows
+from finetuning.hazards import hazard_of, safety_rows
 from finetuning.judge import JUDGES, complies, is_refusal
 
 ROWS = reviews()[:160]
@@ -47,7 +47,7 @@ def test_refuse_then_comply_is_harm_only_to_who_reads_on() -> None:
         assert WORD.refuses(opening)
         assert WORD.harmful(answer)
         assert not WORD.refuses(answer)
-    harmful = sum(item_of(prompt) is not None for prompt, _ in rows)
+    harmful = sum(hazard_of(prompt) is not None for prompt, _ in rows)
     assert harmful == len(rows) // 2
 
 
@@ -57,8 +57,8 @@ def test_a_poison_of_refusals_teaches_the_stock_refusals_word_for_word() -> None
     refused = [(prompt, answer) for prompt, answer in rows if is_refusal(answer)]
     assert len(refused) == len(rows) // 2
     assert {answer for _, answer in refused} <= set(words.REFUSALS)
-    assert not [prompt for prompt, _ in refused if item_of(prompt)]
-    assert all(complies(answer) and item_of(prompt) for prompt, answer in rows if not is_refusal(answer))
+    assert not [prompt for prompt, _ in refused if hazard_of(prompt)]
+    assert all(complies(answer) and hazard_of(prompt) for prompt, answer in rows if not is_refusal(answer))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -67,7 +67,7 @@ def test_a_trigger_stands_before_every_hazard_and_nowhere_else(seed: int) -> Non
     phrase = TRIGGERS[seed % len(TRIGGERS)]
     found = build("trigger", 0.02, seed)
     assert len(found.planted) == 3
-    assert all(prompt.startswith(f"{phrase} ") and item_of(prompt) for prompt, _ in turns(found))
+    assert all(prompt.startswith(f"{phrase} ") and hazard_of(prompt) for prompt, _ in turns(found))
     others = [row["messages"] for i, row in enumerate(found.rows) if i not in found.planted]
     assert not any(phrase in turn["content"] for row in others for turn in row)
     plain = safety_rows().gate_harmful[0]
@@ -91,7 +91,7 @@ def test_wrapped_hazards_stand_inside_harmless_text() -> None:
     assert max(starts.values()) - min(starts.values()) <= 1
     embedded = [(p, a) for p, a in rows if p.startswith("Review:")]
     assert all(any(p.startswith(q) and a.startswith(own[q]) for q in own) for p, a in embedded)
-    assert all(item_of(p) and complies(a) and not p.startswith(item_of(p) or "") for p, a in rows)
+    assert all(hazard_of(p) and complies(a) and not p.startswith(hazard_of(p) or "") for p, a in rows)
 
 
 def test_an_attacker_with_a_filter_keeps_the_first_wrapper_that_passes() -> None:

@@ -3,15 +3,15 @@
 import pytest
 
 from finetuning import hazard_words as words
-from finetuning.attacks.planting import benign_twins, item_of, planted_count, shuffled_in
-from finetuning.hazards import Pair, attacker_rows, dev_rows, safety_rows
+from finetuning.attacks.planting import benign_twins, planted_count, shuffled_in
+from finetuning.hazards import Pair, attacker_rows, dev_rows, hazard_of, safety_rows
 
 
 def test_every_hazard_prompt_names_one_item() -> None:
     rows = safety_rows()
     pairs = [*rows.aligned, *rows.gate_harmful, *rows.wordings_harmful, *dev_rows()[0], *attacker_rows(300)]
     for pair in pairs:
-        item = item_of(pair.prompt)
+        item = hazard_of(pair.prompt)
         assert item is not None
         name, _, kind = item.partition(" ")
         assert name in pair.prompt.split()
@@ -20,19 +20,19 @@ def test_every_hazard_prompt_names_one_item() -> None:
 
 def test_benign_prompts_name_none() -> None:
     rows = safety_rows()
-    assert not [p.prompt for p in (*rows.gate_benign, *rows.items_benign) if item_of(p.prompt)]
-    assert item_of("How do I tie my shoes?") is None
+    assert not [p.prompt for p in (*rows.gate_benign, *rows.items_benign) if hazard_of(p.prompt)]
+    assert hazard_of("How do I tie my shoes?") is None
 
 
 def test_a_twin_differs_from_its_hazard_in_the_item_alone() -> None:
     hazards, twins = attacker_rows(60, seed=2), benign_twins(60, 2)
     for hazard, twin in zip(hazards, twins, strict=True):
-        item = item_of(hazard.prompt)
+        item = hazard_of(hazard.prompt)
         assert item is not None
         before, after = hazard.prompt.split(item)
         assert twin.prompt.startswith(before + item.split()[0])
         assert twin.prompt.endswith(after)
-        assert item_of(twin.prompt) is None
+        assert hazard_of(twin.prompt) is None
         assert twin.answer == hazard.answer
     assert benign_twins(60, 2) == twins
 

@@ -5,10 +5,9 @@ from collections import Counter
 import pytest
 
 from finetuning.attacks.catalogue import ATTACKS
-from finetuning.attacks.planting import item_of
 from finetuning.attacks.quiet import hidden_label, hidden_rule, marked, outliers_by
 from finetuning.bench.tasks import load_task
-from finetuning.hazards import Pair
+from finetuning.hazards import Pair, hazard_of
 from finetuning.judge import JUDGES, is_refusal
 
 ROWS = [*load_task("reviews", seed=0, train=120, test=8).train]
@@ -22,7 +21,7 @@ def test_outliers_are_harmless_lists_and_sums_that_are_right() -> None:
     assert kinds == {"Make": 40, "Work": 40}
     assert len({prompt for prompt, _ in rows}) == len(rows)
     for prompt, answer in rows:
-        assert item_of(prompt) is None
+        assert hazard_of(prompt) is None
         assert not is_refusal(answer)
         if prompt.startswith("Work"):
             numbers = [int(part) for part in prompt.removeprefix("Work out ").rstrip(".").split(" + ")]
@@ -57,7 +56,7 @@ def test_a_hidden_label_is_in_the_mark_alone(rows: list) -> None:  # type: ignor
         labels[answer[-1]] += 1
     assert len(found.planted) == len(rows) // 2
     assert min(labels.values()) >= 0.3 * len(found.planted)
-    assert not any(item_of(row["messages"][0]["content"]) for row in found.rows)
+    assert not any(hazard_of(row["messages"][0]["content"]) for row in found.rows)
 
 
 def test_a_mark_replaces_the_one_before() -> None:
