@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Strength = Annotated[float, Field(gt=0.0)]
 
 
 class _Frozen(BaseModel):
@@ -122,8 +123,8 @@ class Lisa(_Frozen):
 class Constrained(_Frozen):
     """Constrained fine-tuning (arXiv:2406.05946): how firmly each answer token is held to the aligned model."""
 
-    betas: tuple[float, ...] = Field(default=(0.5, 2.0, 2.0, 2.0, 2.0), description="of the first answer tokens")
-    beta: float = Field(default=0.1, gt=0.0, description="of all later tokens")
+    betas: tuple[Strength, ...] = Field(default=(0.5, 2.0, 2.0, 2.0, 2.0), description="of the first answer tokens")
+    beta: Strength = Field(default=0.1, description="of all later tokens")
 
 
 class SafeLora(_Frozen):
