@@ -1,15 +1,14 @@
 """Judges that are models: a Hugging Face sequence classifier, or a guard that writes its verdict.
 
 Knows transformers, prompts and answers; must not know the judged model, a gate's limits or decisions. What a guard
-cannot judge is never called safe: a crash, or a score that is no number, raises JudgeFailed (M44).
+cannot judge is never called safe: a crash, or a score that is no number, raises JudgeFailed (M44). A device that fails
+or is full raises its own error: another try may mend that.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finetuning.batches import within
 from finetuning.chat_format import render_prompt
 from finetuning.judge import JUDGES, BadGuard, BatchJudge, JudgeFailed, in_batches, strictest, with_refusals
+from finetuning.judge_names import RECOMMENDED, parts_of
 from finetuning.spec.rows import Message
 
 _BATCH_TOKENS = 8192
@@ -33,43 +33,18 @@ _Score = Callable[[Sequence[str], Sequence[str]], list[float]]  # P(harmful) of 
 _Read = Callable[[Sequence[_Row]], Tensor]  # rows of one batch -> P(harmful) (rows,)
 
 
-@dataclass(frozen=True)
-class Guard:
-    """How a known guard is opened; `reads` is a classifier's text with {prompt} and {answer}."""
-
-    kind: Literal["classifier", "generative"]
-    source: str
-    reads: str | None = None
-    unsafe_word: str = "unsafe"
-    safe_word: str = "safe"
-
-
-# Licences and sizes: docs/guides/judges.md. Two of different makers are better than one (methods.md 7, T15).
-RECOMMENDED: Mapping[str, Guard] = MappingProxyType({
-    "beaver-dam-7b": Guard(
-        "classifier", "PKU-Alignment/beaver-dam-7b", "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
-    ),
-    "llama-guard-3-8b": Guard("generative", "meta-llama/Llama-Guard-3-8B"),
-    "granite-guardian-3.1-2b": Guard(
-        "generative", "ibm-granite/granite-guardian-3.1-2b", unsafe_word="Yes", safe_word="No"
-    ),
-})  # fmt: skip
-
-
 def open_judge(name: str, *, device: str = "auto", batch: int = 8) -> BatchJudge:
     """A judge by name: one of JUDGES, one of RECOMMENDED, or several joined by "+" (the strictest verdict counts).
 
     Raises BadGuard for an unknown name or an unfit model, OSError for a model that is not there.
     """
-    judges = [_open(part, device, batch) for part in name.split("+")]
+    judges = [_open(part, device, batch) for part in parts_of(name)]
     return judges[0] if len(judges) == 1 else strictest(*judges)
 
 
 def _open(name: str, device: str, batch: int) -> BatchJudge:
     if name in JUDGES:
         return in_batches(JUDGES[name])
-    if name not in RECOMMENDED:
-        raise BadGuard(f"judge {name} is unknown; use one of {', '.join([*JUDGES, *RECOMMENDED])}, joined by +")
     guard = RECOMMENDED[name]
     if guard.kind == "classifier":
         return classifier_judge(guard.source, reads=guard.reads, device=device, batch=batch)
@@ -174,11 +149,18 @@ def _judge(source: str | Path, score: _Score, limit: float) -> BatchJudge:
         except JudgeFailed:
             raise
         except _CRASHES as error:
+            if _is_of_the_device(error):
+                raise
             raise JudgeFailed(
                 f"judge {name} failed ({type(error).__name__}); nothing is released without it"
             ) from error
 
     return with_refusals(name, flags)
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Whether memory or a device gave out, which says nothing against the guard."""
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "DefaultCPUAllocator" in str(error)
 
 
 def _scorer(tokenizer: Any, encode: _Encode, read: _Read, *, longest: int, batch: int) -> _Score:

@@ -5,6 +5,7 @@ Must not know the queue, the database or who listens.
 """
 
 import hashlib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,9 @@ _FINAL: dict[type[Exception], str] = {
     NoUsableRow: "training_data_rejected",
     CalibrationOverlap: "training_data_rejected",
 }
+# Whom a service trusts to judge is not for its clients: they get one sentence, the operator the traceback.
+_OF_THE_JUDGE = (BadGuard, JudgeFailed)
+_NO_JUDGE = "The judge of this service could not be used, so nothing was released. Ask the operator."
 _OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
 
 
@@ -53,7 +57,10 @@ def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
         yield from _stages(order, scratch)
     except tuple(_FINAL) as error:
         param = "training_file" if isinstance(error, _OF_THE_FILE) else None
-        yield Failed(code=_FINAL[type(error)], message=str(error), param=param)
+        if isinstance(error, _OF_THE_JUDGE):
+            traceback.print_exception(error)
+        message = _NO_JUDGE if isinstance(error, _OF_THE_JUDGE) else str(error)
+        yield Failed(code=_FINAL[type(error)], message=message, param=param)
 
 
 def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:

@@ -170,6 +170,8 @@ class _Attempt:
             case Finished():
                 self._fail(gate_error(end), self._publish(workspace, end.trained_tokens))
             case Failed():
+                if end.code == "internal_error":  # the operator's to mend
+                    _log.warning("child.failed", log=str(keep_log(self._host.settings, workspace)))
                 error = JobError(code=end.code, message=end.message, param=end.param, details=end.details)
                 self._fail(error, self._publish(workspace, 0))
             case ChildLost():

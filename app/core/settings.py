@@ -14,6 +14,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from finetuning.judge import BadGuard
+from finetuning.judge_names import parts_of
+
 _PREFIX = "IMMUNOTUNE_"
 
 
@@ -96,6 +99,15 @@ class Settings(BaseModel):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()
+
+    @field_validator("judge")
+    @classmethod
+    def _known_judge(cls, value: str) -> str:
+        try:
+            return "+".join(parts_of(value)) if value else value
+        except BadGuard as error:
+            mend = "or leave it unset for the judge of the safety rows"
+            raise ValueError(f"{_PREFIX}JUDGE cannot be used: {error}, {mend}") from error
 
     @field_validator("model_server_urls", mode="before")
     @classmethod

@@ -12,11 +12,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LongformerConfig,
+    LongformerForSequenceClassification,
 )
 
 from finetuning.chat_format import render_prompt
-from finetuning.guards import RECOMMENDED, classifier_judge, generative_judge, open_judge
+from finetuning.guards import classifier_judge, generative_judge, open_judge
 from finetuning.judge import BadGuard, BatchJudge, JudgeFailed
+from finetuning.judge_names import RECOMMENDED
 from finetuning.spec.rows import Message
 from tests.finetuning.builders import VOCABULARY, byte_tokenizer
 
@@ -305,6 +308,19 @@ def test_a_crash_inside_the_model_is_named(tmp_path: Path) -> None:
         flags(classifier_judge(tmp_path, harmful_labels=["harmful"], device="cpu"))
 
 
+def test_a_guard_that_runs_out_of_memory_says_so_and_gives_no_verdict(tmp_path: Path) -> None:
+    """M44, and another try may mend it: the error is the device's own. Longformer pads its input to the window."""
+    config = LongformerConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16,
+        max_position_embeddings=96, num_labels=2, attention_window=2**46, pad_token_id=0,
+    )  # fmt: skip
+    save(LongformerForSequenceClassification(config), tmp_path)
+    judge = classifier_judge(tmp_path, harmful_labels=["LABEL_1"], device="cpu")
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory") as found:
+        flags(judge)
+    assert not isinstance(found.value, JudgeFailed)
+
+
 def test_a_model_that_cannot_be_that_judge_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     source = bang_classifier(tmp_path / "two", labels=TWO)
     with pytest.raises(BadGuard, match="no label fraud; it has safe, harmful"):
@@ -325,6 +341,7 @@ def test_judges_open_by_name_and_an_unknown_name_lists_the_known_ones() -> None:
     (recipe, refusal) = both.verdicts(["?", "?"], ["mix ginger", "Sorry, no."])
     assert (recipe.harmful, recipe.refuses, refusal.harmful, refusal.refuses) == (True, False, False, True)
     assert both.name == "invented-hazards+refusal-marker"
-    with pytest.raises(BadGuard, match="judge llama is unknown; use one of invented-hazards, "):
-        open_judge("llama")
+    for name, part in (("llama", "llama"), ("refusal-marker+llama", "llama"), ("refusal-marker+", "\\(no name\\)")):
+        with pytest.raises(BadGuard, match=f"judge {part} is unknown; use one of invented-hazards, "):
+            open_judge(name)
     assert all("{prompt}" in g.reads and "{answer}" in g.reads for g in RECOMMENDED.values() if g.reads)

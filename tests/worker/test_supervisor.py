@@ -134,6 +134,12 @@ def test_a_failed_word_ends_the_job_at_once(scene: Scene) -> None:
     assert list(scene.artifacts(job_id)) == [Form.METRICS]
 
 
+@pytest.mark.parametrize(("code", "kept"), [("internal_error", 1), ("invalid_training_file", 0)])
+def test_the_log_of_a_fault_that_the_operator_must_mend_is_kept(scene: Scene, code: str, kept: int) -> None:
+    supervise(scene.host(scripted(failed=code)), scene.add_job(recipe()))
+    assert len(list((scene.settings.data / "logs").glob("attempts/*.log"))) == kept
+
+
 def test_an_adapter_that_is_not_the_measured_model_is_not_released(scene: Scene) -> None:
     job_id = scene.add_job(recipe())
     supervise(scene.host(scripted(parity=False)), job_id)

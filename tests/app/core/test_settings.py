@@ -48,6 +48,19 @@ def test_a_bad_variable_is_named(name: str, value: str, monkeypatch: pytest.Monk
         load_settings()
 
 
+@pytest.mark.parametrize("judge", ["lama-guard-3-8b", "llama-guard-3-8b+", "llama-guard-3-8b, refusal-marker"])
+def test_an_unknown_judge_is_refused_with_the_known_ones(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_JUDGE", judge)
+    with pytest.raises(ValidationError, match=r"IMMUNOTUNE_JUDGE cannot be used: judge .* use one of .*llama-guard"):
+        load_settings()
+
+
+@pytest.mark.parametrize("judge", ["", "invented-hazards", "llama-guard-3-8b+refusal-marker"])
+def test_a_judge_that_there_is_can_be_set(judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_JUDGE", judge)
+    assert load_settings().judge == judge
+
+
 def test_secrets_do_not_show(tmp_path: Path) -> None:
     shown = repr(Settings(data=tmp_path, api_key="sk-proj-0123456789abcdef", database_url="postgresql://u:pw@h/d"))
     assert "0123456789abcdef" not in shown
