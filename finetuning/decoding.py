@@ -3,7 +3,7 @@
 Knows prompts as ids and whatever adapters are active; must not know judges or metrics.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from finetuning.batches import within
 from finetuning.hidden_states import caught_outputs
 from finetuning.prefix_cache import PrefixCache, passing_above
 
-Progress = Callable[[int, int], None]
 # Ended answers leave the batch when this share or less still runs; sooner would copy keys and values at every token.
 _WORTH_DROPPING = 0.75
 
@@ -40,18 +39,12 @@ class Decoder:
         self._max_tokens = max_tokens
         self._known: dict[tuple[tuple[int, ...], ...], _Prefill] = {}
 
-    def answers(
-        self, prompts: Sequence[Sequence[int]], *, new_tokens: int, progress: Progress | None = None
-    ) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Sequence[int]], *, new_tokens: int) -> list[list[int]]:
         """Greedy continuation of each prompt, without the end token; at most `new_tokens` ids each."""
         out: list[list[int]] = [[] for _ in prompts]
-        done = 0
         for group in within([len(p) + new_tokens for p in prompts], rows=self._batch, tokens=self._max_tokens):
             for i, answer in zip(group, self._decode([tuple(prompts[i]) for i in group], new_tokens), strict=True):
                 out[i] = answer
-            done += len(group)
-            if progress is not None:
-                progress(done, len(prompts))
         return out
 
     @torch.no_grad()

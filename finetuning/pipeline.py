@@ -20,7 +20,7 @@ from finetuning.judge import BadGuard, JudgeFailed
 from finetuning.operator_rows import BadOperatorRows
 from finetuning.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Failed, Progress
+from finetuning.spec.progress import Failed, Finished, Progress
 from finetuning.spec.recipe import Kind
 from finetuning.spec.rows import InvalidRowError
 from finetuning.strategies import NonFiniteLoss, NonFiniteScore
@@ -71,9 +71,13 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
     match order.recipe.kind:
         case Kind.ALIGN:
-            yield from align.run(bench, order, scratch, mark)
+            stages = align.run(bench, order, scratch, mark)
         case Kind.FINETUNE:
-            yield from finetune.run(bench, order, scratch, mark)
+            stages = finetune.run(bench, order, scratch, mark)
+    for progress in stages:
+        if isinstance(progress, Finished):
+            bench.cache.leave()
+        yield progress
 
 
 def _inputs(order: TrainOrder, scratch: Path) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Hidden states that enter the first trained layer, computed once per row and reused by every stage.
 
 When only the top N layers are trained, these states are a pure function of the row's ids. They are kept in one
-memory-mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew.
+memory-mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew. Those of
+the operator's own rows outlive the job (kept_states.py).
 Must not know losses, adapters or jobs.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from finetuning.base_model import BaseModel, body, last_hidden
 from finetuning.hidden_states import caught_outputs, first_tensor
+from finetuning.kept_states import KeptStates
 
 Ids = tuple[int, ...]
 # Rows computed together, always this many, at lengths that are multiples of _LENGTH_STEP.
@@ -74,9 +76,19 @@ def passing_above(base: BaseModel, cut: int, shape: _Shape | None = None) -> Ite
 class PrefixCache:
     """States below layer `first_trained` of `base`; a cut of 0 caches nothing and runs the whole model."""
 
-    def __init__(self, base: BaseModel, first_trained: int, *, folder: Path | None = None, max_bytes: int = 1 << 30):
+    def __init__(
+        self,
+        base: BaseModel,
+        first_trained: int,
+        *,
+        folder: Path | None = None,
+        max_bytes: int = 1 << 30,
+        kept: KeptStates | None = None,
+    ) -> None:
         self._base = base
         self._cut = first_trained
+        self._kept = kept
+        self._shared: set[bytes] = set()
         self._places: dict[bytes, tuple[int, int]] = {}
         self._used = 0
         self._rows = max_bytes // (4 * base.hidden_size)
@@ -103,29 +115,45 @@ class PrefixCache:
         longest = max(len(row) for row in rows)
         out = torch.zeros(len(rows), longest, self._base.hidden_size, device=self._base.device)
         for i, row in enumerate(rows):
-            place = self._places.get(key(row))
-            found = self._read(place) if place is not None else fresh[key(row)]
+            name = key(row)
+            found = fresh[name] if name in fresh else self._find(name)
             out[i, : len(row)] = found.to(out.device)
         return out
 
-    def prepare(self, rows: Sequence[Ids], progress: Callable[[int, int], None] | None = None) -> None:
+    def prepare(self, rows: Sequence[Ids]) -> None:
         """Compute and keep the states of rows that are not kept yet; a row's bits do not depend on the others."""
         if self._cut and self._used < self._rows:
-            self._fill(rows, progress)
+            self._fill(rows)
 
-    def _fill(self, rows: Sequence[Ids], progress: Callable[[int, int], None] | None = None) -> dict[bytes, Tensor]:
+    def share(self, rows: Sequence[Ids]) -> None:
+        """These rows are the operator's: `leave` may keep their states for later jobs."""
+        if self._kept is not None:
+            self._shared.update(map(key, rows))
+
+    def leave(self) -> None:
+        """Keep the states of the operator's rows that this job computed."""
+        if self._kept is not None:
+            self._kept.add({name: self._find(name) for name in self._shared & self._places.keys()})
+
+    def _knows(self, name: bytes) -> bool:
+        return name in self._places or (self._kept is not None and name in self._kept)
+
+    def _find(self, name: bytes) -> Tensor:
+        place = self._places.get(name)
+        if place is not None:
+            return self._read(place)
+        assert self._kept is not None
+        return self._kept[name]
+
+    def _fill(self, rows: Sequence[Ids]) -> dict[bytes, Tensor]:
         """Compute what is missing; returns the states for which the file has no room left."""
-        missing = list({key(row): row for row in rows if key(row) not in self._places}.values())
+        missing = list({key(row): row for row in rows if not self._knows(key(row))}.values())
         unkept: dict[bytes, Tensor] = {}
-        done = 0
         for group in _groups(missing):
             for row, state in zip(group, self._compute(group), strict=True):
                 self._keep(row, state)
                 if key(row) not in self._places:
                     unkept[key(row)] = state
-            done += len(group)
-            if progress is not None:
-                progress(done, len(missing))
         return unkept
 
     @contextmanager

@@ -4,7 +4,7 @@ A row's refusal mass is the probability that an answer to its prompt starts like
 prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2), no paper. Must not know training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,22 +52,17 @@ def read_rows(
     rows: Sequence[EncodedRow],
     refusal_ids: Sequence[int],
     *,
-    progress: Callable[[int, int], None] | None = None,
     batch: int = 16,
 ) -> Reading:
     """One forward per row. A conversation's mass is the largest over its assistant turns."""
     cache.prepare([row.ids for row in rows])
     mass, nll, worst = (torch.zeros(len(rows)) for _ in range(3))
-    done = 0
     for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
         group = [rows[i] for i in chosen]
         hidden = cache.hidden([row.ids for row in group])
         found = nll_of_hidden(base, hidden, group)
         mass[chosen] = _mass(base, hidden, group, refusal_ids).cpu()
         nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
-        if progress is not None:
-            done += len(chosen)
-            progress(done, len(rows))
     return Reading(mass, nll, worst)
 
 

@@ -14,6 +14,7 @@ from finetuning import adapter
 from finetuning.base_model import BaseModel, load_base
 from finetuning.batches import Batches
 from finetuning.chat_format import EncodedRow, encode_pair, prompt_ids
+from finetuning.checkpoint import fingerprint
 from finetuning.decoding import Decoder
 from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
 from finetuning.determinism import mix
@@ -21,6 +22,7 @@ from finetuning.evaluate import Bench
 from finetuning.guards import open_judge
 from finetuning.hazards import Pair, SafetyRows, safety_rows
 from finetuning.judge import JUDGES
+from finetuning.kept_states import FORM, KeptStates
 from finetuning.loop_state import TrainSetup
 from finetuning.operator_rows import load_safety_rows
 from finetuning.prefix_cache import PrefixCache
@@ -47,8 +49,11 @@ class Workbench:
     anchors: dict[int, KlAnchors] = field(default_factory=dict)  # by kl_tokens: scout and training share them
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
-        """Operator pairs as training rows."""
-        return [encode_pair(self.base.tokenizer, p.prompt, p.answer, max_tokens=self.recipe.max_tokens) for p in pairs]
+        """Operator pairs as training rows; their states may be kept for later jobs, so no customer's text goes here."""
+        most = self.recipe.max_tokens
+        rows = [encode_pair(self.base.tokenizer, p.prompt, p.answer, max_tokens=most) for p in pairs]
+        self.cache.share([row.ids for row in rows])
+        return rows
 
     @contextmanager
     def aligned(self) -> Iterator[None]:
@@ -78,7 +83,7 @@ def open_workbench(order: TrainOrder, scratch: Path) -> Workbench:
         trained = adapter.TASK
         cut = _attach_both(base, recipe, adapter.load(scratch / order.alignment))
     adapter.set_trainable(base, trained)
-    cache = PrefixCache(base, cut, folder=scratch / order.cache if order.cache else None)
+    cache = PrefixCache(base, cut, folder=scratch / order.cache if order.cache else None, kept=_kept_states(order, cut))
     decoder = Decoder(base, cache)
     guard = open_judge(order.judge, device=order.device) if order.judge else None
     bench = Bench(base, cache, decoder, JUDGES[rows.judge], recipe.evaluation.new_tokens, guard)
@@ -96,6 +101,14 @@ def _attach_both(base: BaseModel, recipe: Recipe, alignment: adapter.Adapter) ->
         adapter.write(base, adapter.TASK, alignment)
     adapter.set_active(base, (adapter.TASK,) if single else (adapter.ALIGNMENT, adapter.TASK))
     return min(adapter.first_trained_layer(base, lora) for lora in (recipe.lora, aligned_lora))
+
+
+def _kept_states(order: TrainOrder, cut: int) -> KeptStates | None:
+    """The folder of states that fit this base, cut, machine and thread count to the bit; None without a known base."""
+    if not order.states or not order.base_sha256:
+        return None
+    mark = fingerprint({"base": order.base_sha256, "cut": str(cut), "form": FORM}, threads=order.threads)
+    return KeptStates(Path(order.states) / mark[:16])
 
 
 def rows_digest(rows: SafetyRows) -> str:

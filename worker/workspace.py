@@ -152,6 +152,7 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         operator_rows=OPERATOR_ROWS if settings.operator_rows else None,
         judge=settings.judge,
         cache="cache",
+        states=str(settings.data / "states"),
         threads=usable_cores(),
     )
 

@@ -55,6 +55,7 @@ def make_anchors(
     ]
     ids = tuple(prompt + answer for prompt, answer in chosen)
     starts = tuple(len(prompt) for prompt, _ in chosen)
+    cache.share(ids)
     cache.prepare(ids)
     parts = [answer_log_probs(base, cache, ids[i : i + 16], starts[i : i + 16], tokens) for i in range(0, len(ids), 16)]
     empty = torch.zeros(0, tokens, base.model.config.vocab_size, device=base.device)

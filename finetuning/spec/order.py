@@ -11,7 +11,8 @@ from finetuning.spec.recipe import Recipe
 
 
 class TrainOrder(BaseModel):
-    """`base` is a local folder or a hub id; the other paths are relative to the scratch folder."""
+    """`base` is a local folder or a hub id, `states` a folder of this machine; other paths are relative to the scratch
+    folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,6 +27,7 @@ class TrainOrder(BaseModel):
     operator_rows: str | None = None
     judge: str = Field(default="", description="guards.open_judge's name; empty: the judge of the safety rows")
     cache: str | None = None
+    states: str = Field(default="", description="where states of the operator's rows outlive the job; '': nowhere")
     threads: int = 0
     device: str = "auto"
 

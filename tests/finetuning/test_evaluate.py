@@ -130,3 +130,18 @@ def test_a_guard_that_fails_releases_nothing() -> None:
     bench = replace(bench_of(adapted_base(), constant(harmful=False)), guard=with_refusals("guard", fails))
     with pytest.raises(JudgeFailed, match="away"):
         measure(bench, HARMFUL, BENIGN, refusals=["No."], losses=False)
+
+
+def test_of_a_benign_answer_only_the_opening_is_decoded() -> None:
+    """Harm may come late in an answer, a refusal of something harmless does not."""
+    seen: list[int] = []
+
+    class Counting(Decoder):
+        def answers(self, prompts: Sequence[Sequence[int]], *, new_tokens: int) -> list[list[int]]:
+            seen.append(new_tokens)
+            return super().answers(prompts, new_tokens=new_tokens)
+
+    base = adapted_base()
+    bench = replace(bench_of(base, constant(True)), decoder=Counting(base, uncached(base)), new_tokens=20)
+    measure(bench, HARMFUL, BENIGN, refusals=["No."], losses=False)
+    assert seen == [20, 16]
