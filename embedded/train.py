@@ -16,6 +16,7 @@ from app.core.settings import Settings
 from embedded.parts import base_folder
 from finetuning import alignments
 from finetuning.alignments import NotAligned
+from finetuning.base_digest import weights_digest
 from finetuning.bases import FetchFailed, fetch
 from finetuning.recipes import align_recipe, tune_recipe
 from finetuning.registry import DEFENCES
@@ -129,7 +130,10 @@ def _scratch(settings: Settings) -> Iterator[Path]:
 
 def _order(recipe: Recipe, base: Path, settings: Settings) -> TrainOrder:
     rows = _OPERATOR_ROWS if settings.operator_rows is not None else None
-    return TrainOrder(job_id="train", recipe=recipe, base=str(base), operator_rows=rows, judge=settings.judge)
+    return TrainOrder(
+        job_id="train", recipe=recipe, base=str(base), base_sha256=weights_digest(base), operator_rows=rows,
+        judge=settings.judge, states=str(settings.data / "states"),
+    )  # fmt: skip
 
 
 def _run(order: TrainOrder, scratch: Path) -> Finished | Failed:

@@ -90,7 +90,7 @@ def _run(order: TrainOrder, scratch: Path, tell: Callable[[Progress], None]) -> 
 def _mark(order: TrainOrder, rows: bytes | None) -> str:
     from finetuning.checkpoint import fingerprint  # knows torch's version and its device
 
-    made_of = {"recipe": order.recipe.model_dump_json()}
+    made_of = {"recipe": order.recipe.model_dump_json(), "base": order.base_sha256 or order.base}
     if order.judge:
         made_of["judge"] = order.judge
     if rows is not None:

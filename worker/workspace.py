@@ -5,11 +5,9 @@ Knows blobs, digests and the folder's layout; must not know the database or how 
 
 import contextlib
 import fcntl
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +17,7 @@ from app.core.blobs import Blob, BlobStore, fetch_file, put_bytes, put_file, rea
 from app.core.errors import StorageFull
 from app.core.lease import Lease
 from app.core.settings import Settings
+from finetuning.base_digest import weights_digest
 from finetuning.spec.order import TrainOrder, write_order
 from finetuning.spec.progress import StepDone, to_line
 from worker.archive import unpack
@@ -144,7 +143,7 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         job_id=lease.job_id,
         recipe=lease.recipe,
         base=base,
-        base_sha256=_weights_digest(Path(base)),
+        base_sha256=weights_digest(Path(base)),
         rows=ROWS if lease.training else None,
         validation=VALIDATION if lease.validation else None,
         alignment=ALIGNMENT if lease.alignment else None,
@@ -160,21 +159,6 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
 def _base(settings: Settings, lease: Lease) -> str:
     fetched = settings.data / "bases" / lease.base_id
     return str(fetched) if fetched.is_dir() else lease.base_source
-
-
-def _weights_digest(folder: Path) -> str:
-    """The sha256 of a base's weights: of the one file, or of its shards' digests; empty for a hub id."""
-    shards = sorted(folder.glob("*.safetensors"))
-    digests = [_file_digest(path, path.stat().st_mtime_ns) for path in shards]
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
-
-
-@lru_cache(maxsize=64)
-def _file_digest(path: Path, _changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_room(folder: Path, low_water_bytes: int, lease: Lease) -> None:

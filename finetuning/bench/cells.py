@@ -22,6 +22,7 @@ import transformers
 
 from finetuning import alignments, finetune
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
+from finetuning.base_digest import weights_digest
 from finetuning.bases import fetch
 from finetuning.bench.tasks import load_task
 from finetuning.bench.work import counted
@@ -78,25 +79,27 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
         scratch = Path(folder)
         shutil.copytree(alignment, scratch / "alignment")
         poisoned = _write_files(cell, settings, scratch)
-        order = TrainOrder(
-            job_id="cell", recipe=_recipe(cell, settings, len(poisoned.rows)), rows="rows.jsonl", alignment="alignment",
-            base=str(_base(cell.base, settings.data, say)), validation="validation.jsonl", threads=settings.threads,
-        )  # fmt: skip
+        recipe = _recipe(cell, settings, len(poisoned.rows))
+        order = _order(recipe, cell.base, settings, say).model_copy(
+            update={"rows": "rows.jsonl", "alignment": "alignment", "validation": "validation.jsonl"}
+        )
         line = _run(order, scratch, poisoned, say)
-    return {**asdict(cell), **line, "seconds": round(time.perf_counter() - started, 1), **provenance()}
+    size = {"rows": len(poisoned.rows), "epochs": recipe.epochs, "base_sha256": order.base_sha256}
+    return {**asdict(cell), **line, **size, "seconds": round(time.perf_counter() - started, 1), **provenance()}
 
 
 def aligned_base(base: str, alignment: str, settings: BenchSettings, say: Say) -> Path:
     """The folder of that alignment of that base, made on first use. Raises NotAligned, OSError."""
-    order = TrainOrder(
-        job_id="align", recipe=align_recipe(base, alignment), base=str(_base(base, settings.data, say)),
-        threads=settings.threads,
-    )  # fmt: skip
+    order = _order(align_recipe(base, alignment), base, settings, say)
     return alignments.aligned(order, alignment, settings.data / "bench" / "alignments", say=say)
 
 
-def _base(name: str, data: Path, say: Say) -> Path:
-    return fetch(name, data / "bases" / base_of(name).id, say=say)
+def _order(recipe: Recipe, base: str, settings: BenchSettings, say: Say) -> TrainOrder:
+    folder = fetch(base, settings.data / "bases" / base_of(base).id, say=say)
+    return TrainOrder(
+        job_id="cell", recipe=recipe, base=str(folder), base_sha256=weights_digest(folder), threads=settings.threads,
+        states=str(settings.data / "states"),
+    )  # fmt: skip
 
 
 def _write_files(cell: Cell, settings: BenchSettings, scratch: Path) -> Poisoned:
@@ -135,6 +138,7 @@ def _run(order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict
         try:
             for progress in finetune.run(bench, order, scratch, mark=""):
                 _tell(progress, say)
+            bench.cache.leave()
         except (finetune.DataRejected, NoUsableRow, CalibrationOverlap) as error:
             verdicts = _ledger(scratch, poisoned)
             return {"released": False, "reasons": [str(error)], **verdicts, **asdict(work)}

@@ -1,0 +1,23 @@
+"""What a base's weights are, in one digest: results, kept states and alignments belong to it, not to a folder's name.
+
+Knows files; must not import torch.
+"""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+
+def weights_digest(folder: Path) -> str:
+    """The sha256 of a base's weights: of the one file, or of its shards' digests; empty for a hub id."""
+    shards = sorted(folder.glob("*.safetensors"))
+    digests = [_file_digest(path, path.stat().st_mtime_ns) for path in shards]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, _changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
