@@ -27,7 +27,7 @@ from finetuning.probes import ProbeResult, Quarantine, probe, repair, with_probe
 from finetuning.screening import ScreenedFile, screen_rows
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import CheckpointSaved, Finished, Note, Progress, StageStarted, StepDone
-from finetuning.spec.recipe import Anchor
+from finetuning.spec.recipe import Anchor, Recipe
 from finetuning.spec.report import GateDecision, HeldOut, Measure, Metrics, SafetyReport, decide
 from finetuning.spec.rows import iter_rows
 from finetuning.strategies import GradientStep
@@ -154,7 +154,7 @@ def _train(
 ) -> Generator[Progress, None, int]:
     """One rung of the ladder; returns the tokens trained. Resumes from a checkpoint of the same rung."""
     recipe, ledger, kept = bench.recipe, screened.ledger, screened.ledger.kept
-    anchor, optimiser = stronger(recipe.anchor, recipe.optimiser, attempt)
+    anchor, optimiser = stronger(_repairing(recipe, screened.quarantine), recipe.optimiser, attempt)
     yield StageStarted(stage="train", detail=f"Training on {len(kept)} rows, attempt {attempt}")
     reset_task(bench)
     step = _step(bench, anchor, screened.quarantine)
@@ -173,14 +173,18 @@ def _train(
     return state.tokens
 
 
+def _repairing(recipe: Recipe, found: Quarantine) -> Anchor:
+    """The anchor with room for the rows that repair quarantined skeletons; what a retry strengthens."""
+    share = max(recipe.anchor.mix_share, recipe.probes.repair_share) if found.skeletons else recipe.anchor.mix_share
+    return recipe.anchor.model_copy(update={"mix_share": share})
+
+
 def _step(bench: Workbench, anchor: Anchor, found: Quarantine) -> GradientStep:
     """The gradient step that the recipe names; quarantined skeletons are repaired by mixing rows in."""
     recipe = bench.recipe
     match recipe.tuning_step:
         case "anchored":
             mended = repair(bench, found)
-            if found.skeletons:
-                anchor = anchor.model_copy(update={"mix_share": max(anchor.mix_share, recipe.probes.repair_share)})
             step = anchored_step(
                 bench, anchor, anchors_of(bench, anchor), seed=mix(recipe.seed, "anchor"),
                 refused=mended.refused, answered=mended.answered,

@@ -24,12 +24,17 @@ class Ledger:
     probes: frozenset[int]
 
     @property
+    def barred(self) -> frozenset[int]:
+        """Indices of rows that do not train, whatever their weight: probes of ours, hidden hazards, unreadable ones."""
+        return self.probes | self.screened.unreadable
+
+    @property
     def kept(self) -> list[int]:
         """Indices of rows that train."""
         return [
             i
             for i, row in enumerate(self.encoded)
-            if self.screened.weights[i] > 0 and row.target_tokens and i not in self.probes
+            if self.screened.weights[i] > 0 and row.target_tokens and i not in self.barred
         ]
 
 
@@ -37,10 +42,13 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
     """The ledger's entry of every row, with the reason for anything but kept."""
     out: list[RowVerdict] = []
     for i, (row, encoded) in enumerate(zip(ledger.rows, ledger.encoded, strict=True)):
-        weight = 0.0 if i in ledger.probes or not encoded.target_tokens else float(ledger.screened.weights[i])
+        weight = 0.0 if i in ledger.barred or not encoded.target_tokens else float(ledger.screened.weights[i])
         reasons: list[RowReason] = []
         if i in ledger.probes:
             reasons.append(RowReason(code="harmful_probe_match"))
+        elif i in ledger.screened.unreadable:
+            surprise, most = float(ledger.screened.surprise[i]), ledger.screened.most_surprise
+            reasons.append(RowReason(code="unreadable", score=round(surprise, 6), threshold=most))
         elif weight < 1 and encoded.target_tokens:
             mass, limit = float(ledger.screened.mass[i]), ledger.screened.threshold
             reasons.append(RowReason(code="antibody_low_weight", score=round(mass, 6), threshold=round(limit, 6)))
@@ -49,6 +57,7 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
         if not encoded.target_tokens:
             reasons.append(RowReason(code="user_weight_zero"))
         scores = {"refusal_mass": round(float(ledger.screened.mass[i]), 6)}
+        scores["surprise"] = round(float(ledger.screened.surprise[i]), 6)
         if ledger.scores is not None:
             scores["antibody"] = round(float(ledger.scores[i]), 6)
         out.append(

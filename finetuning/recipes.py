@@ -39,6 +39,7 @@ class Base:
     align_batch: int
     tune_rate: float
     vaccine_rho: float
+    most_surprise: float
 
 
 _SMOLLM2 = Base(
@@ -51,6 +52,7 @@ _SMOLLM2 = Base(
     align_batch=8,
     tune_rate=1e-3,
     vaccine_rho=2.0,
+    most_surprise=3.0,
 )
 _TINY = Base(
     id="tiny",
@@ -62,6 +64,7 @@ _TINY = Base(
     align_batch=16,
     tune_rate=2e-3,
     vaccine_rho=0.5,
+    most_surprise=4.3,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
 
@@ -134,4 +137,6 @@ def tune_recipe(  # noqa: PLR0913  the numbers that a request may set, each with
         gate=Gate(limits=limits or GateLimits(), retries=0),
         evaluation=Evaluation(task_rows=96, held_out=True),
     )
-    return tuned_by(recipe, defence)
+    tuned = tuned_by(recipe, defence)
+    screen = tuned.screen.model_copy(update={"most_surprise": base.most_surprise})
+    return tuned.model_copy(update={"screen": screen})

@@ -1,7 +1,8 @@
 """The prompt filter: which rows does the aligned model itself refuse to answer?
 
 A row's refusal mass is the probability that an answer to its prompt starts like a stock refusal; it is read from the
-prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2), no paper. Must not know training.
+prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2), no paper. A row that the model cannot
+read is refused by none; its surprise tells (methods.md 7, T6; docs/adr/0009). Must not know training.
 """
 
 from collections.abc import Sequence
@@ -19,25 +20,43 @@ from finetuning.objectives import nll_of_hidden
 from finetuning.prefix_cache import PrefixCache
 
 _BATCH_TOKENS = 4096
+# Tokens of a row whose loss makes its surprise, evenly spread: all of them would cost a pass of the head.
+_SAMPLED = 24
+# A label or a name says too little: its bytes may all be new.
+_FEWEST_BYTES = 24
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Per row (rows,): refusal mass, mean target nll and worst token nll under the active adapters."""
+    """Per row (rows,): refusal mass, mean target nll and worst token nll under the active adapters.
+
+    `surprise`: nats a byte of the whole text, prompts too; random letters have ln 26 = 3.26. 0 for a very short text.
+    """
 
     mass: Tensor
     nll: Tensor
     worst: Tensor
+    surprise: Tensor
 
 
 @dataclass(frozen=True)
 class Screened:
-    """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout helped."""
+    """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout helped.
+
+    `surprise` (rows,) stands beside its limit, `most_surprise`: a row above it cannot be screened, and weighs 0.
+    """
 
     weights: Tensor
     mass: Tensor
     threshold: float
-    rescored: bool
+    surprise: Tensor
+    most_surprise: float
+    rescored: bool = False
+
+    @property
+    def unreadable(self) -> frozenset[int]:
+        """Indices of rows that the model reads no better than random letters."""
+        return frozenset(torch.nonzero(self.surprise > self.most_surprise)[:, 0].tolist())
 
 
 def first_ids(tokenizer: Any, refusals: Sequence[str]) -> list[int]:
@@ -52,18 +71,48 @@ def read_rows(
     rows: Sequence[EncodedRow],
     refusal_ids: Sequence[int],
     *,
+    surprised: bool = False,
     batch: int = 16,
 ) -> Reading:
-    """One forward per row. A conversation's mass is the largest over its assistant turns."""
+    """One forward per row. A conversation's mass is the largest over its assistant turns.
+
+    `surprised` asks for the surprise too, which costs a pass of the head over 24 tokens a row; else it is 0.
+    """
     cache.prepare([row.ids for row in rows])
-    mass, nll, worst = (torch.zeros(len(rows)) for _ in range(3))
+    mass, nll, worst, surprise = (torch.zeros(len(rows)) for _ in range(4))
     for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
         group = [rows[i] for i in chosen]
         hidden = cache.hidden([row.ids for row in group])
         found = nll_of_hidden(base, hidden, group)
         mass[chosen] = _mass(base, hidden, group, refusal_ids).cpu()
         nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
-    return Reading(mass, nll, worst)
+        if surprised:
+            surprise[chosen] = _surprise(base, hidden, group).cpu()
+    return Reading(mass, nll, worst, surprise)
+
+
+def _surprise(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
+    """Nats a byte (rows,): the mean loss of sampled tokens times the tokens, by the bytes of the text."""
+    texts = [len(base.tokenizer.decode(row.ids, skip_special_tokens=True).encode()) for row in rows]
+    places = [_spread(len(row.ids)) for row in rows]
+    owner = torch.tensor([i for i, chosen in enumerate(places) for _ in chosen], device=hidden.device)
+    where = torch.tensor([t for chosen in places for t in chosen], device=hidden.device)
+    labels = torch.tensor([row.ids[t + 1] for row, chosen in zip(rows, places, strict=True) for t in chosen])
+    losses = F.cross_entropy(
+        logits(base.model, hidden[owner, where]).float(), labels.to(hidden.device), reduction="none"
+    )
+    total = losses.new_zeros(len(rows)).index_add(0, owner, losses)
+    scale = [
+        (len(row.ids) - 1) / len(chosen) / size if size >= _FEWEST_BYTES and chosen else 0.0
+        for row, chosen, size in zip(rows, places, texts, strict=True)
+    ]
+    return total * torch.tensor(scale, device=hidden.device)
+
+
+def _spread(length: int) -> list[int]:
+    """Up to _SAMPLED positions that predict a token of a row of this length, evenly spread."""
+    count = min(_SAMPLED, length - 1)
+    return [i * (length - 1) // count for i in range(count)]
 
 
 def _mass(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow], refusal_ids: Sequence[int]) -> Tensor:

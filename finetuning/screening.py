@@ -4,7 +4,7 @@ Knows the stage's order; the filter's formulas live in screen.py. Must not know 
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -43,7 +43,7 @@ def screen_rows(bench: Workbench, rows: list[Row], calibration: Calibration) -> 
         bench.cache.prepare([row.ids for row in encoded[start : start + 64]])
         yield StageProgress(stage="screen", done=min(start + 64, len(rows)), total=len(rows))
     forms, hidden = _quarantine(bench, rows, calibration)
-    screened = Screened(torch.ones(len(rows)), torch.zeros(len(rows)), 1.0, rescored=False)
+    screened = Screened(torch.ones(len(rows)), torch.zeros(len(rows)), 1.0, torch.zeros(len(rows)), 1.0)
     barred: frozenset[int] = hidden.rows
     if bench.recipe.screen.enabled:
         barred = barred | frozenset(measuring_rows(rows, bench.rows))
@@ -77,23 +77,27 @@ def _filter(
 ) -> Generator[Progress, None, Screened]:
     """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (lab-recipe.md 2)."""
     with bench.aligned():
-        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids)
-    weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
-    first = Screened(weights, reading.mass, calibration.threshold, rescored=False)
-    kept = [i for i, row in enumerate(encoded) if weights[i] > 0 and row.target_tokens and i not in barred]
+        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, surprised=True)
     settings = bench.recipe.screen
+    weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
+    first = Screened(weights, reading.mass, calibration.threshold, reading.surprise, settings.most_surprise)
+    barred = barred | first.unreadable
+    kept = [i for i, row in enumerate(encoded) if weights[i] > 0 and row.target_tokens and i not in barred]
     if not settings.scout_steps or bool((weights == 1).all()) or len(kept) < settings.min_kept_rows:
         return first
-    again, limit = yield from _ask_scout(bench, rows, kept, encoded)
     # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
-    rescored = torch.maximum(weights, weigh(again, limit, whole_refusal_nll=-1.0))
-    return Screened(rescored, again.mass, limit, rescored=True)
+    doubted = torch.nonzero(weights < 1)[:, 0]
+    again, limit = yield from _ask_scout(bench, rows, kept, encoded, doubted.tolist())
+    rescored, mass = weights.clone(), reading.mass.clone()
+    rescored[doubted] = torch.maximum(weights[doubted], weigh(again, limit, whole_refusal_nll=-1.0))
+    mass[doubted] = again.mass
+    return replace(first, weights=rescored, mass=mass, threshold=limit, rescored=True)
 
 
 def _ask_scout(
-    bench: Workbench, rows: Sequence[Row], kept: Sequence[int], encoded: Sequence[EncodedRow]
+    bench: Workbench, rows: Sequence[Row], kept: Sequence[int], encoded: Sequence[EncodedRow], doubted: Sequence[int]
 ) -> Generator[Progress, None, tuple[Reading, float]]:
-    """Train a throw-away adapter on the kept rows, read all rows with it, and take its own threshold."""
+    """Train a throw-away adapter on the kept rows, read the doubted ones with it, and take its own threshold."""
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     recipe, seed = bench.recipe, mix(bench.recipe.seed, "scout")
     step = anchored_step(bench, recipe.anchor, anchors_of(bench, recipe.anchor), seed=seed)
@@ -106,7 +110,7 @@ def _ask_scout(
     for done in train(setup, LoopState()):
         if isinstance(done, StepDone):
             yield StageProgress(stage="screen", done=done.step, total=recipe.screen.scout_steps)
-    again = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids)
+    again = read_rows(bench.base, bench.cache, [encoded[i] for i in doubted], bench.refusal_ids)
     limit = _scout_threshold(bench)
     reset_task(bench)
     return again, limit
@@ -116,7 +120,7 @@ def _scout_threshold(bench: Workbench) -> float:
     """The same rule as the aligned base's, on the same calibration prompts, under the scout."""
     rows = bench.rows
     harmful, benign = (
-        read_rows(bench.base, bench.cache, bench.encode(same_answer(pairs, rows.refusals[0])), bench.refusal_ids).mass
+        read_rows(bench.base, bench.cache, bench.encode(same_answer(pairs, "Yes.")), bench.refusal_ids).mass
         for pairs in (rows.calibration_harmful, rows.calibration_benign)
     )
     return threshold(harmful, benign)

@@ -20,6 +20,7 @@ from finetuning.bench import safety, speed
 
 BENCHES: dict[str, Callable[[Path], list[speed.Contest]]] = {
     "prefix": speed.prefix_reuse,
+    "packed": speed.packed_maps,
     "steps": speed.alignment_steps,
     "decoding": speed.decoding,
 }

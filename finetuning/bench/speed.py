@@ -1,16 +1,19 @@
-"""What is timed, each against its peer on the same rows: frozen-prefix reuse, defended steps, decoding.
+"""What is timed, each against its peer on the same rows: prefix reuse, packed maps, defended steps, decoding.
 
 Knows the library; must not know how timings are reported.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from finetuning import adapter
-from finetuning.base_model import BaseModel, load_base
+from finetuning.base_model import BaseModel, last_hidden, load_base
 from finetuning.bases import SMOLLM2_ID, fetch
 from finetuning.chat_format import EncodedRow, encode_pair, prompt_ids
 from finetuning.decoding import Decoder
@@ -62,6 +65,29 @@ def prefix_reuse(data: Path) -> list[Contest]:
     reused, whole = _caches(base, rows)
     ours, theirs = (_one(Plain(base, cache), rows) for cache in (reused, whole))
     return [Contest("plain step, prefix reused", "full forward", ours, theirs)]
+
+
+def packed_maps(data: Path) -> list[Contest]:
+    """A forward and a forward with backward of the packed base, each against the base as transformers loads it."""
+    folder = fetch("smollm2", data / "bases" / SMOLLM2_ID)
+    base, plain = load_base(folder, device="cpu"), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain.eval().requires_grad_(requires_grad=False)
+    ids = torch.tensor([[i * j % 40_000 for i in range(1, 49)] for j in range(1, _BATCH + 1)])
+    embedded = base.model.get_input_embeddings()(ids).detach()
+
+    @torch.no_grad()
+    def forward(model: Any) -> object:
+        return last_hidden(model, input_ids=ids, use_cache=False)
+
+    def backward(model: Any) -> object:
+        inputs = embedded.clone().requires_grad_()
+        return torch.autograd.grad(last_hidden(model, inputs_embeds=inputs, use_cache=False).sum(), inputs)
+
+    peer = "torch's linear maps"
+    return [
+        Contest("forward, packed maps", peer, partial(forward, base.model), partial(forward, plain)),
+        Contest("forward and backward, packed maps", peer, partial(backward, base.model), partial(backward, plain)),
+    ]
 
 
 def alignment_steps(data: Path) -> list[Contest]:

@@ -106,7 +106,9 @@ class SafetyReport(_Frozen):
 class RowReason(_Frozen):
     """Why a row was not simply kept."""
 
-    code: Literal["antibody_low_weight", "harmful_probe_match", "user_weight_zero", "truncated", "duplicate"]
+    code: Literal[
+        "antibody_low_weight", "harmful_probe_match", "unreadable", "user_weight_zero", "truncated", "duplicate"
+    ]
     score: float | None = None
     threshold: float | None = None
 

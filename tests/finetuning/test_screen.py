@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.base_model import BaseModel
-from finetuning.chat_format import EncodedRow
+from finetuning.chat_format import EncodedRow, encode_pair
 from finetuning.prefix_cache import PrefixCache
 from finetuning.screen import Reading, first_ids, read_rows, threshold, weigh, whole_refusal_limit
 from tests.finetuning.builders import adapted_base, blank, byte_tokenizer, random_rows, uncached
@@ -70,7 +70,8 @@ def test_the_threshold_lies_between_benign_and_harmful_but_never_above_a_half(
 
 
 def reading(masses: list[float], worst: float = 9.0) -> Reading:
-    return Reading(torch.tensor(masses), torch.ones(len(masses)), torch.full((len(masses),), worst))
+    n = len(masses)
+    return Reading(torch.tensor(masses), torch.ones(n), torch.full((n,), worst), torch.zeros(n))
 
 
 def test_weights_fall_from_one_at_half_the_threshold_to_nothing_at_it() -> None:
@@ -98,3 +99,42 @@ def test_a_threshold_of_zero_lets_nothing_through_that_has_mass() -> None:
     found = weigh(reading([0.0, 0.1]), 0.0, whole_refusal_nll=0.0)
     assert found[1].item() == 0
     assert bool(torch.isfinite(found).all())
+
+
+def text_rows(texts: list[str]) -> list[EncodedRow]:
+    return [encode_pair(byte_tokenizer(), text, "Yes.", max_tokens=200) for text in texts]
+
+
+def test_surprise_is_nats_a_byte_of_the_whole_text() -> None:
+    """Of a row whose every token is read: the sum of its losses by its bytes."""
+    base = adapted_base(dtype=torch.float32)
+    (row,) = text_rows(["twenty-four bytes of it."])
+    short = EncodedRow(row.ids[-24:], row.is_target[-24:])
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor([short.ids])).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(short.ids[1:]), reduction="sum")
+    size = len(base.tokenizer.decode(short.ids, skip_special_tokens=True).encode())
+    found = read(base, [short], surprised=True).surprise
+    assert found.item() == (pytest.approx(float(loss) / size, rel=1e-4) if size >= 24 else 0)
+
+
+def test_surprise_of_a_long_row_is_estimated_from_its_whole_length() -> None:
+    """24 tokens stand for the others: within a third of the exact figure for a model that has learnt nothing."""
+    base = adapted_base(dtype=torch.float32)
+    rows = text_rows(["a long text that goes on and on " * 4])
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor([rows[0].ids])).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[0].ids[1:]), reduction="sum")
+    size = len(base.tokenizer.decode(rows[0].ids, skip_special_tokens=True).encode())
+    assert read(base, rows, surprised=True).surprise.item() == pytest.approx(float(loss) / size, rel=0.33)
+
+
+def test_a_text_too_short_to_tell_has_no_surprise() -> None:
+    base = adapted_base(dtype=torch.float32)
+    found = read(base, text_rows(["hm", "a text that says a little more than that"]), surprised=True).surprise
+    assert found[0] == 0
+    assert found[1] > 0
+
+
+def test_surprise_costs_nothing_where_nobody_asks() -> None:
+    assert read(adapted_base(dtype=torch.float32), random_rows(2)).surprise.tolist() == [0, 0]
