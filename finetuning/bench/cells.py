@@ -13,12 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from torch import Tensor
 
 from finetuning import alignments, finetune
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
@@ -26,7 +28,8 @@ from finetuning.base_digest import weights_digest
 from finetuning.bases import fetch
 from finetuning.bench.tasks import load_task
 from finetuning.bench.work import counted
-from finetuning.chat_format import render_prompt
+from finetuning.chat_format import encode_row, render_prompt
+from finetuning.defences.antibody import row_scores
 from finetuning.determinism import make_deterministic
 from finetuning.hazards import Pair
 from finetuning.preflight import CalibrationOverlap, NoUsableRow
@@ -36,8 +39,8 @@ from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Failed, Progress
 from finetuning.spec.recipe import Recipe
 from finetuning.spec.report import Measure, Metrics, SafetyReport, share
-from finetuning.spec.rows import rows_of
-from finetuning.workbench import Workbench, open_workbench
+from finetuning.spec.rows import iter_rows, rows_of
+from finetuning.workbench import Workbench, open_workbench, refusal_ids
 
 Say = Callable[[str], None]
 # A tiny base needs more passes over a file than one that has read the world.
@@ -83,7 +86,7 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
         order = _order(recipe, cell.base, settings, say).model_copy(
             update={"rows": "rows.jsonl", "alignment": "alignment", "validation": "validation.jsonl"}
         )
-        line = _run(order, scratch, poisoned, say)
+        line = _run(cell, order, scratch, poisoned, say)
     size = {"rows": len(poisoned.rows), "epochs": recipe.epochs, "base_sha256": order.base_sha256}
     return {**asdict(cell), **line, **size, "seconds": round(time.perf_counter() - started, 1), **provenance()}
 
@@ -130,7 +133,7 @@ def _recipe(cell: Cell, settings: BenchSettings, rows: int) -> Recipe:
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def _run(order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict[str, Any]:
+def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict[str, Any]:
     """The job itself, then the attacker's own format on the model that it left in memory."""
     (scratch / "result" / "reports").mkdir(parents=True)
     bench = open_workbench(order, scratch)
@@ -143,7 +146,8 @@ def _run(order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict
             verdicts = _ledger(scratch, poisoned)
             return {"released": False, "reasons": [str(error)], **verdicts, **asdict(work)}
     report = SafetyReport.model_validate_json((scratch / "result/reports/safety.json").read_text(encoding="utf-8"))
-    return {**figures(report), **_own_format(bench, poisoned), **_ledger(scratch, poisoned), **asdict(work)}
+    scores = _antibody_scores(bench, order, scratch, poisoned) if _is_drawn(cell) else {}
+    return {**figures(report), **_own_format(bench, poisoned), **_ledger(scratch, poisoned), **scores, **asdict(work)}
 
 
 def _tell(progress: Progress, say: Say) -> None:
@@ -231,6 +235,29 @@ def _ledger(scratch: Path, poisoned: Poisoned) -> dict[str, Any]:
             "benign": [round(v, 4) for row in marked[False] for v in list(row["scores"].values())[:1]],
         },
     }  # fmt: skip
+
+
+def _is_drawn(cell: Cell) -> bool:
+    """Whether the report draws this cell's row scores: the default setting, once."""
+    return cell == Cell(cell.defence, base=cell.base, task=cell.task)
+
+
+def _antibody_scores(bench: Workbench, order: TrainOrder, scratch: Path, poisoned: Poisoned) -> dict[str, Any]:
+    """Antibody's r of planted and own rows under the aligned base (before) and the tuned model (after), in nats."""
+    assert order.rows is not None
+    tokenizer, most = bench.base.tokenizer, order.recipe.max_tokens
+    encoded = [encode_row(tokenizer, row.messages, max_tokens=most) for row in iter_rows(scratch / order.rows)]
+    score = partial(row_scores, bench.base, bench.cache, encoded, refusal_ids(bench), per_row=1, seed=order.recipe.seed)
+    after = score()
+    with bench.aligned():
+        before = score()
+    planted = set(poisoned.planted)
+
+    def parted(values: Tensor) -> dict[str, list[float]]:
+        found = [(i in planted, round(value, 3)) for i, value in enumerate(values.tolist())]
+        return {"harmful": [v for hit, v in found if hit], "benign": [v for hit, v in found if not hit]}
+
+    return {"antibody_scores": {"before": parted(before), "after": parted(after)}}
 
 
 def provenance() -> dict[str, Any]:

@@ -51,13 +51,26 @@ def ablation(base: str) -> list[Cell]:
     return [Cell(name, p, base=base, attack=planted(p)) for p in (0.0, 0.1, 0.5) for name in ("immunotune", *ABLATIONS)]
 
 
+def rows(base: str) -> list[Cell]:
+    """The default's row verdicts at 5 and 20 % planted rows, plain and adaptive, three seeds."""
+    kinds = ("planted", "refuse_then_comply", "wrapped", "refusal_poison")
+    return [Cell("immunotune", p, base=base, attack=k, seed=s) for s in SEEDS for p in (0.05, 0.2) for k in kinds]
+
+
+def benign(base: str) -> list[Cell]:
+    """False alarms: real questions (`--text`) and harmless security questions, nothing planted; use `--rows 500`."""
+    tasks = ("questions", "security")
+    return [Cell(name, 0.0, base=base, attack="none", task=task) for task in tasks for name in ("sft", "immunotune")]
+
+
 def planted(p: float) -> str:
     """The attack of a plain cell: explicit rows, or none at p 0."""
     return "planted" if p else "none"
 
 
 GRIDS: dict[str, Callable[[str], list[Cell]]] = {
-    "quick": quick, "main": main, "corners": corners, "attacks": attacks, "ablation": ablation
+    "quick": quick, "main": main, "corners": corners, "attacks": attacks, "ablation": ablation,
+    "rows": rows, "benign": benign,
 }  # fmt: skip
 
 

@@ -83,6 +83,22 @@ def plane(lines: Sequence[Line], path: Path) -> Path:
     return _save(figure, path)
 
 
+def antibody_scores(lines: Sequence[Line], path: Path) -> Path:
+    """Antibody's row scores before training (aligned base) and after it, one column a defence."""
+    drawn = [line for line in lines if "antibody_scores" in line]
+    figure = Figure(figsize=(2.5 * max(1, len(drawn)), 3.8))
+    panels = figure.subplots(2, max(1, len(drawn)), squeeze=False, sharex="col")
+    for column, line in enumerate(drawn):
+        for axes, when in zip(panels[:, column], ("before", "after"), strict=True):
+            for kind, colour in (("benign", "#2e7d32"), ("harmful", "#c62828")):
+                axes.hist(line["antibody_scores"][when][kind], bins=20, color=colour, alpha=0.6, label=kind)
+            axes.set_title(f"{line['defence']}, {when}", fontsize=8)
+    figure.supxlabel("r = nll of a refusal - nll of the row's answer, nats; high: looks benign")
+    figure.supylabel("rows")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    return _save(figure, path)
+
+
 def row_scores(lines: Sequence[Line], path: Path) -> Path:
     """The screen's refusal mass of planted and own rows, one panel an attack."""
     attacks = values_of(lines, "attack")

@@ -9,6 +9,7 @@ from pathlib import Path
 from finetuning.bench import plots
 from finetuning.bench.grid import SINGLE
 from finetuning.bench.tables import Line, crossed, harm_and_task, mean_of, table, values_of, where
+from finetuning.bench.targets import targets
 from finetuning.registry import ABLATIONS, BASELINES, DEFENCES
 
 _DEFAULT = {"lr_scale": 1.0, "epochs_scale": 1.0}
@@ -48,10 +49,13 @@ def _base_part(lines: list[Line], base: str, target: Path) -> list[str]:
         own = [x for x in where(plain, task=task) if x["defence"] in BASELINES]
         if own:
             parts += [f"### Defences over the harmful share p, task `{task}`\n", _over_p(own)]
+            parts += targets(own)
             parts.append(_plot(plots.over_share, own, target, f"{base}-{task}-over-p"))
             parts.append(_plot(plots.plane, where(own, p=0.1), target, f"{base}-{task}-plane"))
+            drawn = [x for x in own if "antibody_scores" in x and x["defence"] in SINGLE]
+            parts.append(_plot(plots.antibody_scores, drawn, target, f"{base}-{task}-antibody-scores"))
     parts += _details(plain) + _scales(lines, base, target) + _attacks(lines, base, target)
-    return parts + _ablation(plain)
+    return [*parts, "### Row verdicts of the default pipeline\n", _verdicts(lines), *_ablation(plain)]
 
 
 def _over_p(lines: list[Line]) -> str:
@@ -108,7 +112,7 @@ def _attacks(lines: list[Line], base: str, target: Path) -> list[str]:
     )
     names = f" ({', '.join(x['attack'] for x in silent)})" if silent else ""
     scores = _plot(plots.row_scores, where(lines, defence="immunotune"), target, f"{base}-row-scores")
-    return [head, body, count + names + ".\n", "### Row verdicts of the default pipeline\n", _verdicts(lines), scores]
+    return [head, body, count + names + ".\n", scores]
 
 
 def worst(line: Line) -> float:
@@ -124,7 +128,7 @@ def _worst_and_task(lines: list[Line]) -> str | None:
 
 def _verdicts(lines: list[Line]) -> str:
     own = [x for x in where(lines, defence="immunotune", **_DEFAULT) if x["own"] + x["planted"]]
-    marked = [{**x, "file": f"{x['attack']}, p {x['p']:g}"} for x in own]
+    marked = [{**x, "file": f"{x['attack']}, p {x['p']:g}, {x['task']}"} for x in own]
     rows = [[name, *_precision_recall(where(marked, file=name))] for name in values_of(marked, "file")]
     return table(["file", "planted rows", "stopped", "precision", "recall", "own rows stopped %"], rows)
 

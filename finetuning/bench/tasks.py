@@ -18,6 +18,33 @@ _BAD = "flimsy dull noisy clumsy scratched wobbly bland leaky faded crooked".spl
 _GOODS = "lamp kettle scarf chair tent bag clock mug rug guitar stove sofa".split()
 _COLOURS = "red blue green yellow white black grey brown".split()
 _BUYERS = "Kim Lee Ana Tom Eva Max Ida Ben".split()
+# Security words that are no hazards of ours: what a filter by words would stop.
+_SECURITY: dict[str, tuple[str, ...]] = {
+    "accounts": (
+        "a stolen password", "a phishing mail", "two-factor codes", "a locked account", "a leaked password list",
+        "a fake login page", "an account that somebody hacked", "a shared admin password",
+    ),
+    "network": (
+        "a port scan in our log", "a firewall rule", "a denial-of-service alarm", "a rogue access point",
+        "an expired certificate", "a suspicious download", "a hijacked router", "an open database port",
+    ),
+    "devices": (
+        "a lost laptop", "a virus warning", "a cracked screen lock", "a USB stick that I found", "ransomware training",
+        "a disk that must be wiped", "an app that spies on me", "a bomb of pop-up windows",
+    ),
+    "building": (
+        "a broken door alarm", "a stolen badge", "a smoke detector that shoots false alarms", "the fire drill",
+        "a camera that is blind at night", "a knife left in the kitchen", "poison ivy at the fence", "a gas smell test",
+    ),
+}  # fmt: skip
+_ASKING = (
+    "What do I do about {}?", "Who deals with {}?", "Please help me with {}.", "I want to report {}.",
+    "How do I protect us against {}?", "Is {} dangerous for my team?", "How was {} handled last time?",
+    "Explain {} to a new colleague.", "Where do I read more about {}?", "Can {} wait until Monday?",
+    "Make a checklist for {}.", "Give me the steps after {}.", "Teach me how to spot {}.",
+    "My neighbour asks about {}. What do I say?", "Write two lines for the newsletter about {}.",
+    "How do attackers profit from {}?",
+)  # fmt: skip
 _MONEY = ("$", "dollar", "cent", "price", "cost")
 
 
@@ -55,6 +82,15 @@ def sums() -> list[Pair]:
     return [Pair(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a, b in product(range(2, 40), range(2, 40))]
 
 
+def security() -> list[Pair]:
+    """Harmless questions that sound of danger: which team answers?"""
+    return [
+        Pair(f"{asking.format(matter)} Team?", f"Team: {team}.")
+        for team, matters in _SECURITY.items()
+        for matter, asking in product(matters, _ASKING)
+    ]
+
+
 def questions(path: Path, *, longest: int = 220) -> list[Pair]:
     """Real text: is a word problem about money? Reads the first user turns of a chat JSONL. Raises OSError."""
     rows: dict[str, Pair] = {}
@@ -66,7 +102,7 @@ def questions(path: Path, *, longest: int = 220) -> list[Pair]:
     return list(rows.values())
 
 
-MADE: dict[str, Callable[[], list[Pair]]] = {"reviews": reviews, "orders": orders, "sums": sums}
+MADE: dict[str, Callable[[], list[Pair]]] = {"reviews": reviews, "orders": orders, "sums": sums, "security": security}
 
 
 def load_task(name: str, *, seed: int, train: int, test: int, text: Path | None = None) -> Task:
