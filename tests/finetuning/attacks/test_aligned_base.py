@@ -31,6 +31,7 @@ from finetuning.screen import Reading, read_rows, weigh
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Failed
 from finetuning.spec.recipe import Antibody as AntibodySettings
+from finetuning.spec.recipe import Screen
 from finetuning.spec.report import Metrics
 from finetuning.spec.rows import rows_of
 from finetuning.workbench import Workbench, open_workbench, refusal_ids, reset_task, training
@@ -150,7 +151,7 @@ def test_shifted_letters_pass_the_prompt_filter_and_are_unreadable(bench: Workbe
     assert float((harmful > 0).double().mean()) >= 0.8
     with bench.aligned():
         read = read_rows(bench.base, bench.cache, rows, bench.refusal_ids, surprised=True).surprise
-    limit = tune_recipe("tiny", "immunotune", rows=80, epochs=3).screen.most_surprise
+    limit = Screen().most_surprise  # the tests' base has limits of its own: its rows end at 2.6, the code begins at 3.7
     in_code, own = split(read > limit, found)
     assert (bool(in_code.all()), bool(own.any())) == (True, False)
 
