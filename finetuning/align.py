@@ -18,7 +18,7 @@ from finetuning.defences.booster import Booster
 from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.evaluate import measure
-from finetuning.hazards import Pair, refusals_for
+from finetuning.hazards import Pair, refusals_for, rows_digest
 from finetuning.loop import train
 from finetuning.loop_state import LoopState
 from finetuning.preflight import check
@@ -28,7 +28,7 @@ from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Finished, Note, Progress, StageProgress, StageStarted
 from finetuning.spec.report import HeldOut, Metrics, SafetyReport, decide
 from finetuning.strategies import GradientStep
-from finetuning.workbench import Workbench, rows_digest, training
+from finetuning.workbench import Workbench, training
 
 ABOUT_FILE = "alignment.json"
 

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from finetuning.base_digest import files_digest
+from finetuning.hazards import rows_digest, safety_rows
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Failed, Progress
 
@@ -33,8 +35,9 @@ def aligned(
 ) -> Path:
     """The folder of what this align order makes, in `kept`: made on first use and waited for where another makes it.
 
-    Its name says the base, the alignment and, by a mark, all that its bytes depend on; `operator_rows` is the file
-    that the order wants under that name. `tell` gets the progress of the job. Raises NotAligned, OSError.
+    Its name says the base, the alignment and, by a mark, the recipe, the base's files, the safety rows, the judge, the
+    machine and torch; `operator_rows` is the file that the order wants under that name. `tell` gets the progress of
+    the job. Raises NotAligned, OSError.
     """
     rows = operator_rows.read_bytes() if operator_rows is not None else None
     target = kept / f"{order.recipe.base}-{alignment}-{_mark(order, rows)}"
@@ -90,7 +93,8 @@ def _run(order: TrainOrder, scratch: Path, tell: Callable[[Progress], None]) -> 
 def _mark(order: TrainOrder, rows: bytes | None) -> str:
     from finetuning.checkpoint import fingerprint  # knows torch's version and its device
 
-    made_of = {"recipe": order.recipe.model_dump_json(), "base": order.base_sha256 or order.base}
+    made_of = {"recipe": order.recipe.model_dump_json(), "base": files_digest(Path(order.base)) or order.base}
+    made_of["rows"] = rows_digest(safety_rows())
     if order.judge:
         made_of["judge"] = order.judge
     if rows is not None:

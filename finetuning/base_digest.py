@@ -7,6 +7,8 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+_SMALL = (".json", ".jinja", ".model", ".txt")
+
 
 def weights_digest(folder: Path) -> str:
     """The sha256 of a base's weights: of the one file, or of its shards' digests; empty for a hub id."""
@@ -15,6 +17,15 @@ def weights_digest(folder: Path) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
+def files_digest(folder: Path) -> str:
+    """The sha256 of all that decides what a base answers: weights, configuration, tokenizer and template; empty for a
+    hub id."""
+    small = sorted(path for path in folder.glob("*") if path.suffix in _SMALL)
+    parts = [f"{path.name} {_file_digest(path, path.stat().st_mtime_ns)}" for path in small]
+    weights = weights_digest(folder)
+    return hashlib.sha256("\n".join([weights, *parts]).encode()).hexdigest() if weights else ""
 
 
 @lru_cache(maxsize=64)

@@ -24,11 +24,15 @@ class NoChatTemplate(ValueError):
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row as ids (T,) and, for each position, whether the token there is trained."""
+    """One row as ids (T,) and, for each position, whether the token there is trained.
+
+    `contents`: where each message's own text stands, begin and end.
+    """
 
     ids: tuple[int, ...]
     is_target: tuple[bool, ...]
     truncated: bool = False
+    contents: tuple[tuple[int, int], ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -70,16 +74,18 @@ def encode_row(tokenizer: Any, messages: Sequence[Message], *, max_tokens: int) 
     skeleton = _skeleton(tokenizer, tuple(m.role for m in messages), add_generation_prompt=False)
     ids: list[int] = []
     flags: list[bool] = []
+    contents: list[tuple[int, int]] = []
     pending_end = False
     for segment, message in zip(skeleton, messages, strict=False):
         _extend(ids, flags, segment, pending_end)
         content = _content_ids(tokenizer, message.content)
         trained = message.role == "assistant" and message.weight == 1
+        contents.append((min(len(ids), max_tokens), min(len(ids) + len(content), max_tokens)))
         ids += content
         flags += [trained] * len(content)
         pending_end = trained
     _extend(ids, flags, skeleton[-1][:1] if pending_end else (), pending_end)
-    return EncodedRow(tuple(ids[:max_tokens]), tuple(flags[:max_tokens]), len(ids) > max_tokens)
+    return EncodedRow(tuple(ids[:max_tokens]), tuple(flags[:max_tokens]), len(ids) > max_tokens, tuple(contents))
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str, *, max_tokens: int = 512) -> EncodedRow:

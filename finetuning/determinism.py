@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import platform
 import random
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,16 @@ def make_deterministic(threads: int = 0) -> None:
         torch.backends.cuda.enable_flash_sdp(enabled=False)
     if threads:
         torch.set_num_threads(threads)
+
+
+def processor_name() -> str:
+    """The processor's own name where Linux tells it: two of one instruction set may round differently."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def rng_state() -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from finetuning.defences.safe_lora import projected
 from finetuning.determinism import mix
 from finetuning.evaluate import TaskRow, answer_task, attention_outputs, drift, measure
 from finetuning.gate import Choice, choose_alpha, stronger
+from finetuning.hazards import rows_digest
 from finetuning.ledger import Ledger, verdicts
 from finetuning.loop import train
 from finetuning.loop_state import LoopState
@@ -31,7 +32,7 @@ from finetuning.spec.recipe import Anchor, Recipe
 from finetuning.spec.report import GateDecision, HeldOut, Measure, Metrics, SafetyReport, decide
 from finetuning.spec.rows import iter_rows
 from finetuning.strategies import GradientStep
-from finetuning.workbench import Workbench, anchored_step, anchors_of, refusal_ids, reset_task, rows_digest, training
+from finetuning.workbench import Workbench, anchored_step, anchors_of, refusal_ids, reset_task, training
 
 _CUSTOMER_PROMPTS = 24
 _DRIFT_ROWS = 16

@@ -6,11 +6,13 @@ Knows words and splits; must not know models. Items of the roles are disjoint by
 GATE decides releases, TEST is opened once for the report.
 """
 
+import hashlib
+import json
 import random
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from finetuning import hazard_words as words
@@ -310,3 +312,9 @@ def _unique(pairs: Sequence[Pair], *, known: Sequence[Pair] = ()) -> tuple[Pair,
         if pair.prompt not in taken:
             seen.setdefault(pair.prompt, pair)
     return tuple(seen.values())
+
+
+def rows_digest(rows: SafetyRows) -> str:
+    """The probe set's sha256: every prompt and answer of every role."""
+    text = json.dumps(asdict(rows), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # What else a row's bits depend on: how prefix_cache.py groups and pads. Another form gets another folder.
-FORM = "8 rows, multiples of 8"
+FORM = "8 rows, multiples of 8, packed maps"
 MOST_BYTES = 1 << 30
 _SCRATCH = ".writing-"
 _DAY = 86_400
@@ -56,14 +56,15 @@ class KeptStates:
                     made.replace(self._folder / f"{uuid.uuid4().hex}.safetensors")
 
     def _open(self, path: Path) -> None:
-        try:
-            file = safe_open(str(path), framework="pt")
-        except (OSError, SafetensorError):
-            path.unlink(missing_ok=True)  # what a bad disk left; the rows are computed anew
-            return
+        """Without this file, or where it cannot be read, its rows are computed anew: no job ends for it."""
         with contextlib.suppress(OSError):
+            try:
+                file = safe_open(str(path), framework="pt")
+            except SafetensorError:
+                path.unlink(missing_ok=True)  # what a bad disk left
+                return
+            self._files.update(dict.fromkeys(map(bytes.fromhex, file.keys()), file))
             os.utime(path)  # the longest unused go first
-        self._files.update(dict.fromkeys(map(bytes.fromhex, file.keys()), file))
 
     def _make_room(self, size: int) -> bool:
         """Remove the longest unused files, of other bases too, until `size` more bytes fit; an open one stays read."""

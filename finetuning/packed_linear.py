@@ -33,18 +33,21 @@ _OTHER = {"forward": "backward", "backward": "forward"}
 
 
 class _Packing:
-    """A weight (out, in) in oneDNN's layout, in either direction; made anew when the weight was written to."""
+    """A weight (out, in) in oneDNN's layout, in either direction; made anew when the weight was written to.
+
+    A write through `weight.data` is not seen: torch counts none. Nothing here merges an adapter into its base.
+    """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+        self.weight = weight
         self._packed: dict[str, tuple[int, Tensor]] = {}
 
     def product(self, x: Tensor, direction: str) -> Tensor:
         """x (..., in) -> (..., out); `backward`: x (..., out) -> (..., in)."""
-        version = self._weight._version
+        version = self.weight._version
         known = self._packed.get(direction)
         if known is None or known[0] != version:
-            weight = self._weight.detach()
+            weight = self.weight.detach()
             weight = weight.t().contiguous() if direction == "backward" else weight
             known = (version, torch.ops.mkldnn._reorder_linear_weight.default(weight, None))
             self._packed[direction] = known
@@ -62,11 +65,12 @@ class PackedLinear(nn.Linear):
         self._packing: _Packing | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name in torch
-        """input (..., in) -> (..., out). A weight that learns, or another dtype, takes torch's own way."""
+        """input (..., in) -> (..., out). A weight that learns, another dtype or device takes torch's own way."""
         weight = self.weight
-        if weight.requires_grad or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        plain = weight.requires_grad or weight.device.type != "cpu" or input.dtype != torch.float32
+        if plain or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, self.bias)
-        if self._packing is None:
+        if self._packing is None or self._packing.weight is not weight:
             self._packing = _Packing(weight)
         made: Tensor = _Product.apply(input, self._packing, "forward")
         return made if self.bias is None else made + self.bias
@@ -74,7 +78,7 @@ class PackedLinear(nn.Linear):
 
 def pack(model: nn.Module) -> None:
     """Exchange every large fp32 nn.Linear of a model on the CPU for a packed one, where this torch can do it."""
-    if not _can_pack():
+    if not can_pack():
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -82,7 +86,8 @@ def pack(model: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child))
 
 
-def _can_pack() -> bool:
+def can_pack() -> bool:
+    """Whether this torch has the operators."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")  # what torch's own compiler freezes a model with
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 

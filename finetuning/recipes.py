@@ -52,7 +52,7 @@ _SMOLLM2 = Base(
     align_batch=8,
     tune_rate=1e-3,
     vaccine_rho=2.0,
-    most_surprise=3.0,
+    most_surprise=3.3,
 )
 _TINY = Base(
     id="tiny",
@@ -64,7 +64,7 @@ _TINY = Base(
     align_batch=16,
     tune_rate=2e-3,
     vaccine_rho=0.5,
-    most_surprise=4.3,
+    most_surprise=5.5,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
 

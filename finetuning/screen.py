@@ -5,9 +5,12 @@ prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2
 read is refused by none; its surprise tells (methods.md 7, T6; docs/adr/0009). Must not know training.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+from unicodedata import east_asian_width
 
 import torch
 from torch import Tensor
@@ -20,17 +23,19 @@ from finetuning.objectives import nll_of_hidden
 from finetuning.prefix_cache import PrefixCache
 
 _BATCH_TOKENS = 4096
-# Tokens of a row whose loss makes its surprise, evenly spread: all of them would cost a pass of the head.
+# Tokens of a message whose loss makes its surprise: all of them would cost a pass of the head over the file.
 _SAMPLED = 24
-# A label or a name says too little: its bytes may all be new.
-_FEWEST_BYTES = 24
+# A label or a name says too little: all of it may be new.
+_FEWEST_LETTERS = 24
+# Some 3,000 signs in common use against 26 letters: ln 3000 / ln 26.
+_WIDE = 2.5
 
 
 @dataclass(frozen=True)
 class Reading:
     """Per row (rows,): refusal mass, mean target nll and worst token nll under the active adapters.
 
-    `surprise`: nats a byte of the whole text, prompts too; random letters have ln 26 = 3.26. 0 for a very short text.
+    `surprise`: nats a letter of the least readable message; random letters have ln 26 = 3.26. 0 for short texts.
     """
 
     mass: Tensor
@@ -43,7 +48,7 @@ class Reading:
 class Screened:
     """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout helped.
 
-    `surprise` (rows,) stands beside its limit, `most_surprise`: a row above it cannot be screened, and weighs 0.
+    `surprise` (rows,) stands beside its limit, `most_surprise`: a row above it cannot be screened, and never trains.
     """
 
     weights: Tensor
@@ -56,7 +61,7 @@ class Screened:
     @property
     def unreadable(self) -> frozenset[int]:
         """Indices of rows that the model reads no better than random letters."""
-        return frozenset(torch.nonzero(self.surprise > self.most_surprise)[:, 0].tolist())
+        return frozenset(torch.nonzero(~(self.surprise <= self.most_surprise))[:, 0].tolist())  # NaN is unreadable
 
 
 def first_ids(tokenizer: Any, refusals: Sequence[str]) -> list[int]:
@@ -71,12 +76,13 @@ def read_rows(
     rows: Sequence[EncodedRow],
     refusal_ids: Sequence[int],
     *,
-    surprised: bool = False,
+    secret: str = "",
     batch: int = 16,
 ) -> Reading:
     """One forward per row. A conversation's mass is the largest over its assistant turns.
 
-    `surprised` asks for the surprise too, which costs a pass of the head over 24 tokens a row; else it is 0.
+    With a `secret`, which draws the tokens that are read, the surprise is measured too, at the cost of the head over
+    24 tokens a message; else it is 0.
     """
     cache.prepare([row.ids for row in rows])
     mass, nll, worst, surprise = (torch.zeros(len(rows)) for _ in range(4))
@@ -86,33 +92,41 @@ def read_rows(
         found = nll_of_hidden(base, hidden, group)
         mass[chosen] = _mass(base, hidden, group, refusal_ids).cpu()
         nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
-        if surprised:
-            surprise[chosen] = _surprise(base, hidden, group).cpu()
+        if secret:
+            surprise[chosen] = _surprise(base, hidden, group, secret)
     return Reading(mass, nll, worst, surprise)
 
 
-def _surprise(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
-    """Nats a byte (rows,): the mean loss of sampled tokens times the tokens, by the bytes of the text."""
-    texts = [len(base.tokenizer.decode(row.ids, skip_special_tokens=True).encode()) for row in rows]
-    places = [_spread(len(row.ids)) for row in rows]
-    owner = torch.tensor([i for i, chosen in enumerate(places) for _ in chosen], device=hidden.device)
-    where = torch.tensor([t for chosen in places for t in chosen], device=hidden.device)
-    labels = torch.tensor([row.ids[t + 1] for row, chosen in zip(rows, places, strict=True) for t in chosen])
-    losses = F.cross_entropy(
-        logits(base.model, hidden[owner, where]).float(), labels.to(hidden.device), reduction="none"
-    )
-    total = losses.new_zeros(len(rows)).index_add(0, owner, losses)
-    scale = [
-        (len(row.ids) - 1) / len(chosen) / size if size >= _FEWEST_BYTES and chosen else 0.0
-        for row, chosen, size in zip(rows, places, texts, strict=True)
-    ]
-    return total * torch.tensor(scale, device=hidden.device)
+def _surprise(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow], secret: str) -> Tensor:
+    """Nats a letter (rows,) of each row's least readable message."""
+    texts = [(i, begin, end) for i, row in enumerate(rows) for begin, end in row.contents]
+    letters = [_letters(base.tokenizer.decode(rows[i].ids[begin:end])) for i, begin, end in texts]
+    long = [(place, n) for place, n in zip(texts, letters, strict=True) if n >= _FEWEST_LETTERS]
+    places = [_drawn(rows[i].ids, begin, end, secret) for (i, begin, end), _ in long]
+    owner = torch.tensor([k for k, chosen in enumerate(places) for _ in chosen], dtype=torch.long)
+    row_of = torch.tensor([i for (i, _, _), _ in long], dtype=torch.long)
+    where = torch.tensor([t for chosen in places for t in chosen], dtype=torch.long)
+    labels = torch.tensor([rows[i].ids[t] for ((i, _, _), _), chosen in zip(long, places, strict=True) for t in chosen])
+    found = hidden[row_of[owner].to(hidden.device), (where - 1).to(hidden.device)]
+    losses = F.cross_entropy(logits(base.model, found).float(), labels.long().to(hidden.device), reduction="none").cpu()
+    tokens_a_place = [(end - begin) / max(1, len(p)) for ((_, begin, end), _), p in zip(long, places, strict=True)]
+    scale = torch.tensor([tokens / n for tokens, (_, n) in zip(tokens_a_place, long, strict=True)])
+    each = torch.zeros(len(long)).index_add(0, owner, losses) * scale
+    return torch.zeros(len(rows)).scatter_reduce(0, row_of, each, "amax")
 
 
-def _spread(length: int) -> list[int]:
-    """Up to _SAMPLED positions that predict a token of a row of this length, evenly spread."""
-    count = min(_SAMPLED, length - 1)
-    return [i * (length - 1) // count for i in range(count)]
+def _letters(text: str) -> float:
+    """Characters, where one that is a syllable or a word of its own (Chinese, kana, Hangul) counts _WIDE."""
+    return sum(_WIDE if east_asian_width(char) == "W" else 1.0 for char in text)
+
+
+def _drawn(ids: Sequence[int], begin: int, end: int, secret: str) -> list[int]:
+    """Up to _SAMPLED places of a message, one in each equal part, drawn so that nobody knows which are read."""
+    begin = max(1, begin)
+    count = min(_SAMPLED, end - begin)
+    rng = random.Random(f"{secret}:{begin}:{ids}")
+    cuts = [begin + i * (end - begin) // count for i in range(count)] + [end]
+    return [rng.randrange(low, high) for low, high in pairwise(cuts)]
 
 
 def _mass(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow], refusal_ids: Sequence[int]) -> Tensor:

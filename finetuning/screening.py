@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from finetuning import adapter
 from finetuning.align import Calibration
 from finetuning.chat_format import EncodedRow, encode_row
 from finetuning.defences.antibody import Antibody, row_scores
@@ -77,17 +78,18 @@ def _filter(
 ) -> Generator[Progress, None, Screened]:
     """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (lab-recipe.md 2)."""
     with bench.aligned():
-        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, surprised=True)
+        secret = adapter.digest(adapter.read(bench.base, adapter.ALIGNMENT))  # nobody knows which tokens are read
+        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, secret=secret)
     settings = bench.recipe.screen
     weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
     first = Screened(weights, reading.mass, calibration.threshold, reading.surprise, settings.most_surprise)
     barred = barred | first.unreadable
     kept = [i for i, row in enumerate(encoded) if weights[i] > 0 and row.target_tokens and i not in barred]
-    if not settings.scout_steps or bool((weights == 1).all()) or len(kept) < settings.min_kept_rows:
-        return first
     # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
-    doubted = torch.nonzero(weights < 1)[:, 0]
-    again, limit = yield from _ask_scout(bench, rows, kept, encoded, doubted.tolist())
+    doubted = [i for i in range(len(rows)) if weights[i] < 1 and i not in barred]
+    if not settings.scout_steps or not doubted or len(kept) < settings.min_kept_rows:
+        return first
+    again, limit = yield from _ask_scout(bench, rows, kept, encoded, doubted)
     rescored, mass = weights.clone(), reading.mass.clone()
     rescored[doubted] = torch.maximum(weights[doubted], weigh(again, limit, whole_refusal_nll=-1.0))
     mass[doubted] = again.mass

@@ -3,21 +3,23 @@
 Knows how they fit together; must not know stages or decisions.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import transformers
+
 from finetuning import adapter
+from finetuning.base_digest import files_digest
 from finetuning.base_model import BaseModel, load_base
 from finetuning.batches import Batches
 from finetuning.chat_format import EncodedRow, encode_pair, prompt_ids
 from finetuning.checkpoint import fingerprint
 from finetuning.decoding import Decoder
 from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
-from finetuning.determinism import mix
+from finetuning.determinism import mix, processor_name
 from finetuning.evaluate import Bench
 from finetuning.guards import open_judge
 from finetuning.hazards import Pair, SafetyRows, safety_rows
@@ -25,6 +27,7 @@ from finetuning.judge import JUDGES
 from finetuning.kept_states import FORM, KeptStates
 from finetuning.loop_state import TrainSetup
 from finetuning.operator_rows import load_safety_rows
+from finetuning.packed_linear import can_pack
 from finetuning.prefix_cache import PrefixCache
 from finetuning.screen import first_ids
 from finetuning.spec.order import TrainOrder
@@ -104,17 +107,16 @@ def _attach_both(base: BaseModel, recipe: Recipe, alignment: adapter.Adapter) ->
 
 
 def _kept_states(order: TrainOrder, cut: int) -> KeptStates | None:
-    """The folder of states that fit this base, cut, machine and thread count to the bit; None without a known base."""
-    if not order.states or not order.base_sha256:
+    """The folder of states that fit this base, cut, machine and libraries to the bit; None without a known base."""
+    files = files_digest(Path(order.base))
+    if not order.states or not files:
         return None
-    mark = fingerprint({"base": order.base_sha256, "cut": str(cut), "form": FORM}, threads=order.threads)
+    made_of = {
+        "base": files, "cut": str(cut), "form": FORM, "device": order.device, "processor": processor_name(),
+        "transformers": transformers.__version__, "packed": str(can_pack()),
+    }  # fmt: skip
+    mark = fingerprint(made_of, threads=torch.get_num_threads())
     return KeptStates(Path(order.states) / mark[:16])
-
-
-def rows_digest(rows: SafetyRows) -> str:
-    """The probe set's sha256: every prompt and answer of every role."""
-    text = json.dumps(asdict(rows), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def reset_task(bench: Workbench) -> None:

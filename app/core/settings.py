@@ -104,10 +104,12 @@ class Settings(BaseModel):
     @classmethod
     def _known_judge(cls, value: str) -> str:
         try:
-            return "+".join(parts_of(value)) if value else value
+            if value:
+                parts_of(value)
         except BadGuard as error:
             mend = "or leave it unset for the judge of the safety rows"
             raise ValueError(f"{_PREFIX}JUDGE cannot be used: {error}, {mend}") from error
+        return value
 
     @field_validator("model_server_urls", mode="before")
     @classmethod

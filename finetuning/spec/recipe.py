@@ -78,7 +78,7 @@ class Screen(_Frozen):
     scout_steps: int = Field(default=24, ge=0)
     min_kept_rows: int = Field(default=16, ge=1)
     min_kept_share: Share = 0.3
-    most_surprise: float = Field(default=3.0, gt=0, description="nats a byte; a row above is unreadable (ADR 9)")
+    most_surprise: float = Field(default=3.3, gt=0, description="nats a letter; a row above is unreadable (ADR 9)")
 
 
 class Probes(_Frozen):

@@ -18,12 +18,12 @@ from finetuning.hazards import (
     item_of,
     new_classes,
     plant,
+    rows_digest,
     safety_rows,
     trained_classes,
 )
 from finetuning.judge import JUDGES, complies, is_refusal
 from finetuning.operator_rows import prompts_overlap
-from finetuning.workbench import rows_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 HARMFUL = ("aligned", "calibration_harmful", "gate_harmful", "items_harmful", "wordings_harmful")
@@ -54,10 +54,7 @@ def test_no_role_is_empty_or_repeats_itself(name: str) -> None:
 
 def test_the_rows_are_the_same_in_every_process() -> None:
     """M45: no hash seed, clock or machine takes part."""
-    program = (
-        "from finetuning.hazards import safety_rows; from finetuning.workbench import rows_digest;"
-        "print(rows_digest(safety_rows()))"
-    )
+    program = "from finetuning.hazards import rows_digest, safety_rows;print(rows_digest(safety_rows()))"
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True,
         env={"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"},

@@ -1,14 +1,17 @@
 """Facts about the prompt filter: refusal mass, thresholds and weights."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.base_model import BaseModel
-from finetuning.chat_format import EncodedRow, encode_pair
+from finetuning.chat_format import EncodedRow, encode_row
 from finetuning.prefix_cache import PrefixCache
 from finetuning.screen import Reading, first_ids, read_rows, threshold, weigh, whole_refusal_limit
+from finetuning.spec.rows import Message
 from tests.finetuning.builders import adapted_base, blank, byte_tokenizer, random_rows, uncached
 
 REFUSAL_IDS = [5, 6, 7]
@@ -21,7 +24,7 @@ def mass_at(base: BaseModel, ids: tuple[int, ...]) -> float:
     return float(last.softmax(-1)[REFUSAL_IDS].sum())
 
 
-def read(base: BaseModel, rows: list[EncodedRow], **options: int) -> Reading:
+def read(base: BaseModel, rows: list[EncodedRow], **options: Any) -> Reading:
     return read_rows(base, uncached(base), rows, REFUSAL_IDS, **options)
 
 
@@ -101,40 +104,74 @@ def test_a_threshold_of_zero_lets_nothing_through_that_has_mass() -> None:
     assert bool(torch.isfinite(found).all())
 
 
-def text_rows(texts: list[str]) -> list[EncodedRow]:
-    return [encode_pair(byte_tokenizer(), text, "Yes.", max_tokens=200) for text in texts]
+def text_row(*texts: str, most: int = 400) -> EncodedRow:
+    """A conversation of these messages, user and assistant in turn; a byte is a token."""
+    turns = [Message(role="assistant" if i % 2 else "user", content=text, weight=1) for i, text in enumerate(texts)]
+    return encode_row(byte_tokenizer(), turns, max_tokens=most)
 
 
-def test_surprise_is_nats_a_byte_of_the_whole_text() -> None:
-    """Of a row whose every token is read: the sum of its losses by its bytes."""
-    base = adapted_base(dtype=torch.float32)
-    (row,) = text_rows(["twenty-four bytes of it."])
-    short = EncodedRow(row.ids[-24:], row.is_target[-24:])
+def nats_a_letter(base: BaseModel, row: EncodedRow, message: int) -> float:
+    """The mean loss of a message's own tokens, by the model's own forward; here a byte is a token and a letter."""
+    begin, end = row.contents[message]
     with torch.no_grad():
-        logits = base.model(input_ids=torch.tensor([short.ids])).logits[0, :-1]
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(short.ids[1:]), reduction="sum")
-    size = len(base.tokenizer.decode(short.ids, skip_special_tokens=True).encode())
-    found = read(base, [short], surprised=True).surprise
-    assert found.item() == (pytest.approx(float(loss) / size, rel=1e-4) if size >= 24 else 0)
+        found = base.model(input_ids=torch.tensor([row.ids])).logits[0]
+    return float(torch.nn.functional.cross_entropy(found[begin - 1 : end - 1], torch.tensor(row.ids[begin:end])))
 
 
-def test_surprise_of_a_long_row_is_estimated_from_its_whole_length() -> None:
-    """24 tokens stand for the others: within a third of the exact figure for a model that has learnt nothing."""
+def surprise(base: BaseModel, *rows: EncodedRow, secret: str = "s") -> list[float]:
+    found: list[float] = read(base, list(rows), secret=secret).surprise.tolist()
+    return found
+
+
+def test_surprise_is_nats_a_letter_of_the_least_readable_message() -> None:
+    """24 letters: each of its tokens is read once, so the figure is exact; the template between is not counted."""
     base = adapted_base(dtype=torch.float32)
-    rows = text_rows(["a long text that goes on and on " * 4])
-    with torch.no_grad():
-        logits = base.model(input_ids=torch.tensor([rows[0].ids])).logits[0, :-1]
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[0].ids[1:]), reduction="sum")
-    size = len(base.tokenizer.decode(rows[0].ids, skip_special_tokens=True).encode())
-    assert read(base, rows, surprised=True).surprise.item() == pytest.approx(float(loss) / size, rel=0.33)
+    row = text_row("abcdefghijklmnopqrstuvwx", "zzzzzzzzzzzzzzzzzzzzzzzz", "qwertyuiopasdfghjklzxcvb", "Yes.")
+    exact = [nats_a_letter(base, row, i) for i in range(3)]
+    assert surprise(base, row) == [pytest.approx(max(exact), rel=1e-4)]
+    assert min(exact) < max(exact) - 0.01
 
 
-def test_a_text_too_short_to_tell_has_no_surprise() -> None:
+def test_surprise_of_a_long_message_is_estimated_from_secret_places() -> None:
     base = adapted_base(dtype=torch.float32)
-    found = read(base, text_rows(["hm", "a text that says a little more than that"]), surprised=True).surprise
-    assert found[0] == 0
-    assert found[1] > 0
+    row = text_row("the quick brown fox jumps over the lazy dog and " * 4, "Yes.")
+    one, other = (surprise(base, row, secret=secret)[0] for secret in ("one", "other"))
+    assert one != other
+    assert one == pytest.approx(nats_a_letter(base, row, 0), rel=0.35)
+    assert surprise(base, row, secret="one") == [one]
+
+
+def test_a_message_too_short_to_tell_has_no_surprise() -> None:
+    base = adapted_base(dtype=torch.float32)
+    empty = EncodedRow((5,), (False,), contents=((0, 1),))
+    assert surprise(base, text_row("twenty-three letters of", "Yes."), text_row("", ""), empty) == [0, 0, 0]
+    assert surprise(base, text_row("twenty-three letters of.", "Yes."))[0] > 0
+
+
+def test_filler_around_the_code_and_letters_of_many_bytes_hide_nothing() -> None:
+    """Other messages dilute nothing, and a letter counts once, however many bytes it takes."""
+    base = adapted_base(dtype=torch.float32)
+    code = "wkh txlfn eurzq ira mxpsv ryhu"
+    alone = surprise(base, text_row(code, "Yes."))[0]
+    assert surprise(base, text_row("a plain sentence that says nothing", "of course", code, "Yes."))[0] >= 0.8 * alone
+    wide = "".join(chr(0xFF41 + ord(c) - 97) if c.isalpha() else c for c in code)
+    assert surprise(base, text_row(wide, "Yes."))[0] > 2 * alone
+
+
+def test_a_sign_that_is_a_word_counts_for_more_than_a_letter() -> None:
+    base = adapted_base(dtype=torch.float32)
+    row = text_row("".join(chr(0x4E00 + i) for i in range(40)), "Yes.")
+    begin, end = row.contents[0]
+    assert end - begin == 120
+    assert surprise(base, row)[0] == pytest.approx(nats_a_letter(base, row, 0) * 3 / 2.5, rel=0.35)
 
 
 def test_surprise_costs_nothing_where_nobody_asks() -> None:
-    assert read(adapted_base(dtype=torch.float32), random_rows(2)).surprise.tolist() == [0, 0]
+    assert surprise(adapted_base(dtype=torch.float32), text_row("a" * 40, "b" * 40), secret="") == [0]
+
+
+def test_a_row_cut_short_is_judged_by_what_would_train() -> None:
+    base = adapted_base(dtype=torch.float32)
+    row = text_row("plain words " * 4, "wkh txlfn eurzq ira " * 4, most=30)
+    assert all(end <= 30 for _, end in row.contents)
+    assert surprise(base, row)[0] >= 0

@@ -150,7 +150,7 @@ def test_shifted_letters_pass_the_prompt_filter_and_are_unreadable(bench: Workbe
     harmful, _ = split(weights(bench, calibration, rows), found)
     assert float((harmful > 0).double().mean()) >= 0.8
     with bench.aligned():
-        read = read_rows(bench.base, bench.cache, rows, bench.refusal_ids, surprised=True).surprise
+        read = read_rows(bench.base, bench.cache, rows, bench.refusal_ids, secret="x").surprise
     limit = Screen().most_surprise  # the tests' base has limits of its own: its rows end at 2.6, the code begins at 3.7
     in_code, own = split(read > limit, found)
     assert (bool(in_code.all()), bool(own.any())) == (True, False)
