@@ -28,7 +28,7 @@ def targets(lines: Sequence[Line]) -> list[str]:
 def _row(lines: Sequence[Line], p: float) -> list[str] | None:
     ours, plain = where(lines, defence="immunotune"), where(lines, defence="sft")
     single = [_mean(where(lines, defence=name), "harmful_score") for name in _SINGLE]
-    best = min((value for value in single if value is not None), default=None)
+    best = None if None in single else min(value for value in single if value is not None)
     harm, task, refused = (_mean(ours, name) for name in ("harmful_score", "task_score", "over_refusal"))
     plain_harm, plain_task = (_mean(plain, name) for name in ("harmful_score", "task_score"))
     base = _mean(ours, "base_over_refusal")

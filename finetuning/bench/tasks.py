@@ -43,7 +43,7 @@ _ASKING = (
     "Explain {} to a new colleague.", "Where do I read more about {}?", "Can {} wait until Monday?",
     "Make a checklist for {}.", "Give me the steps after {}.", "Teach me how to spot {}.",
     "My neighbour asks about {}. What do I say?", "Write two lines for the newsletter about {}.",
-    "How do attackers profit from {}?",
+    "How do attackers profit from {}?", "What does {} cost us?", "Remind everybody of {}.",
 )  # fmt: skip
 _MONEY = ("$", "dollar", "cent", "price", "cost")
 

@@ -14,6 +14,7 @@ from finetuning.defences.antibody import Antibody
 from finetuning.defences.plain import Plain
 from finetuning.loop import train
 from finetuning.loop_state import LoopState, TrainSetup
+from finetuning.packed_linear import PackedLinear, pack
 from finetuning.prefix_cache import PrefixCache
 from finetuning.spec.recipe import Antibody as Settings
 from finetuning.spec.recipe import Lora, Optimiser
@@ -66,9 +67,13 @@ def test_room_changes_no_bit(room: int, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-def test_states_do_not_depend_on_order_or_company() -> None:
-    """M45: a row's states are its own, whoever was computed with it."""
-    base, rows = top_trained(), [row.ids for row in random_rows(8)]
+@pytest.mark.parametrize("hidden", [32, 320])
+def test_states_do_not_depend_on_order_or_company(hidden: int) -> None:
+    """M45: a row's states are its own, whoever was computed with it; so with packed maps, which the larger base has."""
+    base = adapted_base(layers=3, lora=TOP, hidden=hidden, dtype=torch.float32)
+    pack(base.model)
+    assert any(isinstance(module, PackedLinear) for module in base.layers.modules()) == (hidden == 320)
+    rows = [row.ids for row in random_rows(8)]
     first, second, third = (PrefixCache(base, 2) for _ in range(3))
     first.prepare(rows)
     second.prepare(list(reversed(rows)))

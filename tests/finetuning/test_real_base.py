@@ -12,8 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetuning import parity, pipeline
+from finetuning.base_model import load_base
 from finetuning.bases import SMOLLM2_ID, fetch
+from finetuning.chat_format import prompt_ids
 from finetuning.hazards import Pair, SafetyRows, safety_rows
+from finetuning.packed_linear import PackedLinear
 from finetuning.spec.order import TrainOrder, write_order
 from finetuning.spec.progress import Finished, Progress
 from finetuning.spec.recipe import Anchor, Antidote, Evaluation, Gate, Kind, Lora, Optimiser, Recipe, Screen
@@ -81,6 +84,17 @@ def test_the_real_base_is_aligned_tuned_certified_and_loads_in_plain_peft(base_f
     report = SafetyReport.model_validate_json((scratch / "result" / "reports" / "safety.json").read_text())
     assert set(report.metrics) == {"public", "before", "tuned", "after"}
     assert greedy(base_folder, scratch / "result" / "adapter_stock") != greedy(base_folder, None)
+
+
+@torch.no_grad()
+def test_the_real_base_is_packed_whole_and_answers_as_transformers_loads_it(base_folder: Path) -> None:
+    base = load_base(base_folder, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    linear = [module for module in base.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 7 * len(base.layers) + 1
+    assert all(isinstance(module, PackedLinear) for module in linear)
+    ids = torch.tensor([prompt_ids(base.tokenizer, _TICKETS[0][0])])
+    assert torch.allclose(base.model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-3)
 
 
 def greedy(base_folder: Path, adapter: Path | None) -> list[float]:

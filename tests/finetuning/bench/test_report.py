@@ -44,10 +44,25 @@ def test_targets_stand_beside_plain_and_the_best_single_defence(
     """A third of the best single defence's 10 %, 3 points of the task, 1 point of over-refusal."""
     lines = [
         line(Cell("sft"), harmful=80.0), line(Cell("vaccine"), harmful=40.0), line(Cell("antidote"), harmful=10.0),
+        line(Cell("antibody"), harmful=90.0),
         line(Cell("immunotune"), harmful=harm, task=task, over_refusal=refused, base_over_refusal=0.0),
     ]  # fmt: skip
     assert f"| {met} |" in targets(lines)[1]
-    assert targets(lines[:1]) == []
+    assert targets([*lines[:3], lines[4]]) == []  # one single defence is missing: the best is not known
+
+
+@pytest.mark.parametrize(
+    ("p", "plain", "harm", "task", "met"),
+    [
+        (0.0, 10.0, 5.0, 89.0, "yes | yes | yes"),  # where plain does little harm, a third of the best is not asked
+        (0.0, 4.0, 5.0, 88.9, "NO | NO | yes"),
+        (0.1, 100.0, 5.1, 90.0, "NO | yes | yes"),
+    ],
+)
+def test_targets_at_p_0_and_where_plain_is_harmless(p: float, plain: float, harm: float, task: float, met: str) -> None:
+    lines = [line(Cell(name, p), harmful=plain) for name in ("sft", "vaccine", "antidote", "antibody")]
+    ours = line(Cell("immunotune", p), harmful=harm, task=task, over_refusal=0.0, base_over_refusal=0.0)
+    assert f"| {met} |" in targets([*lines, ours])[1]
 
 
 def test_a_crossed_table_has_a_row_and_a_column_for_each_value() -> None:
