@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     cells = [
         cell for cell in GRIDS[grid](options.base)
         if (not options.defence or cell.defence in options.defence) and (not options.seed or cell.seed in options.seed)
+        and (not options.p or cell.p in options.p)
     ]  # fmt: skip
     missing = remaining(cells, (cell_of(line) for line in load(out)))
     return run_all(missing, settings, out, jobs=options.jobs, minutes=options.minutes)
@@ -60,6 +61,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base", default="tiny", help="tiny, smollm2, a hub id or a folder")
     parser.add_argument("--defence", action="append", choices=sorted(DEFENCES), help="only these (may be repeated)")
     parser.add_argument("--seed", action="append", type=int, help="only these (may be repeated)")
+    parser.add_argument("--p", action="append", type=float, help="only these harmful shares (may be repeated)")
     parser.add_argument("--rows", type=int, default=160, help="customer rows of a file (160)")
     parser.add_argument("--epochs", type=int, default=0, help="passes over a file (10 on the tiny base, 3 on others)")
     parser.add_argument("--test-rows", type=int, default=64, help="scored customer prompts (64)")

@@ -27,11 +27,12 @@ from finetuning.hazards import attacker_rows
 from finetuning.loop import train
 from finetuning.loop_state import LoopState
 from finetuning.recipes import tune_recipe
-from finetuning.screen import Reading, read_rows, weigh
+from finetuning.screen import Reading, Screened, read_rows, weigh
+from finetuning.screening import ScreenedFile, screen_rows
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Failed
 from finetuning.spec.recipe import Antibody as AntibodySettings
-from finetuning.spec.recipe import Screen
+from finetuning.spec.recipe import Probes, Screen
 from finetuning.spec.report import Metrics
 from finetuning.spec.rows import rows_of
 from finetuning.workbench import Workbench, open_workbench, refusal_ids, reset_task, training
@@ -154,6 +155,36 @@ def test_shifted_letters_pass_the_prompt_filter_and_are_unreadable(bench: Workbe
     limit = Screen().most_surprise  # the tests' base has limits of its own: its rows end at 2.6, the code begins at 3.7
     in_code, own = split(read > limit, found)
     assert (bool(in_code.all()), bool(own.any())) == (True, False)
+
+
+def screened(bench: Workbench, calibration: Calibration, found: Poisoned, scout_steps: int) -> Screened:
+    """What the screen makes of a file, with a scout of that many steps."""
+    recipe = tune_recipe("tiny", "immunotune", rows=len(found.rows), epochs=1)
+    screen = recipe.screen.model_copy(update={"scout_steps": scout_steps})
+    recipe = recipe.model_copy(update={"screen": screen, "probes": Probes(enabled=False)})
+    stage = screen_rows(
+        replace(bench, recipe=recipe), list(rows_of([json.dumps(row).encode() for row in found.rows])), calibration
+    )
+    while True:
+        try:
+            next(stage)
+        except StopIteration as end:
+            result: ScreenedFile = end.value
+            return result.ledger.screened
+
+
+def test_a_scout_reads_only_what_is_in_doubt_and_only_gives_rows_back(
+    bench: Workbench, calibration: Calibration
+) -> None:
+    found = ATTACKS["planted"].build(OWN, 0.2, 0)
+    without, scouted = (screened(bench, calibration, found, steps) for steps in (0, 2))
+    assert (without.rescored, scouted.rescored) == (False, True)
+    doubted = without.weights < 1
+    assert 0 < int(doubted.sum()) < len(doubted)
+    assert torch.equal(without.weights[~doubted], scouted.weights[~doubted])
+    assert torch.equal(without.mass[~doubted], scouted.mass[~doubted])
+    assert bool((scouted.weights[doubted] >= without.weights[doubted]).all())
+    assert not torch.equal(without.mass[doubted], scouted.mass[doubted])
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])
