@@ -134,15 +134,23 @@ def pair_nll(bench: Bench, pairs: Sequence[Pair], *, batch: int = 16) -> Measure
     return mean(rows_nll(bench.base, bench.cache, rows, batch=batch))
 
 
-@torch.no_grad()
 def rows_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16) -> list[float]:
     """nll of each row under the active adapters."""
+    return read_targets(base, cache, rows, batch=batch)[0]
+
+
+@torch.no_grad()
+def read_targets(
+    base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16
+) -> tuple[list[float], list[bool]]:
+    """nll of each row under the active adapters, and whether every token of its answer is the model's first choice."""
     cache.prepare([row.ids for row in rows])
-    out = [0.0] * len(rows)
+    nll, known = [0.0] * len(rows), [False] * len(rows)
     for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
-        for i, value in zip(chosen, row_nll(base, cache, [rows[i] for i in chosen]).nll.tolist(), strict=True):
-            out[i] = value
-    return out
+        found = row_nll(base, cache, [rows[i] for i in chosen])
+        for i, value, right in zip(chosen, found.nll.tolist(), (found.correct == found.tokens).tolist(), strict=True):
+            nll[i], known[i] = value, right
+    return nll, known
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ class PruneTrial(_Frozen):
     leak: float
     harmful_nll: float
     kept_rows_nll: float
+    kept_rows_known: float = Field(default=0.0, description="share of kept rows whose every target token comes first")
     accepted: bool
 
 

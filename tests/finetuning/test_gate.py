@@ -183,6 +183,18 @@ def test_an_alpha_that_costs_the_customers_task_is_not_accepted() -> None:
     assert choice.alpha == 0.0
 
 
+def test_an_alpha_that_unlearns_rows_is_not_accepted_though_their_mean_loss_hardly_moves() -> None:
+    """A name or a number copied wrong is a wrong answer; seen on the task `orders`, whose score fell from 81 to 17."""
+    bench = refusing_from(0.01)
+    learn(bench, KEPT)
+    choice = choose_alpha(bench, settings(alphas=(0.0, 0.02)), KEPT)
+    unpruned, pruned = choice.trials
+    assert (unpruned.kept_rows_known, pruned.kept_rows_known) == (1.0, 0.5)
+    assert pruned.refusal_rate == 1.0
+    assert pruned.kept_rows_nll < 2 * unpruned.kept_rows_nll
+    assert (pruned.accepted, choice.alpha) == (False, 0.0)
+
+
 STRONG = Anchor(mix_share=0.2, mix_refusal_share=0.7, kl_weight=2.0, kl_rows=5, kl_tokens=9)
 RATE = Optimiser(learning_rate=4e-3, warmup_steps=7)
 
