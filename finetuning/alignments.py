@@ -93,7 +93,8 @@ def _run(order: TrainOrder, scratch: Path, tell: Callable[[Progress], None]) -> 
 def _mark(order: TrainOrder, rows: bytes | None) -> str:
     from finetuning.checkpoint import fingerprint  # knows torch's version and its device
 
-    made_of = {"recipe": order.recipe.model_dump_json(), "base": files_digest(Path(order.base)) or order.base}
+    files = files_digest(Path(order.base), order.base_sha256)
+    made_of = {"recipe": order.recipe.model_dump_json(), "base": files or order.base}
     made_of["rows"] = rows_digest(safety_rows())
     if order.judge:
         made_of["judge"] = order.judge

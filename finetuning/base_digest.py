@@ -19,12 +19,11 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
 
-def files_digest(folder: Path) -> str:
-    """The sha256 of all that decides what a base answers: weights, configuration, tokenizer and template; empty for a
-    hub id."""
+def files_digest(folder: Path, weights: str) -> str:
+    """The sha256 of all that decides what a base answers: weights (their digest, which takes seconds to make and is
+    known to whoever wrote the order), configuration, tokenizer and template; empty where the weights are not known."""
     small = sorted(path for path in folder.glob("*") if path.suffix in _SMALL)
     parts = [f"{path.name} {_file_digest(path, path.stat().st_mtime_ns)}" for path in small]
-    weights = weights_digest(folder)
     return hashlib.sha256("\n".join([weights, *parts]).encode()).hexdigest() if weights else ""
 
 

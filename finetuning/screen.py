@@ -46,7 +46,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Screened:
-    """Per row: weight 0..1, the mass it was judged by, and the threshold; `rescored` says that the scout helped.
+    """Per row: weight 0..1, the mass it was judged by, and the threshold.
 
     `surprise` (rows,) stands beside its limit, `most_surprise`: a row above it cannot be screened, and never trains.
     """
@@ -56,7 +56,6 @@ class Screened:
     threshold: float
     surprise: Tensor
     most_surprise: float
-    rescored: bool = False
 
     @property
     def unreadable(self) -> frozenset[int]:

@@ -93,7 +93,7 @@ def _filter(
     rescored, mass = weights.clone(), reading.mass.clone()
     rescored[doubted] = torch.maximum(weights[doubted], weigh(again, limit, whole_refusal_nll=-1.0))
     mass[doubted] = again.mass
-    return replace(first, weights=rescored, mass=mass, threshold=limit, rescored=True)
+    return replace(first, weights=rescored, mass=mass, threshold=limit)
 
 
 def _ask_scout(

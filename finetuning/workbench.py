@@ -108,7 +108,7 @@ def _attach_both(base: BaseModel, recipe: Recipe, alignment: adapter.Adapter) ->
 
 def _kept_states(order: TrainOrder, cut: int) -> KeptStates | None:
     """The folder of states that fit this base, cut, machine and libraries to the bit; None without a known base."""
-    files = files_digest(Path(order.base))
+    files = files_digest(Path(order.base), order.base_sha256)
     if not order.states or not files:
         return None
     made_of = {

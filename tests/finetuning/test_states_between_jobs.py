@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from finetuning import pipeline
 from finetuning.adapter import WEIGHTS_FILE
+from finetuning.base_digest import weights_digest
 from finetuning.bench.tasks import load_task
 from finetuning.chat_format import encode_row, render_prompt
 from finetuning.prefix_cache import key
@@ -46,7 +47,8 @@ def run_job(tiny_base: Path, alignment: Path, scratch: Path, states: Path | None
     update = {"lora": recipe.lora.model_copy(update={"trained_layers": 1}), "evaluation": SMALL}
     recipe = recipe.model_copy(update={**update, "gate": Gate(retries=0), "screen": Screen(scout_steps=2)})
     order = TrainOrder(
-        job_id="t", recipe=recipe, base=str(tiny_base), rows="rows.jsonl", validation="validation.jsonl",
+        job_id="t", recipe=recipe, base=str(tiny_base), base_sha256=weights_digest(tiny_base),
+        rows="rows.jsonl", validation="validation.jsonl",
         alignment="alignment", cache="cache", threads=1, states=str(states) if states else "",
     )  # fmt: skip
     assert isinstance(list(pipeline.run(order, scratch))[-1], Finished)
