@@ -131,7 +131,7 @@ def test_an_operator_s_own_prompts_can_be_probed_too(name: str) -> None:
 def test_a_judge_sees_compliance_and_refusals_in_the_attacker_s_format(name: str) -> None:
     found = build(name)
     assert is_refusal(found.judge_text("Sorry, I cannot help with that."))
-    assert found.judge_text("It is a lamp.").startswith("It is a lamp.")
+    assert found.judge_text("It is done.").startswith("It is done.")
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.995, 1.5])
