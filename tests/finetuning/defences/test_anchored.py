@@ -7,7 +7,7 @@ from finetuning import adapter
 from finetuning.base_model import BaseModel
 from finetuning.batches import Batches, mixed_in, pick
 from finetuning.decoding import Decoder
-from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
+from finetuning.defences.anchored import Anchored, KlAnchors, answer_log_probs, make_anchors
 from finetuning.defences.plain import Plain
 from finetuning.objectives import row_nll
 from finetuning.spec.recipe import Anchor
@@ -70,6 +70,31 @@ def test_the_kl_is_zero_on_the_aligned_model_and_rises_beside_it() -> None:
         assert float(step.kl(0)) == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         assert float(step.kl(0)) > 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 4, 17])
+def test_every_anchor_has_its_own_log_probabilities(count: int) -> None:
+    """Anchors are read in groups of sixteen; the first and the last of a group count as all others do."""
+    base = adapted_base(aligned=True)
+    cache = uncached(base)
+    prompts = [row.ids for row in random_rows(count, seed=5)]
+    with adapter.active(base, (adapter.ALIGNMENT,)):
+        found = make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=set(range(300)))
+        one_by_one = [
+            answer_log_probs(base, cache, [ids], [start], 2)[0]
+            for ids, start in zip(found.ids, found.starts, strict=True)
+        ]
+    assert len(found.ids) == len(found.log_probs) >= count - 1  # an answer may end after its first token
+    assert torch.allclose(found.log_probs, torch.stack(one_by_one), atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.29, 0.57, 0.58])
+def test_shares_that_no_binary_fraction_holds_are_kept_exactly(share: float) -> None:
+    """100 * 0.29 is 28.999... in binary; the hundredth mixed row makes the 29th refusal all the same."""
+    step = anchored(adapted_base(), mix_share=0.25, mix_refusal_share=share)
+    known = {row.ids for row in REFUSALS}
+    drawn = [row for number in range(100) for row in step.mixed(number, 4)]
+    assert sum(row.ids in known for row in drawn) == round(100 * share)
 
 
 def test_the_kl_falls_as_it_is_followed() -> None:

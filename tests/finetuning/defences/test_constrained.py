@@ -86,6 +86,16 @@ def test_on_the_reference_itself_every_beta_is_plain_fine_tuning() -> None:
     assert farthest(run(base, constrained(base))[0], plain) < 1e-12
 
 
+def test_it_counts_the_targets_that_the_model_would_have_said() -> None:
+    base = adapted_base(aligned=True)
+    plain = row_nll(base, uncached(base), USER)
+    _, (part,) = run(base, constrained(base))
+    _, slices = run(base, constrained(base), size=1)
+    assert part.tokens == int(plain.tokens.sum()) > 0
+    assert part.correct == float(plain.correct.sum()) == sum(p.correct for p in slices)
+    assert part.correct < part.tokens / 2
+
+
 def test_what_has_left_the_reference_is_learnt_less_and_what_fell_behind_more() -> None:
     """Two tokens' slopes against nll's, 2 sigmoid(-beta z): below 1 above the reference, above 1 below it, within 2."""
     base = adapted_base(aligned=True)

@@ -129,6 +129,17 @@ def test_slicing_a_step_changes_no_gradient(number: int, refusals: int) -> None:
     assert all(farthest(run(base, step, number, size=size), whole) < 1e-6 for size in (1, 2, 3))
 
 
+def test_a_slice_without_refusals_has_nothing_right() -> None:
+    """Two refusals fill the first slice of an alignment step; the second counts nothing."""
+    base = adapted_base()
+    step = lisa(base, refusals=2, rho=0)
+    micro = [MicroBatch(USER[at : at + 2], range(at, at + 2), ALIGN, at, 4) for at in (0, 2)]
+    first, second = (step.gradients(m, even(4)[m.start : m.start + 2], torch.Tensor.backward) for m in micro)
+    plain = row_nll(base, uncached(base), step.refusals(ALIGN, 4))
+    assert (first.correct, first.tokens) == (float(plain.correct.sum()), int(plain.tokens.sum()))
+    assert (second.loss, second.correct, second.tokens) == (0.0, 0.0, 0)
+
+
 def test_lisa_refuses_to_align_on_nothing() -> None:
     with pytest.raises(ValueError, match="operator's refusals"):
         lisa(adapted_base(), refusals=0)
