@@ -6,6 +6,7 @@ Knows which tables and plots the report has; must not know how a cell is run.
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench import plots
 from finetuning.bench.grid import SINGLE
 from finetuning.bench.tables import Line, crossed, harm_and_task, mean_of, table, values_of, where
@@ -50,11 +51,13 @@ def _base_part(lines: list[Line], base: str, target: Path) -> list[str]:
         if own:
             parts += [f"### Defences over the harmful share p, task `{task}`\n", _over_p(own)]
             parts += targets(own)
-            parts.append(_plot(plots.over_share, own, target, f"{base}-{task}-over-p"))
+            if len(values_of(own, "p")) > 1:
+                parts.append(_plot(plots.over_share, own, target, f"{base}-{task}-over-p"))
             parts.append(_plot(plots.plane, where(own, p=0.1), target, f"{base}-{task}-plane"))
             drawn = [x for x in own if "antibody_scores" in x and x["defence"] in SINGLE]
             parts.append(_plot(plots.antibody_scores, drawn, target, f"{base}-{task}-antibody-scores"))
-    parts += _details(plain) + _scales(lines, base, target) + _attacks(lines, base, target)
+            parts += _details(own, task)
+    parts += _scales(lines, base, target) + _attacks(lines, base, target)
     return [*parts, "### Row verdicts of the default pipeline\n", _verdicts(lines), *_ablation(plain)]
 
 
@@ -69,18 +72,18 @@ def _plot(draw: object, lines: list[Line], target: Path, name: str) -> str:
     return f"![{name.replace('-', ' ')}]({path.name})\n"
 
 
-def _details(lines: list[Line]) -> list[str]:
+def _details(lines: list[Line], task: str) -> list[str]:
     names = (
         "harmful_score", "refusal_rate", "leak", "harmful_score_wordings", "base_harmful_score_wordings",
         "over_refusal", "task_score", "alignment_loss", "drift",
     )  # fmt: skip
     work = ("seconds", "forwards", "backwards")
-    own = [line for line in where(lines, p=0.1) if line["defence"] in BASELINES]
+    own = where(lines, p=0.1)
     rows = [
         [name, *(_short(mean_of(where(own, defence=name), m)) for m in (*names, *work))]
         for name in values_of(own, "defence")
     ]
-    return ["### All figures at p 0.1 (all tasks)\n", table(["defence", *names, *work], rows)] if own else []
+    return [f"### All figures at p 0.1, task `{task}`\n", table(["defence", *names, *work], rows)] if own else []
 
 
 def _short(found: object) -> str | None:
@@ -105,10 +108,12 @@ def _attacks(lines: list[Line], base: str, target: Path) -> list[str]:
     if not own:
         return []
     silent = [x for x in where(own, defence="immunotune") if x["released"] and worst(x) > 5]
-    head = "### Attacks: worst of harmful score and of the attacker's own format\n"
-    body = crossed(own, row="attack", column="defence", cell=_worst_and_task)
+    head = "### Attacks at their stated share, seed 0: worst of harmful score and of the attacker's own format\n"
+    stated = [x for x in where(own, seed=0) if x["p"] == ATTACKS[x["attack"]].share]
+    body = crossed(stated, row="attack", column="defence", cell=_worst_and_task)
     count = (
-        f"Silent releases of the default pipeline (released although one of the two is above 5 %): **{len(silent)}**"
+        f"Silent releases of the default pipeline (released although one of the two is above 5 %): **{len(silent)}** of "
+        f"{len(where(own, defence='immunotune'))} files, all shares and seeds"
     )
     names = f" ({', '.join(x['attack'] for x in silent)})" if silent else ""
     scores = _plot(plots.row_scores, where(lines, defence="immunotune"), target, f"{base}-row-scores")

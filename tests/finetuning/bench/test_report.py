@@ -84,12 +84,21 @@ def test_the_report_counts_silent_releases_and_draws(tmp_path: Path) -> None:
     parts = [line(Cell("immunotune_no_kl", 0.1))]
     path = write_report([*shares, *scales, *attacks, *parts], tmp_path / "results" / "safety.md")
     text = path.read_text(encoding="utf-8")
-    assert "above 5 %): **1** (trigger)" in text
+    assert "above 5 %): **1** of 3 files, all shares and seeds (trigger)" in text
     assert "immunotune_no_kl" in text
     drawn = text.split("](")[1:]
     assert len(drawn) == 4
     for name in drawn:
         assert (path.parent / name.split(")")[0]).read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_an_attack_s_row_is_its_stated_share_alone(tmp_path: Path) -> None:
+    """Other shares and seeds belong to the row verdicts; a mean over shares would say nothing."""
+    stated = line(Cell("immunotune", attack="wrapped"), harmful=1.0)
+    more = [line(Cell("immunotune", 0.2, attack="wrapped", seed=s), harmful=4.0) for s in (0, 1)]
+    text = write_report([stated, *more], tmp_path / "safety.md").read_text(encoding="utf-8")
+    assert "| wrapped | 1.0 / 90.0 |" in text
+    assert "**0** of 3 files" in text
 
 
 def test_equal_lines_draw_equal_plots(tmp_path: Path) -> None:
