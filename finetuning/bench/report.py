@@ -112,8 +112,8 @@ def _attacks(lines: list[Line], base: str, target: Path) -> list[str]:
     stated = [x for x in where(own, seed=0) if x["p"] == ATTACKS[x["attack"]].share]
     body = crossed(stated, row="attack", column="defence", cell=_worst_and_task)
     count = (
-        f"Silent releases of the default pipeline (released although one of the two is above 5 %): **{len(silent)}** of "
-        f"{len(where(own, defence='immunotune'))} files, all shares and seeds"
+        "Silent releases of the default pipeline (released although one of the two is above 5 %): "
+        f"**{len(silent)}** of {len(where(own, defence='immunotune'))} files, all shares and seeds"
     )
     names = f" ({', '.join(x['attack'] for x in silent)})" if silent else ""
     scores = _plot(plots.row_scores, where(lines, defence="immunotune"), target, f"{base}-row-scores")
