@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from app.core.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "worker", "finetuning", "embedded", "demo")
@@ -60,6 +63,36 @@ def test_the_compose_file_starts_nothing_before_the_migrations_and_holds_no_secr
         if re.search("PASSWORD|SECRET|API_KEY", name) and not line.strip().startswith("#"):
             # without a value the variable is handed through from outside, and stays unset where it is unset
             assert not value or value.startswith("${"), f"{name} must come from outside"
+
+
+@pytest.mark.parametrize("judge", ["", "llama-guard-3-8b", "llama-guard-3-8b+granite-guardian-3.1-2b"])
+@pytest.mark.parametrize("rows", [None, "/var/lib/immunotune/rows.jsonl"])
+def test_compose_passes_judge_and_operator_rows_to_training_and_to_nobody_else(
+    judge: str, rows: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    ours = {"IMMUNOTUNE_JUDGE", "IMMUNOTUNE_OPERATOR_ROWS"}
+    assert [name for name, service in services.items() if ours & service.get("environment", {}).keys()] == ["trainer"]
+    outside = {"IMMUNOTUNE_JUDGE": judge} | ({"IMMUNOTUNE_OPERATOR_ROWS": rows} if rows else {})
+    for name in [name for name in os.environ if name.startswith("IMMUNOTUNE_")]:
+        monkeypatch.delenv(name)
+    for name, value in _inside(services["trainer"]["environment"], outside).items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert (settings.judge, settings.operator_rows) == (judge, Path(rows) if rows else None)
+    # guards are found below HOME, the one such variable that a training process gets: it must outlive the container
+    assert Path(services["trainer"]["environment"]["HOME"]) == settings.data
+
+
+def _inside(environment: dict[str, str | None], outside: dict[str, str]) -> dict[str, str]:
+    """What a container gets: ${NAME:-default} and ${NAME:?complaint} filled in, and no value passed through if set."""
+    given = {name: value if value is not None else outside.get(name) for name, value in environment.items()}
+    pattern = re.compile(r"\$\{(\w+):[-?]([^}]*)\}")
+    return {
+        name: pattern.sub(lambda found: outside.get(found[1]) or found[2], value)
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def test_the_ticket_files_are_what_their_generator_writes(tmp_path: Path) -> None:

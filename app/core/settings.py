@@ -81,8 +81,14 @@ class Settings(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535)
     api_key: str | None = Field(default=None, min_length=16, repr=False)
     base: str = "smollm2"
-    operator_rows: Path | None = Field(default=None, description="the operator's own safety rows, read by workers")
-    judge: str = Field(default="", description="a guard model that judges answers: docs/guides/judges.md")
+    operator_rows: Path | None = Field(
+        default=None, description="the operator's own safety rows, read where jobs train; unset: the shipped ones"
+    )
+    judge: str = Field(
+        default="",
+        description="a guard model that judges answers, or several joined by +; recommended: llama-guard-3-8b, or "
+        "granite-guardian-3.1-2b on less memory (docs/guides/judges.md); empty: the judge of the safety rows",
+    )
     train_queue: str = Field(default="train.cpu", pattern=r"train\.[a-z0-9]+", description="where new jobs queue")
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
