@@ -96,6 +96,38 @@ CREATE_FAULTS: list[tuple[dict[str, object], str, str | None]] = [
 ]
 
 
+# The operator chooses how a job is defended (api.md P5, P6); each names a real defence, policy or recipe field.
+CHOSEN_DEFENCES: list[tuple[dict[str, object], str, str]] = [
+    ({"defence": "plain"}, "unknown_parameter", "defence"),
+    ({"policy": "plain"}, "unknown_parameter", "policy"),
+    ({"recipe": {"screen": {"enabled": False}}}, "unknown_parameter", "recipe"),
+    ({"screen": {"enabled": False}}, "unknown_parameter", "screen"),
+    ({"alignment": "sft"}, "unknown_parameter", "alignment"),
+    ({"judge": "refusal-marker"}, "unknown_parameter", "judge"),
+    ({"method": {"type": "plain"}}, "invalid_value", "method.type"),
+    ({"method": {"type": "supervised", "defence": "sft"}}, "unknown_parameter", "method.defence"),
+    (
+        {"method": {"type": "supervised", "supervised": {"defence": "sft"}}},
+        "unknown_parameter",
+        "method.supervised.defence",
+    ),
+    ({"hyperparameters": {"defence": "sft"}}, "unknown_parameter", "hyperparameters.defence"),
+    ({"safety": {"defence": "plain"}}, "unknown_parameter", "safety.defence"),
+    ({"safety": {"policy": "pol_plain@1"}}, "unknown_parameter", "safety.policy"),
+    ({"safety": {"gate": {"enabled": False}}}, "unknown_parameter", "safety.gate.enabled"),
+    ({"safety": {"antibody": {"enabled": False}}}, "safety_policy_violation", "safety.antibody.enabled"),
+]
+
+
+@pytest.mark.parametrize(("fields", "code", "param"), CHOSEN_DEFENCES, ids=lambda value: str(value)[:60])
+def test_a_client_cannot_choose_how_its_job_is_defended(
+    customer: Customer, fields: dict[str, object], code: str, param: str
+) -> None:
+    error = check_envelope(customer.create(**fields), 400, code, param)
+    assert param.rpartition(".")[2] in str(error["message"])
+    assert customer.http.get("/fine_tuning/jobs").json()["data"] == []
+
+
 @pytest.mark.parametrize(("fields", "code", "param"), CREATE_FAULTS, ids=lambda value: str(value)[:60])
 def test_a_bad_create_is_refused_and_makes_nothing(
     customer: Customer, fields: dict[str, object], code: str, param: str | None
