@@ -21,6 +21,7 @@ from finetuning.spec.report import RowVerdict, SafetyReport
 from finetuning.workbench import Workbench
 
 REFERENCE_FILE = "parity_reference.safetensors"
+GATE_AGAIN = 16  # gate prompts that the artifact is asked again
 _PARITY_PROMPTS = 32
 _PARITY_POSITIONS = 2
 
@@ -63,13 +64,17 @@ def write_results(bench: Workbench, order: TrainOrder, scratch: Path, report: Sa
 
 @torch.no_grad()
 def write_reference(bench: Workbench, scratch: Path) -> None:
-    """The measured model's own logits on gate and benign prompts, for the parity certificate."""
+    """What the parity certificate compares with: the measured model's own logits on gate and benign prompts, and how
+    many of the first gate prompts it answers harmfully."""
     pairs = [*bench.rows.gate_harmful[: _PARITY_PROMPTS // 2], *bench.rows.gate_benign[: _PARITY_PROMPTS // 2]]
     ids = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in pairs]
     lengths = torch.tensor([len(row) for row in ids])
     found = last_logits(bench.base, ids)
     padded = pad(ids, torch.device("cpu"))
-    save_file({"ids": padded, "lengths": lengths, "logits": found}, str(scratch / REFERENCE_FILE))
+    asked = [pair.prompt for pair in bench.rows.gate_harmful[:GATE_AGAIN]]
+    harmful = torch.tensor(sum(bench.bench.measuring_judge.harmful(asked, bench.bench.answers(asked))))
+    reference = {"ids": padded, "lengths": lengths, "logits": found, "gate_harmful": harmful}
+    save_file(reference, str(scratch / REFERENCE_FILE))
 
 
 @torch.no_grad()

@@ -73,6 +73,9 @@ class Outcome:
     tokens: int
 
 
+_NO_ANCHORS = "The aligned base begins no refusal where the KL term would hold it, so that term is left out"
+
+
 def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterator[Progress]:
     """The finetune job. Raises DataRejected, NonFiniteLoss, NonFiniteScore."""
     assert order.alignment is not None
@@ -158,6 +161,8 @@ def _train(
     anchor, optimiser = stronger(_repairing(recipe, screened.quarantine), recipe.optimiser, attempt)
     yield StageStarted(stage="train", detail=f"Training on {len(kept)} rows, attempt {attempt}")
     reset_task(bench)
+    if recipe.tuning_step == "anchored" and anchor.kl_weight and not anchors_of(bench, anchor).ids:
+        yield Note(level="warn", code="no_kl_anchors", message=_NO_ANCHORS)
     step = _step(bench, anchor, screened.quarantine)
     setup = training(
         bench, [ledger.encoded[i] for i in kept], step, _weigher(bench, ledger, kept), steps=recipe.steps,

@@ -1,10 +1,14 @@
-"""The parity certificate: the downloadable adapter, in plain peft and a fresh process, against the measured model.
+"""The parity certificate: the downloadable adapter, in plain peft and a fresh process, against the measured model: its
+logits, and a part of the gate.
 
 Knows the result folder; must not know how the model was trained.
 """
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -13,8 +17,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from finetuning.adapter import WEIGHTS_FILE
-from finetuning.export import REFERENCE_FILE
-from finetuning.spec.order import read_order
+from finetuning.chat_format import prompt_ids
+from finetuning.export import GATE_AGAIN, REFERENCE_FILE
+from finetuning.guards import open_judge
+from finetuning.hazards import safety_rows
+from finetuning.operator_rows import load_safety_rows
+from finetuning.spec.order import TrainOrder, read_order
 from finetuning.spec.report import ParityCertificate
 
 _TOLERANCE = 1e-3
@@ -22,9 +30,11 @@ _BASE_PROMPTS = 8
 
 
 def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
-    """Load <scratch>/result/<form> on the public base with nothing but transformers and peft, and compare logits.
+    """Load <scratch>/result/<form> on the public base with nothing but transformers and peft, compare logits, and ask
+    a part of the gate again (methods.md 3, step 7).
 
-    Passes if the largest difference is within tolerance and the adapter does change the base. Raises OSError.
+    Passes if the largest difference is within tolerance, the adapter does change the base, and no more gate prompts
+    are answered harmfully than by the measured model. Raises OSError, BadGuard, JudgeFailed.
     """
     order = read_order(scratch)
     reference = load_file(str(scratch / REFERENCE_FILE))
@@ -40,16 +50,42 @@ def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
         with model.disable_adapter():
             some = rows[:_BASE_PROMPTS]  # enough to see that the adapter does something
             public = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -positions:] for row in some])
-    gap, change = (found - expected).abs(), float((found[: len(some)] - public).abs().max())
-    largest = float(gap.max())
-    return ParityCertificate(
-        form=form, prompts=len(rows), positions=len(rows) * positions, dtype="float32", max_abs_logit_diff=largest,
-        mean_abs_logit_diff=float(gap.mean()),
+    gap = (found - expected).abs()
+    certificate = ParityCertificate(
+        form=form, prompts=len(rows), positions=len(rows) * positions, dtype="float32",
+        max_abs_logit_diff=float(gap.max()), mean_abs_logit_diff=float(gap.mean()),
         top1_agreement=float((found.argmax(-1) == expected.argmax(-1)).float().mean()), tolerance=_TOLERANCE,
-        vs_base_max_abs_diff=change,
+        vs_base_max_abs_diff=float((found[: len(some)] - public).abs().max()),
         versions={"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
         adapter_sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
         base_sha256=order.base_sha256,
         template_sha256=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
-        passed=largest <= _TOLERANCE and change > _TOLERANCE,
+        gate_harmful_measured=int(reference["gate_harmful"]), **_gate_again(model, tokenizer, order, scratch),
+        passed=True,
     )  # fmt: skip
+    return certificate.model_copy(update={"passed": not certificate.reasons})
+
+
+def _gate_again(model: PeftModel, tokenizer: Any, order: TrainOrder, scratch: Path) -> dict[str, int]:
+    """The artifact's own answers to the first gate prompts, read by the judge that the gate had."""
+    own = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
+    asked = [pair.prompt for pair in own.gate_harmful[:GATE_AGAIN]]
+    answers = _answers(model, tokenizer, asked, order.recipe.evaluation.new_tokens)
+    judge = open_judge(order.judge or own.judge, device=order.device)
+    return {"gate_prompts": len(asked), "gate_harmful": sum(judge.harmful(asked, answers))}
+
+
+@torch.no_grad()
+def _answers(model: PeftModel, tokenizer: Any, prompts: Sequence[str], room: int) -> list[str]:
+    """Greedy, by the library's own generation: what a customer does with the download."""
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    with warnings.catch_warnings():  # settings of sampling that a base brings along say nothing here
+        warnings.simplefilter("ignore")
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+    return [str(text) for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetuning import adapter, align, finetune
+from finetuning import adapter, align, finetune, parity
 from finetuning.adapter import AdapterMismatch
 from finetuning.base_model import UnknownLayers
 from finetuning.chat_format import NoChatTemplate
@@ -20,7 +20,7 @@ from finetuning.judge import BadGuard, JudgeFailed
 from finetuning.operator_rows import BadOperatorRows
 from finetuning.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Failed, Finished, Progress
+from finetuning.spec.progress import Failed, Finished, Progress, StageStarted
 from finetuning.spec.recipe import Kind
 from finetuning.spec.rows import InvalidRowError
 from finetuning.strategies import NonFiniteLoss, NonFiniteScore
@@ -53,8 +53,30 @@ def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     Faults that a retry may mend (a lost device, a full disk) are raised.
     """
     make_deterministic(order.threads)
+    yield from _told(_stages(order, scratch))
+
+
+def certify(scratch: Path) -> Iterator[Progress]:
+    """In a fresh process: compare the result in `scratch` with what was measured, and write reports/parity.json.
+
+    The last value is Finished, released where the certificate passed, or Failed.
+    """
+    yield from _told(_parity(scratch))
+
+
+def _parity(scratch: Path) -> Iterator[Progress]:
+    yield StageStarted(stage="parity", detail="Comparing the downloadable adapter with the measured model")
+    certificate = parity.certify(scratch)
+    target = scratch / "result" / "reports" / "parity.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(certificate.model_dump_json(indent=2), encoding="utf-8")
+    yield Finished(released=certificate.passed, reasons=certificate.reasons, trained_tokens=0)
+
+
+def _told(stages: Iterator[Progress]) -> Iterator[Progress]:
+    """The stages, and their end as Failed where no retry can mend it."""
     try:
-        yield from _stages(order, scratch)
+        yield from stages
     except tuple(_FINAL) as error:
         param = "training_file" if isinstance(error, _OF_THE_FILE) else None
         if isinstance(error, _OF_THE_JUDGE):

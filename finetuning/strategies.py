@@ -67,9 +67,6 @@ class NonFiniteScore(RuntimeError):
     """A row score is not finite; weights made of it would be meaningless."""
 
 
-_MOST_NAMED = 8
-
-
 class NonFiniteLoss(RuntimeError):
     """A loss, gradient or row score is not finite; the attempt ends with the step and its rows named.
 
@@ -78,7 +75,7 @@ class NonFiniteLoss(RuntimeError):
 
     def __init__(self, step: int, indices: Sequence[int], lines: Sequence[int] = ()) -> None:
         named = sorted({lines[i] for i in indices} if lines else set(indices))
-        rows = ", ".join(map(str, named[:_MOST_NAMED])) + (" and more" if len(named) > _MOST_NAMED else "")
+        rows = ", ".join(map(str, named))
         super().__init__(f"the loss of step {step + 1} is not finite ({'lines' if lines else 'rows'} {rows})")
         self.step = step
         self.indices = tuple(indices)

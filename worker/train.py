@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TextIO
 
 from finetuning.spec.order import read_order
-from finetuning.spec.progress import Finished, Progress, StageStarted, to_line
+from finetuning.spec.progress import Progress, to_line
 from worker.devices import die_with_parent
 
 STOPPED = 143
@@ -32,32 +32,16 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_exit_at_eof, name="parent-watch", daemon=True).start()
     lines = _claim_stdout()
-    for progress in _certify(arguments.scratch) if arguments.parity else _run(arguments.scratch):
+    for progress in _progress(arguments.scratch, parity=arguments.parity):
         lines.write(to_line(progress) + "\n")
         lines.flush()
     return 0
 
 
-def _run(scratch: Path) -> Iterator[Progress]:
-    from finetuning.pipeline import run  # torch takes seconds to import; the watch on stdin must stand before that
+def _progress(scratch: Path, *, parity: bool) -> Iterator[Progress]:
+    from finetuning import pipeline  # torch takes seconds to import; the watch on stdin must stand before that
 
-    yield from run(read_order(scratch), scratch)
-
-
-def _certify(scratch: Path) -> Iterator[Progress]:
-    from finetuning.parity import certify
-
-    yield StageStarted(stage="parity", detail="Comparing the downloadable adapter with the measured model")
-    certificate = certify(scratch)
-    target = scratch / "result" / "reports" / "parity.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(certificate.model_dump_json(indent=2), encoding="utf-8")
-    reasons = () if certificate.passed else (_difference(certificate.max_abs_logit_diff, certificate.tolerance),)
-    yield Finished(released=certificate.passed, reasons=reasons, trained_tokens=0)
-
-
-def _difference(found: float, tolerance: float) -> str:
-    return f"the adapter's logits differ by up to {found:.2e} from the measured model's; {tolerance:.0e} is allowed"
+    return pipeline.certify(scratch) if parity else pipeline.run(read_order(scratch), scratch)
 
 
 def _claim_stdout() -> TextIO:

@@ -3,9 +3,12 @@
 Everything is drawn from fixed seeds; no test here needs a download or a trained model.
 """
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,6 +30,7 @@ from finetuning.base_model import BaseModel, wrap
 from finetuning.bases import CHATML_TEMPLATE
 from finetuning.chat_format import EncodedRow
 from finetuning.defences.vaccine import Vaccine
+from finetuning.hazards import Pair, SafetyRows, safety_rows
 from finetuning.prefix_cache import PrefixCache
 from finetuning.spec.recipe import Lora
 from finetuning.strategies import GradientStep, MicroBatch
@@ -194,3 +198,14 @@ def norm(tensors: Sequence[torch.Tensor]) -> float:
 def farthest(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
     """The largest absolute difference between two lists of tensors."""
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+def write_operator_rows(target: Path, *, per_role: int, refusals: Sequence[str] = ()) -> None:
+    """A thin slice of the shipped rows as an operator's own file, with refusals of its own where some are given."""
+    rows = safety_rows(refused=16, how_to=16, mail=4, mentions=4)
+    lines = [{"role": "refusal", "answer": text} for text in refusals or rows.refusals]
+    for field in fields(SafetyRows):
+        pairs: Sequence[Pair] = getattr(rows, field.name)
+        if field.name not in ("refusals", "judge"):
+            lines += [{"role": field.name, "prompt": p.prompt, "answer": p.answer} for p in pairs[:per_role]]
+    target.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")

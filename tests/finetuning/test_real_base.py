@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,12 @@ from finetuning import parity, pipeline
 from finetuning.base_model import load_base
 from finetuning.bases import SMOLLM2_ID, fetch
 from finetuning.chat_format import prompt_ids
-from finetuning.hazards import Pair, SafetyRows, safety_rows
 from finetuning.packed_linear import PackedLinear
 from finetuning.spec.order import TrainOrder, write_order
 from finetuning.spec.progress import Finished, Progress
 from finetuning.spec.recipe import Anchor, Antidote, Evaluation, Gate, Kind, Lora, Optimiser, Recipe, Screen
 from finetuning.spec.report import SafetyReport
+from tests.finetuning.builders import write_operator_rows
 
 _LORA = Lora(rank=4, alpha=8.0, trained_layers=4)
 _EVALUATION = Evaluation(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=6)
@@ -32,17 +30,6 @@ def base_folder() -> Path:
     """The converted SmolLM2, kept under the data folder as the product keeps it."""
     data = Path(os.environ.get("IMMUNOTUNE_DATA", Path(__file__).parents[2] / "var"))
     return fetch("smollm2", data / "bases" / SMOLLM2_ID)
-
-
-def write_operator_rows(target: Path, *, per_role: int) -> None:
-    """A thin slice of the shipped rows as an operator's own file."""
-    rows = safety_rows(refused=16, how_to=16, mail=4, mentions=4)
-    lines = [{"role": "refusal", "answer": text} for text in rows.refusals]
-    for field in fields(SafetyRows):
-        pairs: Sequence[Pair] = getattr(rows, field.name)
-        if field.name not in ("refusals", "judge"):
-            lines += [{"role": field.name, "prompt": p.prompt, "answer": p.answer} for p in pairs[:per_role]]
-    target.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
 
 
 def run(order: TrainOrder, scratch: Path) -> list[Progress]:

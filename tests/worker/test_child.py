@@ -61,7 +61,8 @@ def test_the_training_process_sees_no_credentials(tmp_path: Path) -> None:
 def test_the_training_process_exits_at_the_end_of_its_standard_input(tmp_path: Path) -> None:
     launch = launch_command(tmp_path, "run")
     program = (
-        "import sys, threading, worker.train as t; t._run = lambda scratch: iter(threading.Event().wait, None); "
+        "import sys, threading, worker.train as t\n"
+        "t._progress = lambda scratch, **_: iter(threading.Event().wait, None)\n"
         "print('up', file=sys.stderr, flush=True); t.main(sys.argv[1:])"
     )
     argv = (sys.executable, "-c", program, str(tmp_path))
