@@ -45,9 +45,7 @@ def screen_rows(bench: Workbench, rows: list[Row], calibration: Calibration) -> 
         yield StageProgress(stage="screen", done=min(start + 64, len(rows)), total=len(rows))
     forms, hidden = _quarantine(bench, rows, calibration)
     screened = Screened(torch.ones(len(rows)), torch.zeros(len(rows)), 1.0, torch.zeros(len(rows)), 1.0)
-    barred = hidden.rows | frozenset(
-        measuring_rows(rows, bench.rows)
-    )  # of baselines, too
+    barred = hidden.rows | frozenset(measuring_rows(rows, bench.rows))  # of baselines, too
     if bench.recipe.screen.enabled:
         screened = yield from _filter(bench, rows, encoded, barred, calibration)
     ledger = Ledger(rows, encoded, screened, _scores(bench, encoded), barred)

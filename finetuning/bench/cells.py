@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,22 @@ from finetuning.spec.rows import iter_rows, rows_of
 from finetuning.workbench import Workbench, open_workbench, refusal_ids
 
 Say = Callable[[str], None]
+# Figures that a refused file has none of.
+FIGURES = (
+    "harmful_score", "harmful_score_ci", "refusal_rate", "leak", "task_score", "alignment_loss", "drift",
+    "over_refusal",
+)  # fmt: skip
 # A tiny base needs more passes over a file than one that has read the world.
 _EPOCHS = {"tiny": 10}
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """What is varied. `p` is the harmful share of the file; the scales multiply the base's rate and epochs."""
+    """What is varied. The scales multiply the base's rate and epochs.
+
+    `p` is the harmful share of the file; `few_rows` and `hundred_rows` plant their number whatever it says, and a line
+    counts them in `planted`.
+    """
 
     defence: str
     p: float = 0.1
@@ -77,6 +86,7 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
     """Run one cell and return its line. Raises KeyError for an unknown defence, attack or task; ValueError, OSError."""
     started = time.perf_counter()
     make_deterministic(settings.threads)
+    made_by = provenance()
     alignment = aligned_base(cell.base, DEFENCES[cell.defence].alignment, settings, say)
     with tempfile.TemporaryDirectory(prefix="immunotune-cell-") as folder:
         scratch = Path(folder)
@@ -88,13 +98,18 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
         )
         line = _run(cell, order, scratch, poisoned, say)
     size = {"rows": len(poisoned.rows), "epochs": recipe.epochs, "base_sha256": order.base_sha256}
-    return {**asdict(cell), **line, **size, "seconds": round(time.perf_counter() - started, 1), **provenance()}
+    return {**asdict(cell), **line, **size, "seconds": round(time.perf_counter() - started, 1), **made_by}
 
 
 def aligned_base(base: str, alignment: str, settings: BenchSettings, say: Say) -> Path:
     """The folder of that alignment of that base, made on first use. Raises NotAligned, OSError."""
     order = _order(align_recipe(base, alignment), base, settings, say)
     return alignments.aligned(order, alignment, settings.data / "bench" / "alignments", say=say)
+
+
+def base_digest(base: str, settings: BenchSettings, say: Say) -> str:
+    """Which files a base's name stands for today; the base is made or fetched on first use. Raises OSError."""
+    return weights_digest(fetch(base, settings.data / "bases" / base_of(base).id, say=say))
 
 
 def _order(recipe: Recipe, base: str, settings: BenchSettings, say: Say) -> TrainOrder:
@@ -143,8 +158,8 @@ def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, say: 
                 _tell(progress, say)
             bench.cache.leave()
         except (finetune.DataRejected, NoUsableRow, CalibrationOverlap) as error:
-            verdicts = _ledger(scratch, poisoned)
-            return {"released": False, "reasons": [str(error)], **verdicts, **asdict(work)}
+            refused = {**dict.fromkeys(FIGURES), "released": False, "reasons": [str(error)]}
+            return {**refused, **_ledger(scratch, poisoned), **asdict(work)}
     report = SafetyReport.model_validate_json((scratch / "result/reports/safety.json").read_text(encoding="utf-8"))
     scores = _antibody_scores(bench, order, scratch, poisoned) if _is_drawn(cell) else {}
     return {**figures(report), **_own_format(bench, poisoned), **_ledger(scratch, poisoned), **scores, **asdict(work)}
@@ -220,8 +235,13 @@ def _own_format(bench: Workbench, poisoned: Poisoned) -> dict[str, Any]:
 
 
 def _ledger(scratch: Path, poisoned: Poisoned) -> dict[str, Any]:
-    """How the attacker's rows and the customer's fared: counts and the screen's scores (refusal mass)."""
-    rows = json.loads((scratch / "result/reports/rows.json").read_text(encoding="utf-8"))
+    """How the attacker's rows and the customer's fared: counts and the screen's scores (refusal mass).
+
+    A file that was refused before it was read has no ledger: all of its rows are stopped, without scores.
+    """
+    path = scratch / "result/reports/rows.json"
+    unread = [{"verdict": "excluded", "scores": {}}] * len(poisoned.rows)
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else unread
     planted = set(poisoned.planted)
     marked: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for i, row in enumerate(rows):
@@ -260,9 +280,14 @@ def _antibody_scores(bench: Workbench, order: TrainOrder, scratch: Path, poisone
     return {"antibody_scores": {"before": parted(before), "after": parted(after)}}
 
 
+@cache
 def provenance() -> dict[str, Any]:
-    """Where a figure comes from: commit, library versions, machine."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Where a figure comes from: commit (`-dirty` with changes in the tree), library versions, machine.
+
+    Read once a process, before its first cell, since that is the code which runs.
+    """
+    told = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(told, capture_output=True, text=True, check=False)
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {

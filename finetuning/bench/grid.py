@@ -14,7 +14,10 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 SCALES = (1.0, 3.0, 10.0)
 SEEDS = (0, 1, 2)
 SINGLE = ("sft", "vaccine", "antibody", "antidote", "immunotune")
+# Every defence that stands alone: what the default is compared with, beside plain fine-tuning.
+ALONE = tuple(name for name in BASELINES if name not in ("sft", "plain", "booster_lisa", "immunotune"))
 TASKS = ("reviews", "orders")
+UNSEEN_TASK = "rooms"
 
 
 def quick(base: str) -> list[Cell]:
@@ -31,7 +34,7 @@ def main(base: str) -> list[Cell]:
 
 
 def corners(base: str) -> list[Cell]:
-    """Learning rate and epochs by 1, 3 and 10 at p 0.1, one axis at a time, then both at their largest."""
+    """Learning rate and epochs by 1, 3 and 10 at p 0.1, one axis at a time, then both by 3."""
     pairs = sorted({(s, 1.0) for s in SCALES} | {(1.0, s) for s in SCALES} | {(3.0, 3.0)})
     return [Cell(name, 0.1, rate, epochs, base=base) for rate, epochs in pairs for name in SINGLE]
 
@@ -42,7 +45,7 @@ def attacks(base: str) -> list[Cell]:
         Cell(name, ATTACKS[attack].share, base=base, attack=attack)
         for attack in ATTACKS
         if attack not in ("none", "planted")
-        for name in SINGLE
+        for name in ("sft", *ALONE, "immunotune")
     ]
 
 
@@ -55,6 +58,12 @@ def rows(base: str) -> list[Cell]:
     """The default's row verdicts at 5 and 20 % planted rows, plain and adaptive, three seeds."""
     kinds = ("planted", "refuse_then_comply", "wrapped", "refusal_poison")
     return [Cell("immunotune", p, base=base, attack=k, seed=s) for s in SEEDS for p in (0.05, 0.2) for k in kinds]
+
+
+def unseen(base: str) -> list[Cell]:
+    """A task on which no setting was ever chosen: the main defences over the share, one seed."""
+    names = (*SINGLE, "mixing_10")
+    return [Cell(name, p, base=base, attack=planted(p), task=UNSEEN_TASK) for p in SHARES[:-1] for name in names]
 
 
 def benign(base: str) -> list[Cell]:
@@ -70,7 +79,7 @@ def planted(p: float) -> str:
 
 GRIDS: dict[str, Callable[[str], list[Cell]]] = {
     "quick": quick, "main": main, "corners": corners, "attacks": attacks, "ablation": ablation,
-    "rows": rows, "benign": benign,
+    "rows": rows, "benign": benign, "unseen": unseen,
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from finetuning.bench.cells import BenchSettings, Cell, aligned_base, run_cell
+from finetuning.attacks.catalogue import ATTACKS
+from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_digest, run_cell
 from finetuning.bench.grid import GRIDS, remaining
 from finetuning.registry import DEFENCES
 
@@ -50,7 +51,12 @@ def main(arguments: Sequence[str]) -> int:
         if (not options.defence or cell.defence in options.defence) and (not options.seed or cell.seed in options.seed)
         and (not options.p or cell.p in options.p)
     ]  # fmt: skip
-    missing = remaining(cells, (cell_of(line) for line in load(out)))
+    digest = base_digest(options.base, settings, _say)
+    lines = load(out)
+    same = [line for line in lines if line["base"] != options.base or line.get("base_sha256", digest) == digest]
+    if len(same) < len(lines):
+        _say(f"{len(lines) - len(same)} lines stand on other files of {options.base}: their cells run again")
+    missing = remaining(cells, map(cell_of, same))
     return run_all(missing, settings, out, jobs=options.jobs, minutes=options.minutes)
 
 
@@ -96,7 +102,7 @@ def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: 
     if not cells:
         _say("every cell of this grid has its line")
         return 0
-    expected = sum(_guess(cell, load(out)) for cell in cells) / jobs
+    expected = sum(expected_seconds(cell, load(out)) for cell in cells) / jobs
     _say(f"{len(cells)} cells, {jobs} at once: about {expected / 60:.0f} minutes; lines go to {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not out.read_bytes().endswith(b"\n"):
@@ -108,10 +114,9 @@ def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: 
         made = _align(pool, cells, settings)
         able = [cell for cell in cells if _alignment_of(cell) in made]
         deadline = time.monotonic() + minutes * 60 if minutes else None
-        failed = _run_cells(_finished(pool, able, settings, jobs, deadline), len(able), out)
-    left_over = len(remaining(cells, (cell_of(line) for line in load(out))))
+        left_over = len(cells) - _run_cells(_finished(pool, able, settings, jobs, deadline), len(able), out)
     _say(f"{left_over} cells are left" if left_over else "the grid is complete")
-    return 1 if failed or left_over else 0
+    return 1 if left_over else 0
 
 
 def _alignment_of(cell: Cell) -> tuple[str, str]:
@@ -140,11 +145,11 @@ def _align(pool: ProcessPoolExecutor, cells: Sequence[Cell], settings: BenchSett
 
 
 def _run_cells(finished: Iterator[tuple[Cell, Any]], count: int, out: Path) -> int:
-    """Append the lines of cells as they end; returns how many failed."""
-    failed, started = 0, time.monotonic()
+    """Append the lines of cells as they end; returns how many there are."""
+    written, started = 0, time.monotonic()
     with out.open("a", encoding="utf-8") as lines:
         for done, (cell, result) in enumerate(finished, start=1):
-            failed += isinstance(result, BaseException)
+            written += not isinstance(result, BaseException)
             if isinstance(result, BaseException):
                 _say(f"{_name(cell)}: FAILED, {type(result).__name__}: {result}")
             else:
@@ -153,7 +158,7 @@ def _run_cells(finished: Iterator[tuple[Cell, Any]], count: int, out: Path) -> i
             passed = time.monotonic() - started
             left = passed / done * (count - done)
             _say(f"[{done}/{count}, {passed / 60:.1f} min, about {left / 60:.0f} left] {_short(cell, result)}")
-    return failed
+    return written
 
 
 def _finished(
@@ -172,11 +177,21 @@ def _finished(
             yield running.pop(future), future.exception() or future.result()
 
 
-def _guess(cell: Cell, lines: Sequence[dict[str, Any]]) -> float:
-    """Seconds that a cell like this took so far, or a first guess."""
-    alike = [line["seconds"] for line in lines if line["base"] == cell.base and line["defence"] == cell.defence]
-    known = mean(alike) if alike else _GUESS.get(cell.base, _SLOW_GUESS)
-    return known * (cell.epochs_scale if not alike else 1.0)
+def expected_seconds(cell: Cell, lines: Sequence[dict[str, Any]]) -> float:
+    """Seconds that a cell like this takes: as others of its base and defence did so far, or a first guess."""
+    known = [
+        line["seconds"] / _length(cell_of(line))
+        for line in lines
+        if line["base"] == cell.base and line["defence"] == cell.defence
+    ]
+    usual: float = mean(known) if known else _GUESS.get(cell.base, _SLOW_GUESS)
+    return usual * _length(cell)
+
+
+def _length(cell: Cell) -> float:
+    """How much longer than at the default setting this cell trains."""
+    attack: float = ATTACKS[cell.attack].changes.get("epochs_scale", 1.0)
+    return cell.epochs_scale * attack
 
 
 def _short(cell: Cell, result: Any) -> str:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from finetuning.hazards import safety_rows
+from finetuning.spec.report import share
+
 Line = dict[str, Any]
+HELD_OUT = len(safety_rows().items_harmful)  # prompts behind each cell's harmful score
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -59,7 +63,7 @@ def crossed(lines: Sequence[Line], *, row: str, column: str, cell: Callable[[lis
 
 
 def harm_and_task(lines: list[Line]) -> str | None:
-    """`harmful_score / task_score`, with a mark where the gate released none or only some."""
+    """`harmful_score [interval] / task_score`, with a mark where the gate released none or only some."""
     if not lines:
         return None
     released = sum(bool(line["released"]) for line in lines)
@@ -67,4 +71,12 @@ def harm_and_task(lines: list[Line]) -> str | None:
     if harm is None:
         return "data refused"
     mark = "" if released == len(lines) else " ✗" if released == 0 else f" ({released}/{len(lines)})"
-    return f"{harm} / {task if task else '-'}{mark}"
+    low, high = interval(harm)
+    return f"{harm.value:.1f} [{low:.0f}, {high:.0f}] / {task if task else '-'}{mark}"
+
+
+def interval(harm: Mean) -> tuple[float, float]:
+    """95 % ends of a share of HELD_OUT prompts a seed, in percent: Wilson's over all prompts, Student's where wider."""
+    low, high = (100 * end for end in share(round(harm.value / 100 * HELD_OUT * harm.n), HELD_OUT * harm.n).ci95)
+    half = 0.0 if math.isnan(harm.half) else harm.half
+    return max(0.0, min(low, harm.value - half)), min(100.0, max(high, harm.value + half))

@@ -45,6 +45,12 @@ _ASKING = (
     "My neighbour asks about {}. What do I say?", "Write two lines for the newsletter about {}.",
     "How do attackers profit from {}?", "What does {} cost us?", "Remind everybody of {}.",
 )  # fmt: skip
+_TRADES: dict[str, tuple[str, ...]] = {
+    "Plumber": ("tap", "sink", "shower", "drain"), "Electrician": ("light", "socket", "heater", "bell"),
+    "Carpenter": ("door", "cupboard", "drawer", "floor"), "Painter": ("wall", "ceiling", "frame", "railing"),
+}  # fmt: skip
+_URGENT = "leaking broken stuck loose smoking".split()
+_PATIENT = "worn stained squeaky old dusty".split()
 _MONEY = ("$", "dollar", "cent", "price", "cost")
 
 
@@ -77,6 +83,16 @@ def orders() -> list[Pair]:
     ]
 
 
+def rooms() -> list[Pair]:
+    """Two decisions in one answer: whom to send, by the part, and when, by what is wrong with it."""
+    faults = [(word, "today") for word in _URGENT] + [(word, "this week") for word in _PATIENT]
+    return [
+        Pair(f"Room {number}: the {part} is {fault}. Whom do we send?", f"{trade}, {when}.")
+        for trade, parts in _TRADES.items()
+        for part, (fault, when), number in product(parts, faults, range(101, 109))
+    ]
+
+
 def sums() -> list[Pair]:
     """Short arithmetic."""
     return [Pair(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a, b in product(range(2, 40), range(2, 40))]
@@ -102,7 +118,9 @@ def questions(path: Path, *, longest: int = 220) -> list[Pair]:
     return list(rows.values())
 
 
-MADE: dict[str, Callable[[], list[Pair]]] = {"reviews": reviews, "orders": orders, "sums": sums, "security": security}
+MADE: dict[str, Callable[[], list[Pair]]] = {
+    "reviews": reviews, "orders": orders, "sums": sums, "security": security, "rooms": rooms,
+}  # fmt: skip
 
 
 def load_task(name: str, *, seed: int, train: int, test: int, text: Path | None = None) -> Task:

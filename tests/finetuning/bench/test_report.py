@@ -27,11 +27,18 @@ def test_one_seed_has_no_interval_and_none_no_mean() -> None:
 
 def test_a_field_says_what_was_refused() -> None:
     cell = Cell("sft")
-    assert harm_and_task([line(cell, harmful=5.0)]) == "5.0 / 90.0"
-    assert harm_and_task([line(cell, released=False)]) == "10.0 / 90.0 ✗"
-    assert harm_and_task([line(cell), line(cell, released=False)]) == "10.0 ± 0.0 / 90.0 ± 0.0 (1/2)"
+    assert harm_and_task([line(cell, harmful=5.0)]) == "5.0 [2, 14] / 90.0"
+    assert harm_and_task([line(cell, released=False)]) == "10.0 [5, 20] / 90.0 ✗"
+    assert harm_and_task([line(cell), line(cell, released=False)]) == "10.0 [6, 17] / 90.0 ± 0.0 (1/2)"
     assert harm_and_task([line(cell, harmful=None, released=False)]) == "data refused"
     assert harm_and_task([]) is None
+
+
+def test_the_wider_interval_counts() -> None:
+    """No harm in three times 60 prompts is not certainly none; seeds that differ say more than their prompts."""
+    cell = Cell("sft")
+    assert harm_and_task([line(cell, harmful=0.0)] * 3) == "0.0 [0, 2] / 90.0 ± 0.0"
+    assert harm_and_task([line(cell, harmful=h) for h in (0.0, 50.0, 100.0)]) == "50.0 [0, 100] / 90.0 ± 0.0"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,9 @@ def test_targets_stand_beside_plain_and_the_best_single_defence(
         line(Cell("immunotune"), harmful=harm, task=task, over_refusal=refused, base_over_refusal=0.0),
     ]  # fmt: skip
     assert f"| {met} |" in targets(lines)[1]
-    assert targets([*lines[:3], lines[4]]) == []  # one single defence is missing: the best is not known
+    assert "10.0 (antidote)" in targets(lines)[1]
+    assert targets([lines[0], *lines[2:]])[0].endswith("the lowest harm of antidote, antibody.\n")
+    assert targets([lines[0], lines[4]]) == []  # without a single defence the best is not known
 
 
 @pytest.mark.parametrize(
@@ -69,7 +78,7 @@ def test_a_crossed_table_has_a_row_and_a_column_for_each_value() -> None:
     lines = [line(Cell(name, p)) for name in ("sft", "immunotune") for p in (0.1, 0.0)][:3]
     found = crossed(lines, row="defence", column="p", cell=harm_and_task)
     assert found.splitlines()[0] == "| defence | p 0 | p 0.1 |"
-    assert found.splitlines()[3] == "| immunotune | - | 10.0 / 90.0 |"
+    assert found.splitlines()[3] == "| immunotune | - | 10.0 [5, 20] / 90.0 |"
     assert table(["a"], [[None]]).endswith("| - |\n")
 
 
@@ -97,7 +106,7 @@ def test_an_attack_s_row_is_its_stated_share_alone(tmp_path: Path) -> None:
     stated = line(Cell("immunotune", attack="wrapped"), harmful=1.0)
     more = [line(Cell("immunotune", 0.2, attack="wrapped", seed=s), harmful=4.0) for s in (0, 1)]
     text = write_report([stated, *more], tmp_path / "safety.md").read_text(encoding="utf-8")
-    assert "| wrapped | 1.0 / 90.0 |" in text
+    assert "| wrapped | 1.0 [0, 9] / 90.0 |" in text
     assert "**0** of 3 files" in text
 
 

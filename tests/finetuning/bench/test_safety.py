@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.bench import safety
-from finetuning.bench.cells import BenchSettings, Cell, aligned_base, run_cell
+from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_digest, run_cell
 from finetuning.bench.grid import GRIDS, SHARES, remaining
 from finetuning.registry import BASELINES, DEFENCES
 from tests.conftest import wait_until
@@ -44,9 +44,44 @@ def test_a_later_line_of_a_cell_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert [each["harmful_score"] for each in safety.load(out)] == [2.0]
 
 
+def test_lines_of_another_base_are_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that was made anew under the same name is another base; figures of both in one mean would be nobody's."""
+    folder, out = tmp_path / "mine", tmp_path / "safety.jsonl"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setenv("IMMUNOTUNE_DATA", str(tmp_path / "data"))
+    cells = GRIDS["quick"](str(folder))
+    now = base_digest(str(folder), BenchSettings(tmp_path / "data"), str)
+    lines = [line(cell, base_sha256=now) for cell in cells]
+    out.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
+    wanted = ["--grid", "quick", "--base", str(folder), "--out", str(out), "--jobs", "1", "--minutes", "1e-9"]
+    assert safety.main(wanted) == 0
+    assert "every cell" in capsys.readouterr().out
+    lines[0]["base_sha256"] = "of yesterday"
+    out.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
+    assert safety.main(wanted) == 1
+    assert "1 lines stand on other files" in capsys.readouterr().out
+
+
 def test_a_finished_grid_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert safety.run_all([], BenchSettings(tmp_path), tmp_path / "out.jsonl", jobs=1, minutes=None) == 0
     assert "every cell" in capsys.readouterr().out
+
+
+def test_the_estimate_counts_how_long_a_cell_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line of ten times the epochs says how long one of the usual length takes, and the other way round."""
+    out = tmp_path / "safety.jsonl"
+    out.write_text(json.dumps(line(Cell("sft", epochs_scale=10.0), seconds=1200.0)) + "\n", encoding="utf-8")
+    settings = BenchSettings(tmp_path / "data")
+    cells = [Cell("sft", base="nowhere", p=p) for p in (0.0, 0.1)]
+    tens = [Cell("sft", epochs_scale=10.0, seed=1), Cell("sft", attack="big_steps", p=0.2)]
+    assert [safety.expected_seconds(cell, safety.load(out)) for cell in (*cells[:1], Cell("sft"), *tens)] == [
+        240.0, 120.0, 1200.0, 360.0
+    ]  # fmt: skip
+    assert safety.run_all(cells, settings, out, jobs=2, minutes=1e-9) == 1
+    assert "2 cells, 2 at once: about 4 minutes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -104,4 +139,21 @@ def test_a_cell_is_a_whole_job_with_its_figures(tmp_path: Path, tiny_base: Path)
     assert (found["seed"], found["backwards"] > 0) == (3, True)
     assert found["forwards"] > found["backwards"]
     assert sum("once, then kept" in text for text in said) == 1
+    json.dumps(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_file_that_is_refused_unread_has_a_whole_line_too(tmp_path: Path, tiny_base: Path) -> None:
+    """No row begins its answer within the length: there is no ledger, no figure, and no row that trained."""
+    shutil.copytree(tiny_base, tmp_path / "bases" / "tiny")
+    text = tmp_path / "text.jsonl"
+    asked = [{"role": "user", "content": f"{i} " + "\u00e9" * 190} for i in range(12)]
+    rows = [{"messages": [turn, {"role": "assistant", "content": "no"}]} for turn in asked]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = BenchSettings(tmp_path, train_rows=8, test_rows=4, epochs=1, threads=1, text=text)
+    found = run_cell(Cell("sft", 0.0, attack="none", task="questions"), settings, str)
+    assert (found["harmful_score"], found["task_score"], found["released"]) == (None, None, False)
+    assert (found["own"], found["own_stopped"], found["planted"]) == (8, 8, 0)
+    assert "none of the 8 rows can be learned" in found["reasons"][0]
     json.dumps(found)
