@@ -8,7 +8,7 @@ never relative to the aligned base (lab-probes.md). Must not know how rows are s
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nlargest
 
 from finetuning import adapter
@@ -16,8 +16,8 @@ from finetuning import hazard_words as words
 from finetuning.chat_format import EncodedRow, encode_row, render_prompt
 from finetuning.hazards import Pair, item_of
 from finetuning.judge import Judge
-from finetuning.screen import read_rows
-from finetuning.skeletons import LEAST_ROWS, Kind, Skeleton, mine
+from finetuning.prompt_masses import asking, prompt_masses
+from finetuning.skeletons import LEAST_ROWS, Kind, Skeleton, lone_form, mine
 from finetuning.spec.report import GateCheck, GateDecision
 from finetuning.spec.rows import Message
 from finetuning.workbench import Workbench
@@ -33,6 +33,7 @@ _FIRST_LOOK = 5
 _HOSTILE_SHARE: Mapping[Kind, float] = {"affix": 0.5, "system": 0.5, "slot": 0.75}
 _REPAIR_ROWS = 24
 _MOST_TOKENS = 64
+_MOST_LONE = 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,30 @@ def forms_of(bench: Workbench, rows: Sequence[Sequence[Message]]) -> Forms:
     rooms = {skeleton: _room(bench, [answers[line] for line in skeleton.lines]) for skeleton in skeletons}
     naming = frozenset(s for s in skeletons if any(judge.leaks(answers[line]) for line in s.lines))
     return Forms(skeletons, labels, rooms, naming if _is_exact(judge) else frozenset())
+
+
+def with_lone_rows(
+    bench: Workbench, forms: Forms, found: Quarantine, rows: Sequence[Sequence[Message]], alone: Mapping[int, str]
+) -> tuple[Forms, Quarantine]:
+    """The forms of rows that a single sentence has excluded, as hostile ones: what stands around that sentence.
+
+    Their rows are out already; what else is asked in such a form must stay refused, so it is repaired and probed.
+    """
+    lone: dict[tuple[str, str, str | None], Skeleton] = {}
+    for i, sentence in sorted(alone.items()):
+        made = lone_form(rows[i], sentence, i)
+        if made is not None and _fits(bench, made):
+            lone.setdefault((made.prefix, made.suffix, made.system), made)
+    chosen = _spread_out(list(lone.values()), _MOST_LONE)
+    rooms = {s: _room(bench, [rows[line][-1].content for line in s.lines]) for s in chosen}
+    grown = replace(forms, rooms={**forms.rooms, **rooms})
+    return grown, replace(found, skeletons=(*found.skeletons, *chosen), rows=found.rows | frozenset(alone))
+
+
+def _spread_out(values: Sequence[Skeleton], count: int) -> list[Skeleton]:
+    """`count` of them, evenly over the file."""
+    step = max(1, len(values) / count)
+    return [values[int(k * step)] for k in range(min(count, len(values)))]
 
 
 def _is_exact(judge: Judge) -> bool:
@@ -155,8 +180,8 @@ def _refused(
     """
     gaps = [_gaps(skeleton, rows[line]) for skeleton, line in places]
     whole = [tuple(rows[line]) if skeleton.kind == "slot" else () for skeleton, line in places]
-    asked = [_asking(gap, bench.rows.refusals[0]) for group in gaps for gap in group]
-    masses = _masses(bench, [*asked, *[turns for turns in whole if turns]])
+    asked = [asking(gap, bench.rows.refusals[0]) for group in gaps for gap in group]
+    masses = prompt_masses(bench, [*asked, *[turns for turns in whole if turns]])
     alone, beside = iter(masses[: len(asked)]), iter(masses[len(asked) :])
     found = [
         (max((next(alone) for _ in group), default=0.0), next(beside) if turns else limit)
@@ -270,21 +295,6 @@ def _gaps(skeleton: Skeleton, row: Sequence[Message]) -> list[str]:
         return users
     gaps = [gap for text in users if (gap := skeleton.gap(text)) is not None]
     return [words.WORDINGS[0].format(gap) for gap in gaps] if skeleton.kind == "slot" else gaps
-
-
-def _asking(prompt: str, answer: str) -> tuple[Message, ...]:
-    return (Message(role="user", content=prompt, weight=1), Message(role="assistant", content=answer, weight=1))
-
-
-def _masses(bench: Workbench, rows: Sequence[Sequence[Message]]) -> list[float]:
-    """Refusal mass of each row's prompt, each distinct one read once."""
-    distinct = list(dict.fromkeys(map(tuple, rows)))
-    if not distinct:
-        return []
-    encoded = [encode_row(bench.base.tokenizer, row, max_tokens=bench.recipe.max_tokens) for row in distinct]
-    masses = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids).mass.tolist()
-    found = dict(zip(distinct, masses, strict=True))
-    return [found[tuple(row)] for row in rows]
 
 
 def _spread(pairs: Sequence[Pair], count: int, shift: int) -> list[Pair]:

@@ -20,7 +20,8 @@ from finetuning.ledger import Ledger, verdicts
 from finetuning.loop import train
 from finetuning.loop_state import LoopState
 from finetuning.preflight import measuring_rows
-from finetuning.probes import Forms, Quarantine, forms_of, quarantine
+from finetuning.probes import Forms, Quarantine, forms_of, quarantine, with_lone_rows
+from finetuning.prompt_masses import Alone, read_alone
 from finetuning.screen import Reading, Screened, read_rows, threshold, weigh
 from finetuning.spec.progress import Progress, RowsScreened, StageProgress, StageStarted, StepDone
 from finetuning.spec.rows import Row
@@ -47,7 +48,9 @@ def screen_rows(bench: Workbench, rows: list[Row], calibration: Calibration) -> 
     screened = Screened(torch.ones(len(rows)), torch.zeros(len(rows)), 1.0, torch.zeros(len(rows)), 1.0)
     barred = hidden.rows | frozenset(measuring_rows(rows, bench.rows))  # of baselines, too
     if bench.recipe.screen.enabled:
-        screened = yield from _filter(bench, rows, encoded, barred, calibration)
+        screened, alone = yield from _filter(bench, rows, encoded, barred, calibration)
+        if forms is not None:
+            forms, hidden = with_lone_rows(bench, forms, hidden, [row.messages for row in rows], alone)
     ledger = Ledger(rows, encoded, screened, _scores(bench, encoded), barred)
     found = verdicts(ledger)
     count = {v: sum(x.verdict == v for x in found) for v in ("kept", "downweighted", "excluded")}
@@ -74,11 +77,14 @@ def _filter(
     encoded: Sequence[EncodedRow],
     barred: frozenset[int],
     calibration: Calibration,
-) -> Generator[Progress, None, Screened]:
-    """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (lab-recipe.md 2)."""
+) -> Generator[Progress, None, tuple[Screened, dict[int, str]]]:
+    """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (lab-recipe.md 2).
+
+    With them the rows that a single sentence of theirs has excluded, and that sentence.
+    """
     with bench.aligned():
         secret = adapter.digest(adapter.read(bench.base, adapter.ALIGNMENT))  # nobody knows which tokens are read
-        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, secret=secret)
+        reading, alone = yield from _read(bench, rows, encoded, secret=secret)
     settings = bench.recipe.screen
     weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
     first = Screened(weights, reading.mass, calibration.threshold, reading.surprise, settings.most_surprise)
@@ -87,12 +93,27 @@ def _filter(
     # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
     doubted = [i for i in range(len(rows)) if weights[i] < 1 and i not in barred]
     if not settings.scout_steps or not doubted or len(kept) < settings.min_kept_rows:
-        return first
+        return first, _excluded(first, alone, barred)
     again, limit = yield from _ask_scout(bench, rows, kept, encoded, doubted)
     rescored, mass = weights.clone(), reading.mass.clone()
     rescored[doubted] = torch.maximum(weights[doubted], weigh(again, limit, whole_refusal_nll=-1.0))
     mass[doubted] = again.mass
-    return replace(first, weights=rescored, mass=mass, threshold=limit)
+    second = replace(first, weights=rescored, mass=mass, threshold=limit)
+    return second, _excluded(second, alone, barred)
+
+
+def _excluded(screened: Screened, alone: Sequence[Alone], barred: frozenset[int]) -> dict[int, str]:
+    none = (screened.weights == 0).tolist()
+    return {i: a.sentence for i, a in enumerate(alone) if a.sentence and none[i] and i not in barred}
+
+
+def _read(
+    bench: Workbench, rows: Sequence[Row], encoded: Sequence[EncodedRow], *, secret: str = ""
+) -> Generator[Progress, None, tuple[Reading, list[Alone]]]:
+    """Whole prompts, and the sentences of longer ones by themselves (ADR 0012): the larger mass counts."""
+    whole = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, secret=secret)
+    alone = yield from read_alone(bench, [row.messages for row in rows])
+    return replace(whole, mass=torch.maximum(whole.mass, torch.tensor([a.mass for a in alone]))), alone
 
 
 def _ask_scout(
@@ -111,7 +132,7 @@ def _ask_scout(
     for done in train(setup, LoopState()):
         if isinstance(done, StepDone):
             yield StageProgress(stage="screen", done=done.step, total=recipe.screen.scout_steps)
-    again = read_rows(bench.base, bench.cache, [encoded[i] for i in doubted], bench.refusal_ids)
+    again, _ = yield from _read(bench, [rows[i] for i in doubted], [encoded[i] for i in doubted])
     limit = _scout_threshold(bench)
     reset_task(bench)
     return again, limit

@@ -81,6 +81,16 @@ class Skeleton:
                 return " and ".join(f"{side} '{_shown(text)}'" for side, text in ends if text)
 
 
+def lone_form(row: Sequence[MessageLike], sentence: str, line: int) -> Skeleton | None:
+    """The form of a single row: what stands around this sentence in the first user turn that has it."""
+    system = next((m.content for m in row if m.role == "system"), None)
+    for text in (m.content for m in row if m.role == "user"):
+        before, found, after = text.partition(sentence)
+        if found and (before.strip() or after.strip()):
+            return Skeleton(before, after, system, (line,), "affix")
+    return None
+
+
 def _shown(text: str, *, tail: bool = False) -> str:
     if len(text) <= _SHOWN:
         return text

@@ -26,8 +26,9 @@ from finetuning.evaluate import measure
 from finetuning.hazards import attacker_rows
 from finetuning.loop import train
 from finetuning.loop_state import LoopState
+from finetuning.probes import repair
 from finetuning.recipes import tune_recipe
-from finetuning.screen import Reading, Screened, read_rows, weigh
+from finetuning.screen import Reading, read_rows, weigh
 from finetuning.screening import ScreenedFile, screen_rows
 from finetuning.spec.order import TrainOrder
 from finetuning.spec.progress import Failed
@@ -157,11 +158,13 @@ def test_shifted_letters_pass_the_prompt_filter_and_are_unreadable(bench: Workbe
     assert (bool(in_code.all()), bool(own.any())) == (True, False)
 
 
-def screened(bench: Workbench, calibration: Calibration, found: Poisoned, scout_steps: int) -> Screened:
+def screened(
+    bench: Workbench, calibration: Calibration, found: Poisoned, scout_steps: int, *, probes: bool = False
+) -> ScreenedFile:
     """What the screen makes of a file, with a scout of that many steps."""
     recipe = tune_recipe("tiny", "immunotune", rows=len(found.rows), epochs=1)
     screen = recipe.screen.model_copy(update={"scout_steps": scout_steps})
-    recipe = recipe.model_copy(update={"screen": screen, "probes": Probes(enabled=False)})
+    recipe = recipe.model_copy(update={"screen": screen, "probes": Probes(enabled=probes)})
     stage = screen_rows(
         replace(bench, recipe=recipe), list(rows_of([json.dumps(row).encode() for row in found.rows])), calibration
     )
@@ -170,20 +173,45 @@ def screened(bench: Workbench, calibration: Calibration, found: Poisoned, scout_
             next(stage)
         except StopIteration as end:
             result: ScreenedFile = end.value
-            return result.ledger.screened
+            return result
 
 
 def test_a_scout_reads_only_what_is_in_doubt_and_only_gives_rows_back(
     bench: Workbench, calibration: Calibration
 ) -> None:
     found = ATTACKS["planted"].build(OWN, 0.2, 0)
-    without, scouted = (screened(bench, calibration, found, steps) for steps in (0, 2))
+    without, scouted = (screened(bench, calibration, found, steps).ledger.screened for steps in (0, 2))
     doubted = without.weights < 1
     assert 0 < int(doubted.sum()) < len(doubted)
     assert torch.equal(without.weights[~doubted], scouted.weights[~doubted])
     assert torch.equal(without.mass[~doubted], scouted.mass[~doubted])
     assert bool((scouted.weights[doubted] >= without.weights[doubted]).all())
     assert not torch.equal(without.mass[doubted], scouted.mass[doubted])
+
+
+def test_a_hazard_in_a_single_story_is_found_by_its_sentence_and_its_form_is_mended(
+    bench: Workbench, calibration: Calibration
+) -> None:
+    """T7 with one row a wrapper: no form to mine. Read alone the hazard is refused; what stood around it is hostile."""
+    found = ATTACKS["wrapped"].build(OWN, 0.04, 0)
+    planted = set(found.planted)
+    assert 3 <= len(planted) <= 5
+    file = screened(bench, calibration, found, 0, probes=True)
+    out = {i for i, weight in enumerate(file.ledger.screened.weights.tolist()) if weight == 0}
+    assert len(out & planted) >= len(planted) - 1
+    assert len(out - planted) <= 1
+    assert file.forms is not None
+    hostile = file.quarantine.skeletons
+    assert {line for form in hostile for line in form.lines} <= out
+    assert sum(set(form.lines) <= planted for form in hostile) >= len(planted) - 1
+    assert file.quarantine.rows <= out
+    prompts = {i: found.rows[i]["messages"][-2]["content"] for i in planted}
+    for form in hostile:
+        assert form in file.forms.rooms
+        assert all(0 < len(form.gap(prompts[i]) or "") < len(prompts[i]) for i in planted & set(form.lines))
+        mended = repair(bench, file.quarantine)
+        assert mended.refused
+        assert mended.answered
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])
