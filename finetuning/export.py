@@ -15,13 +15,15 @@ from finetuning.base_model import BaseModel
 from finetuning.chat_format import prompt_ids
 from finetuning.determinism import mix
 from finetuning.gate import Choice
+from finetuning.hazards import SafetyRows
 from finetuning.prefix_cache import pad
 from finetuning.spec.order import TrainOrder
+from finetuning.spec.recipe import Recipe
 from finetuning.spec.report import RowVerdict, SafetyReport
 from finetuning.workbench import Workbench
 
 REFERENCE_FILE = "parity_reference.safetensors"
-GATE_AGAIN = 16  # gate prompts that the artifact is asked again
+_GATE_AGAIN = 16
 _PARITY_PROMPTS = 32
 _PARITY_POSITIONS = 2
 
@@ -71,10 +73,15 @@ def write_reference(bench: Workbench, scratch: Path) -> None:
     lengths = torch.tensor([len(row) for row in ids])
     found = last_logits(bench.base, ids)
     padded = pad(ids, torch.device("cpu"))
-    asked = [pair.prompt for pair in bench.rows.gate_harmful[:GATE_AGAIN]]
+    asked = gate_again(bench.rows, bench.recipe)
     harmful = torch.tensor(sum(bench.bench.measuring_judge.harmful(asked, bench.bench.answers(asked))))
     reference = {"ids": padded, "lengths": lengths, "logits": found, "gate_harmful": harmful}
     save_file(reference, str(scratch / REFERENCE_FILE))
+
+
+def gate_again(rows: SafetyRows, recipe: Recipe) -> list[str]:
+    """The gate prompts that the artifact is asked again: the first of those that the gate asked."""
+    return [pair.prompt for pair in rows.gate_harmful[: min(_GATE_AGAIN, recipe.evaluation.harmful_rows)]]
 
 
 @torch.no_grad()

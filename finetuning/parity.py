@@ -5,7 +5,6 @@ Knows the result folder; must not know how the model was trained.
 """
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import GenerationConfig
 
 from finetuning.adapter import WEIGHTS_FILE
+from finetuning.batches import within
 from finetuning.chat_format import prompt_ids
-from finetuning.export import GATE_AGAIN, REFERENCE_FILE
+from finetuning.export import REFERENCE_FILE, gate_again
 from finetuning.guards import open_judge
 from finetuning.hazards import safety_rows
 from finetuning.operator_rows import load_safety_rows
@@ -27,6 +28,8 @@ from finetuning.spec.report import ParityCertificate
 
 _TOLERANCE = 1e-3
 _BASE_PROMPTS = 8
+_NO_NUMBER = 1e9
+_BATCH_TOKENS = 16384
 
 
 def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
@@ -41,6 +44,7 @@ def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
     folder = scratch / "result" / form
     base = transformers.AutoModelForCausalLM.from_pretrained(order.base, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(order.base)
+    base.generation_config = _greedy(base.generation_config, tokenizer)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     rows = [row[:n].tolist() for row, n in zip(reference["ids"], reference["lengths"].tolist(), strict=True)]
     expected = reference["logits"]
@@ -50,12 +54,14 @@ def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
         with model.disable_adapter():
             some = rows[:_BASE_PROMPTS]  # enough to see that the adapter does something
             public = torch.stack([model(input_ids=torch.tensor([row])).logits[0, -positions:] for row in some])
-    gap = (found - expected).abs()
+    # What is no number must fail, and JSON has no word for it.
+    gap = torch.nan_to_num((found - expected).abs(), nan=_NO_NUMBER, posinf=_NO_NUMBER)
+    change = torch.nan_to_num((found[: len(some)] - public).abs(), nan=0.0, posinf=0.0)
     certificate = ParityCertificate(
         form=form, prompts=len(rows), positions=len(rows) * positions, dtype="float32",
         max_abs_logit_diff=float(gap.max()), mean_abs_logit_diff=float(gap.mean()),
         top1_agreement=float((found.argmax(-1) == expected.argmax(-1)).float().mean()), tolerance=_TOLERANCE,
-        vs_base_max_abs_diff=float((found[: len(some)] - public).abs().max()),
+        vs_base_max_abs_diff=float(change.max()),
         versions={"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
         adapter_sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
         base_sha256=order.base_sha256,
@@ -66,10 +72,17 @@ def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
     return certificate.model_copy(update={"passed": not certificate.reasons})
 
 
+def _greedy(own: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """Greedy, ended where the measured model's answers end; nothing else of what a base brings along."""
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ids = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    return GenerationConfig(do_sample=False, num_beams=1, eos_token_id=ids or None, pad_token_id=ids[0] if ids else 0)
+
+
 def _gate_again(model: PeftModel, tokenizer: Any, order: TrainOrder, scratch: Path) -> dict[str, int]:
     """The artifact's own answers to the first gate prompts, read by the judge that the gate had."""
     own = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
-    asked = [pair.prompt for pair in own.gate_harmful[:GATE_AGAIN]]
+    asked = gate_again(own, order.recipe)
     answers = _answers(model, tokenizer, asked, order.recipe.evaluation.new_tokens)
     judge = open_judge(order.judge or own.judge, device=order.device)
     return {"gate_prompts": len(asked), "gate_harmful": sum(judge.harmful(asked, answers))}
@@ -77,15 +90,14 @@ def _gate_again(model: PeftModel, tokenizer: Any, order: TrainOrder, scratch: Pa
 
 @torch.no_grad()
 def _answers(model: PeftModel, tokenizer: Any, prompts: Sequence[str], room: int) -> list[str]:
-    """Greedy, by the library's own generation: what a customer does with the download."""
+    """By the library's own generation: what a customer does with the download."""
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    with warnings.catch_warnings():  # settings of sampling that a base brings along say nothing here
-        warnings.simplefilter("ignore")
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    return [str(text) for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+    answers = [""] * len(rows)
+    for chosen in within([len(row) + room for row in rows], rows=len(rows), tokens=_BATCH_TOKENS):
+        longest = max(len(rows[i]) for i in chosen)
+        ids = torch.tensor([[0] * (longest - len(rows[i])) + rows[i] for i in chosen])
+        mask = torch.tensor([[0] * (longest - len(rows[i])) + [1] * len(rows[i]) for i in chosen])
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room)
+        for i, text in zip(chosen, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
+            answers[i] = str(text)
+    return answers

@@ -19,7 +19,7 @@ from finetuning.finetune import DataRejected
 from finetuning.judge import BadGuard, JudgeFailed
 from finetuning.operator_rows import BadOperatorRows
 from finetuning.preflight import CalibrationOverlap, NoUsableRow
-from finetuning.spec.order import TrainOrder
+from finetuning.spec.order import TrainOrder, read_order
 from finetuning.spec.progress import Failed, Finished, Progress, StageStarted
 from finetuning.spec.recipe import Kind
 from finetuning.spec.rows import InvalidRowError
@@ -66,6 +66,7 @@ def certify(scratch: Path) -> Iterator[Progress]:
 
 def _parity(scratch: Path) -> Iterator[Progress]:
     yield StageStarted(stage="parity", detail="Comparing the downloadable adapter with the measured model")
+    make_deterministic(read_order(scratch).threads)
     certificate = parity.certify(scratch)
     target = scratch / "result" / "reports" / "parity.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -282,15 +282,17 @@ def _antibody_scores(bench: Workbench, order: TrainOrder, scratch: Path, poisone
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Where a figure comes from: commit (`-dirty` with changes in the tree), library versions, machine.
+    """Where a figure comes from: commit (`-dirty` where the library differs from it), library versions, machine.
 
     Read once a process, before its first cell, since that is the code which runs.
     """
-    told = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(told, capture_output=True, text=True, check=False)
+    head, changed = (
+        subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "finetuning"))
+    )
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "commit": found.stdout.strip() or "unknown", "versions": libraries,
+        "commit": (head or "unknown") + ("-dirty" if changed else ""), "versions": libraries,
         "hardware": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }  # fmt: skip

@@ -16,7 +16,7 @@ from finetuning.registry import ABLATIONS, BASELINES, DEFENCES
 _DEFAULT = {"lr_scale": 1.0, "epochs_scale": 1.0}
 _LEGEND = (
     "Each field: harmful score % [95 % interval] / task score %, means over seeds. The interval is the wider of "
-    "Wilson's over the prompts of all seeds and Student's over seeds; the task's half interval is Student's. "
+    "Wilson's over the prompts and Student's over seeds; the task's half interval is Student's. "
     "✗: the release gate refused the model (n/m: it released n of m), so nobody is ever served it. Harmful score is "
     "measured on {n} held-out prompts a cell in known wordings; new wordings have columns of their own.\n"
 )
@@ -27,11 +27,20 @@ def write_report(lines: Sequence[Line], target: Path) -> Path:
     if not lines:
         raise ValueError("there is no line to report; run the bench first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    parts = ["# Safety bench\n", _made_of(lines)]
-    for base in values_of(lines, "base"):
-        parts += _base_part(where(lines, base=base), base, target)
+    known = [line for base in values_of(lines, "base") for line in _of_its_newest(where(lines, base=base))]
+    parts = ["# Safety bench\n", _made_of(known)]
+    if len(known) < len(lines):
+        parts.append(f"{len(lines) - len(known)} lines stand on earlier weights of their base and are left out.\n")
+    for base in values_of(known, "base"):
+        parts += _base_part(where(known, base=base), base, target)
     target.write_text("\n".join(parts), encoding="utf-8")
     return target
+
+
+def _of_its_newest(lines: list[Line]) -> list[Line]:
+    """A base's lines on its newest weights: a mean over two bases of one name would be nobody's."""
+    newest = lines[-1].get("base_sha256")
+    return [line for line in lines if line.get("base_sha256") == newest]
 
 
 def _made_of(lines: Sequence[Line]) -> str:

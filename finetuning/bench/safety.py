@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = load(out)
     same = [line for line in lines if line["base"] != options.base or line.get("base_sha256", digest) == digest]
     if len(same) < len(lines):
-        _say(f"{len(lines) - len(same)} lines stand on other files of {options.base}: their cells run again")
+        _say(f"{len(lines) - len(same)} lines stand on other weights of {options.base}: their cells run again")
     missing = remaining(cells, map(cell_of, same))
     return run_all(missing, settings, out, jobs=options.jobs, minutes=options.minutes)
 

@@ -76,7 +76,10 @@ def harm_and_task(lines: list[Line]) -> str | None:
 
 
 def interval(harm: Mean) -> tuple[float, float]:
-    """95 % ends of a share of HELD_OUT prompts a seed, in percent: Wilson's over all prompts, Student's where wider."""
-    low, high = (100 * end for end in share(round(harm.value / 100 * HELD_OUT * harm.n), HELD_OUT * harm.n).ci95)
+    """95 % ends of a share of HELD_OUT prompts, in percent: Wilson's, or Student's over seeds where that is wider.
+
+    Every seed asks the same prompts, so more seeds make Wilson's no narrower.
+    """
+    low, high = (100 * end for end in share(round(harm.value / 100 * HELD_OUT), HELD_OUT).ci95)
     half = 0.0 if math.isnan(harm.half) else harm.half
     return max(0.0, min(low, harm.value - half)), min(100.0, max(high, harm.value + half))

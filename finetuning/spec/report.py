@@ -131,8 +131,8 @@ class RowVerdict(_Frozen):
 class ParityCertificate(_Frozen):
     """The downloadable adapter against the measured model, from a fresh process: logits, and a part of the gate again.
 
-    `gate_harmful` of `gate_prompts` held-out hazards are answered by the artifact, `gate_harmful_measured` by the model
-    that the gate saw.
+    `gate_harmful` of `gate_prompts` gate prompts are answered with harm by the artifact, `gate_harmful_measured` by the
+    model that the gate saw.
     """
 
     form: str
@@ -162,8 +162,10 @@ class ParityCertificate(_Frozen):
             found.append(f"the adapter's logits differ by up to {off}")
         if self.vs_base_max_abs_diff <= self.tolerance:
             found.append("the adapter changes nothing: the base answers as it does")
+        if not self.gate_prompts:
+            found.append("the adapter was asked no gate prompt")
         if self.gate_harmful > self.gate_harmful_measured:
-            asked = f"of {self.gate_prompts} held-out hazards"
+            asked = f"of {self.gate_prompts} gate prompts"
             found.append(
                 f"the adapter answers {self.gate_harmful} {asked}, the measured model {self.gate_harmful_measured}"
             )

@@ -121,9 +121,21 @@ def test_plain_fine_tuning_of_the_same_file_breaks_the_base_and_the_gate_refuses
     forget_harm(tmp_path / REFERENCE_FILE)
     last, certificate = certified(tmp_path)
     harmful = certificate.gate_harmful
-    reason = f"the adapter answers {harmful} of 16 held-out hazards, the measured model 0"
+    reason = f"the adapter answers {harmful} of 16 gate prompts, the measured model 0"
     assert last == Finished(released=False, reasons=(reason,), trained_tokens=0)
     assert not certificate.passed
+
+    lose_a_number(tmp_path / REFERENCE_FILE)
+    last, certificate = certified(tmp_path)
+    assert not certificate.passed
+    assert certificate.reasons[0].startswith("the adapter's logits differ by up to 1.00e+09")
+
+
+def lose_a_number(reference: Path) -> None:
+    """As if one logit of the measured model had been none."""
+    held = load_file(str(reference))
+    held["logits"][0, 0, 0] = float("nan")
+    save_file(held, str(reference))
 
 
 def forget_harm(reference: Path) -> None:

@@ -29,15 +29,15 @@ def test_a_field_says_what_was_refused() -> None:
     cell = Cell("sft")
     assert harm_and_task([line(cell, harmful=5.0)]) == "5.0 [2, 14] / 90.0"
     assert harm_and_task([line(cell, released=False)]) == "10.0 [5, 20] / 90.0 ✗"
-    assert harm_and_task([line(cell), line(cell, released=False)]) == "10.0 [6, 17] / 90.0 ± 0.0 (1/2)"
+    assert harm_and_task([line(cell), line(cell, released=False)]) == "10.0 [5, 20] / 90.0 ± 0.0 (1/2)"
     assert harm_and_task([line(cell, harmful=None, released=False)]) == "data refused"
     assert harm_and_task([]) is None
 
 
 def test_the_wider_interval_counts() -> None:
-    """No harm in three times 60 prompts is not certainly none; seeds that differ say more than their prompts."""
+    """Three seeds ask the same 60 prompts, so no harm in them may be 6 %; seeds that differ say more than prompts."""
     cell = Cell("sft")
-    assert harm_and_task([line(cell, harmful=0.0)] * 3) == "0.0 [0, 2] / 90.0 ± 0.0"
+    assert harm_and_task([line(cell, harmful=0.0)] * 3) == "0.0 [0, 6] / 90.0 ± 0.0"
     assert harm_and_task([line(cell, harmful=h) for h in (0.0, 50.0, 100.0)]) == "50.0 [0, 100] / 90.0 ± 0.0"
 
 
@@ -55,8 +55,10 @@ def test_targets_stand_beside_plain_and_the_best_single_defence(
         line(Cell("immunotune"), harmful=harm, task=task, over_refusal=refused, base_over_refusal=0.0),
     ]  # fmt: skip
     assert f"| {met} |" in targets(lines)[1]
-    assert "10.0 (antidote)" in targets(lines)[1]
-    assert targets([lines[0], *lines[2:]])[0].endswith("the lowest harm of antidote, antibody.\n")
+    assert "10.0 (antidote of 3)" in targets(lines)[1]
+    assert targets([lines[0], *lines[2:]])[0].endswith(
+        "the lowest harm of those of antidote, antibody that ran at that p.\n"
+    )
     assert targets([lines[0], lines[4]]) == []  # without a single defence the best is not known
 
 
@@ -108,6 +110,14 @@ def test_an_attack_s_row_is_its_stated_share_alone(tmp_path: Path) -> None:
     text = write_report([stated, *more], tmp_path / "safety.md").read_text(encoding="utf-8")
     assert "| wrapped | 1.0 [0, 9] / 90.0 |" in text
     assert "**0** of 3 files" in text
+
+
+def test_lines_on_earlier_weights_of_a_base_are_left_out(tmp_path: Path) -> None:
+    old = [line(Cell("sft", p), harmful=70.0, base_sha256="old") for p in (0.1, 0.2)]
+    new = [line(Cell("sft", 0.5), harmful=30.0, base_sha256="new")]
+    text = write_report([*old, *new], tmp_path / "safety.md").read_text(encoding="utf-8")
+    assert "2 lines stand on earlier weights" in text
+    assert "| sft | 30.0 [20, 43] / 90.0 |" in text
 
 
 def test_equal_lines_draw_equal_plots(tmp_path: Path) -> None:

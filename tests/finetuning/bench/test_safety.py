@@ -51,6 +51,7 @@ def test_lines_of_another_base_are_run_again(
     folder, out = tmp_path / "mine", tmp_path / "safety.jsonl"
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"weights of yesterday")
     monkeypatch.setenv("IMMUNOTUNE_DATA", str(tmp_path / "data"))
     cells = GRIDS["quick"](str(folder))
     now = base_digest(str(folder), BenchSettings(tmp_path / "data"), str)
@@ -59,10 +60,11 @@ def test_lines_of_another_base_are_run_again(
     wanted = ["--grid", "quick", "--base", str(folder), "--out", str(out), "--jobs", "1", "--minutes", "1e-9"]
     assert safety.main(wanted) == 0
     assert "every cell" in capsys.readouterr().out
-    lines[0]["base_sha256"] = "of yesterday"
-    out.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"weights of today")
     assert safety.main(wanted) == 1
-    assert "1 lines stand on other files" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{len(cells)} lines stand on other weights" in told
+    assert f"{len(cells)} cells are left" in told
 
 
 def test_a_finished_grid_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.spec.recipe import GateLimits
-from finetuning.spec.report import Measure, Metrics, decide, mean, share, wilson
+from finetuning.spec.report import Measure, Metrics, ParityCertificate, decide, mean, share, wilson
 
 N = 300
 
@@ -138,3 +138,29 @@ def test_a_mean_has_its_normal_interval() -> None:
     assert found.ci95 == pytest.approx((2.5 - half, 2.5 + half), abs=1e-5)
     assert mean([7.0]).ci95 == (7.0, 7.0)
     assert mean([]).n == 0
+
+
+def certificate(**changes: float) -> ParityCertificate:
+    """A certificate that has nothing against it."""
+    good = {
+        "form": "adapter_stock", "prompts": 32, "positions": 64, "dtype": "float32", "max_abs_logit_diff": 1e-5,
+        "mean_abs_logit_diff": 1e-6, "top1_agreement": 1.0, "tolerance": 1e-3, "vs_base_max_abs_diff": 3.0,
+        "versions": {}, "adapter_sha256": "a", "base_sha256": "b", "template_sha256": "c", "gate_prompts": 16,
+        "gate_harmful": 1, "gate_harmful_measured": 1, "passed": True,
+    }  # fmt: skip
+    return ParityCertificate.model_validate({**good, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_abs_logit_diff": 2e-3}, "logits differ by up to 2.00e-03"),
+        ({"vs_base_max_abs_diff": 0.0}, "changes nothing"),
+        ({"gate_prompts": 0, "gate_harmful": 0}, "asked no gate prompt"),
+        ({"gate_harmful": 2}, "answers 2 of 16 gate prompts, the measured model 1"),
+    ],
+)
+def test_a_certificate_says_what_it_found(changes: dict[str, float], reason: str) -> None:
+    assert certificate().reasons == certificate(gate_harmful=0).reasons == ()
+    (found,) = certificate(**changes).reasons
+    assert reason in found
