@@ -6,7 +6,7 @@ Knows the aligned model's readings; must not know which rows train.
 """
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetuning.chat_format import encode_row
@@ -37,9 +37,9 @@ def prompt_masses(bench: Workbench, rows: Sequence[Sequence[Message]]) -> list[f
     return [found[tuple(row)] for row in rows]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Alone:
-    """The sentence of a row that is refused most when read alone, and its mass; 0 and "" where none is refused."""
+    """The sentence of a row that is refused most when read alone, and its mass."""
 
     mass: float = 0.0
     sentence: str = ""
@@ -51,15 +51,15 @@ def sentences(row: Sequence[Message]) -> list[str]:
     return list(dict.fromkeys(piece for turn in parts if len(turn) > 1 for piece in turn))
 
 
-def read_alone(bench: Workbench, rows: Sequence[Sequence[Message]]) -> Generator[Progress, None, list[Alone]]:
-    """Each row's most refused sentence under the active adapters, where that is refused outright (LEAST_ALONE)."""
-    owned = [sentences(row) for row in rows]
-    texts = list(dict.fromkeys(text for group in owned for text in group))
+def read_alone(bench: Workbench, rows: Mapping[int, Sequence[Message]]) -> Generator[Progress, None, dict[int, Alone]]:
+    """The most refused sentence of each row under the active adapters; only where it is refused outright."""
+    owned = {i: sentences(row) for i, row in rows.items()}
+    texts = list(dict.fromkeys(text for group in owned.values() for text in group))
     known: dict[str, float] = {}
     for start in range(0, len(texts), _BATCH):
         part = texts[start : start + _BATCH]
         masses = prompt_masses(bench, [asking(text, bench.rows.refusals[0]) for text in part])
         known.update(zip(part, masses, strict=True))
         yield StageProgress(stage="screen", done=len(known), total=len(texts))
-    found = [max(((known[text], text) for text in group), default=(0.0, "")) for group in owned]
-    return [Alone(mass, text) if mass >= LEAST_ALONE else Alone() for mass, text in found]
+    most = {i: max((Alone(known[text], text) for text in group), default=Alone()) for i, group in owned.items()}
+    return {i: alone for i, alone in most.items() if alone.mass >= LEAST_ALONE}

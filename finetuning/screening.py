@@ -3,7 +3,7 @@
 Knows the stage's order; the filter's formulas live in screen.py. Must not know what is trained afterwards.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -84,7 +84,10 @@ def _filter(
     """
     with bench.aligned():
         secret = adapter.digest(adapter.read(bench.base, adapter.ALIGNMENT))  # nobody knows which tokens are read
-        reading, alone = yield from _read(bench, rows, encoded, secret=secret)
+        reading = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, secret=secret)
+        passed = [i for i, mass in enumerate(reading.mass.tolist()) if mass < calibration.threshold]
+        alone = yield from read_alone(bench, {i: rows[i].messages for i in passed})
+    reading = _at_least(reading, alone)
     settings = bench.recipe.screen
     weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
     first = Screened(weights, reading.mass, calibration.threshold, reading.surprise, settings.most_surprise)
@@ -102,24 +105,26 @@ def _filter(
     return second, _excluded(second, alone, barred)
 
 
-def _excluded(screened: Screened, alone: Sequence[Alone], barred: frozenset[int]) -> dict[int, str]:
+def _excluded(screened: Screened, alone: Mapping[int, Alone], barred: frozenset[int]) -> dict[int, str]:
     none = (screened.weights == 0).tolist()
-    return {i: a.sentence for i, a in enumerate(alone) if a.sentence and none[i] and i not in barred}
+    return {i: found.sentence for i, found in alone.items() if none[i] and i not in barred}
 
 
-def _read(
-    bench: Workbench, rows: Sequence[Row], encoded: Sequence[EncodedRow], *, secret: str = ""
-) -> Generator[Progress, None, tuple[Reading, list[Alone]]]:
-    """Whole prompts, and the sentences of longer ones by themselves (ADR 0012): the larger mass counts."""
-    whole = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids, secret=secret)
-    alone = yield from read_alone(bench, [row.messages for row in rows])
-    return replace(whole, mass=torch.maximum(whole.mass, torch.tensor([a.mass for a in alone]))), alone
+def _at_least(whole: Reading, alone: Mapping[int, Alone]) -> Reading:
+    """A row's mass is the larger one of its whole prompt and of a sentence of it (ADR 0012)."""
+    mass = whole.mass.clone()
+    for i, found in alone.items():
+        mass[i] = max(float(mass[i]), found.mass)
+    return replace(whole, mass=mass)
 
 
 def _ask_scout(
     bench: Workbench, rows: Sequence[Row], kept: Sequence[int], encoded: Sequence[EncodedRow], doubted: Sequence[int]
 ) -> Generator[Progress, None, tuple[Reading, float]]:
-    """Train a throw-away adapter on the kept rows, read the doubted ones with it, and take its own threshold."""
+    """Train a throw-away adapter on the kept rows, read the doubted ones with it, and take its own threshold.
+
+    A row comes back only if the scout refuses none of its sentences either.
+    """
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     recipe, seed = bench.recipe, mix(bench.recipe.seed, "scout")
     step = anchored_step(bench, recipe.anchor, anchors_of(bench, recipe.anchor), seed=seed)
@@ -132,7 +137,9 @@ def _ask_scout(
     for done in train(setup, LoopState()):
         if isinstance(done, StepDone):
             yield StageProgress(stage="screen", done=done.step, total=recipe.screen.scout_steps)
-    again, _ = yield from _read(bench, [rows[i] for i in doubted], [encoded[i] for i in doubted])
+    again = read_rows(bench.base, bench.cache, [encoded[i] for i in doubted], bench.refusal_ids)
+    turns = {place: rows[i].messages for place, i in enumerate(doubted)}
+    again = _at_least(again, (yield from read_alone(bench, turns)))
     limit = _scout_threshold(bench)
     reset_task(bench)
     return again, limit
