@@ -53,6 +53,49 @@ def test_mixed_rows_share_the_loss_by_their_number() -> None:
     assert loss == pytest.approx(expected.item(), abs=1e-9)
 
 
+def test_the_kl_is_added_with_its_weight() -> None:
+    """loss = nll + kl_weight * KL, in value and in slope."""
+    base = adapted_base(aligned=True)
+    anchors = anchors_on(base)
+    step = anchored(base, anchors, kl_weight=0.7)
+    found = step.gradients(MicroBatch(USER, range(4), 0, 0, 4), even(4), torch.Tensor.backward).loss
+    nll, kl = row_nll(base, uncached(base), USER).nll.mean(), step.kl(0)
+    assert float(kl) > 1e-4
+    assert found == pytest.approx(float(nll + 0.7 * kl), abs=1e-9)
+    expected = torch.autograd.grad(nll + 0.7 * kl, adapter.parameters(base, adapter.TASK))
+    assert farthest(run(base, step), expected) < 1e-9
+
+
+def test_one_kind_of_operator_rows_is_mixed_without_the_other() -> None:
+    base = adapted_base()
+    share = Anchor(mix_share=0.5, mix_refusal_share=1.0)
+    only = Anchored(
+        base, uncached(base), share, refusals=REFUSALS, benign=[], anchors=KlAnchors.none(), seed=7
+    )  # fmt: skip
+    assert {row.ids for step in range(8) for row in only.mixed(step, 4)} <= {row.ids for row in REFUSALS}
+    assert [len(only.mixed(step, 4)) for step in range(3)] == [2, 2, 2]
+    neither = Anchored(base, uncached(base), share, refusals=[], benign=[], anchors=KlAnchors.none(), seed=7)
+    assert neither.mixed(0, 4) == []
+
+
+def test_no_anchors_hold_nothing() -> None:
+    none = KlAnchors.none()
+    assert (none.ids, none.starts, none.tokens, len(none.log_probs)) == ((), (), 0, 0)
+
+
+def test_the_first_token_of_an_answer_tells_a_refusal() -> None:
+    """What comes second may be anything; an anchor begins like a refusal."""
+    base = adapted_base(aligned=True)
+    cache = uncached(base)
+    prompts = [row.ids for row in random_rows(12, seed=5)]
+    answers = [tuple(a) for a in Decoder(base, cache).answers(prompts, new_tokens=2)]
+    first = {answer[0] for answer in answers[:4]}
+    found = make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=first)
+    expected = [p + a for p, a in zip(prompts, answers, strict=True) if len(a) == 2 and a[0] in first]
+    assert list(found.ids) == expected
+    assert any(answer[1] not in first for answer in answers if answer[0] in first)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_slicing_a_step_changes_no_gradient(size: int) -> None:
     """M27: mixed rows and anchors come once a step, not once a slice."""
@@ -95,6 +138,17 @@ def test_shares_that_no_binary_fraction_holds_are_kept_exactly(share: float) -> 
     known = {row.ids for row in REFUSALS}
     drawn = [row for number in range(100) for row in step.mixed(number, 4)]
     assert sum(row.ids in known for row in drawn) == round(100 * share)
+
+
+@pytest.mark.parametrize("share", [0.29, 0.57])
+def test_refusals_go_on_from_step_to_step_without_a_gap(share: float) -> None:
+    """After any number of steps their count is their share of all mixed rows, rounded down."""
+    step = anchored(adapted_base(), mix_share=share, mix_refusal_share=0.5)
+    known = {row.ids for row in REFUSALS}
+    drawn: list[bool] = []
+    for number in range(40):
+        drawn += [row.ids in known for row in step.mixed(number, 100)]
+        assert sum(drawn) == len(drawn) // 2, number
 
 
 def test_the_kl_falls_as_it_is_followed() -> None:

@@ -268,3 +268,24 @@ def test_the_score_is_the_mean_over_drawn_refusals() -> None:
     singles = [row_scores(base, uncached(base), rows, [refusal], per_row=1, seed=0) for refusal in REFUSALS]
     drawn = row_scores(base, uncached(base), rows, REFUSALS, per_row=3, seed=4)
     assert torch.allclose(drawn, torch.stack(singles).mean(0), atol=1e-9)
+
+
+def test_every_row_of_a_group_draws_refusals_of_its_own() -> None:
+    """The draw is a function of a row's place in the file; groups of sixteen change no score."""
+    base, rows = adapted_base(), random_rows(5)
+    one, two, all_at_once = (
+        row_scores(base, uncached(base), rows, REFUSALS, per_row=1, seed=4, batch=size) for size in (1, 2, 16)
+    )
+    assert torch.allclose(one, all_at_once, atol=1e-9)
+    assert torch.allclose(two, all_at_once, atol=1e-9)
+
+
+def test_the_released_loss_weighs_by_tokens_down_to_one_token() -> None:
+    """w_i N_i / max(1, sum): below one token of mass nothing is raised, above it is shared out (M31)."""
+    rows = random_rows(2)
+    counts = torch.tensor([float(row.target_tokens) for row in rows])
+    assert counts.min() > 1
+    for size in (0.01, 0.4, 5.0):
+        weights = torch.tensor([0.75, 0.25]) * size
+        mass = weights * counts
+        assert torch.allclose(by_token_mass(weights, rows), mass / max(1.0, float(mass.sum())))

@@ -100,6 +100,15 @@ def test_the_simulated_attack_has_the_given_length() -> None:
     assert norm([a - b for a, b in zip(weights_of(base), before, strict=True)]) == pytest.approx(0.1, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-9])
+def test_a_small_slope_is_followed_as_far_as_a_large_one(size: float) -> None:
+    """M13: the direction counts, not the size; a model that is nearly aligned has small harmful slopes."""
+    base = adapted_base()
+    before, direction = weights_of(base), slope(base)
+    step_on(base, rho=0.1).perturb([g / norm(direction) * size for g in direction])
+    assert norm([a - b for a, b in zip(weights_of(base), before, strict=True)]) == pytest.approx(0.1, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_weights_are_restored_bitwise(dtype: torch.dtype) -> None:
     """M13: theta after the step is theta before it, to the bit."""
@@ -217,6 +226,8 @@ def test_the_released_rule_stays_around_its_margin() -> None:
         lam = strength(Settings(rule="released", xi=5.0), g_a, g_s)
         assert 4 <= lam <= 6
         assert lam == pytest.approx(5.0 - dot(g_a, g_s) / (norm(g_a) * norm(g_s)), rel=1e-9)
+        small = [g * 1e-6 for g in g_a]
+        assert strength(Settings(rule="released", xi=5.0), small, g_s) == pytest.approx(lam, rel=1e-9)  # a cosine
 
 
 def test_an_average_that_keeps_nothing_is_the_raw_value() -> None:

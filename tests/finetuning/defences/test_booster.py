@@ -78,6 +78,23 @@ def test_the_drop_is_taken_one_normalised_step_down_the_harmful_loss() -> None:
     assert farthest(ours, [a + 5.0 * (h - m) for a, h, m in zip(g_a, here, moved, strict=True)]) < 1e-9
 
 
+def test_the_step_down_has_its_length_where_the_slope_is_small() -> None:
+    """M13: harmful rows that the model nearly knows have a slope below one; the step is 0.1 long all the same."""
+    base, (row, *_) = adapted_base(), random_rows(4, seed=8)
+    parameters = adapter.parameters(base, adapter.TASK)
+    for parameter in parameters:
+        parameter.data.mul_(1e-2)
+    here = torch.autograd.grad(row_nll(base, uncached(base), [row]).nll.mean(), parameters)
+    assert 0 < norm(here) < 0.5
+    ours = added(base, booster(base, rows=[row]))
+    g_a = added(base, Plain(base, uncached(base)))
+    with torch.no_grad():
+        for parameter, g in zip(parameters, here, strict=True):
+            parameter.sub_(0.1 * g / norm(here))
+    moved = torch.autograd.grad(row_nll(base, uncached(base), [row]).nll.mean(), parameters)
+    assert farthest(ours, [a + 5.0 * (h - m) for a, h, m in zip(g_a, here, moved, strict=True)]) < 1e-9
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_weights_are_restored_bitwise(dtype: torch.dtype) -> None:
     base = adapted_base(dtype=dtype)
