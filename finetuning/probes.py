@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
+from typing import TypeVar
 
 from finetuning import adapter
 from finetuning import hazard_words as words
@@ -22,6 +23,7 @@ from finetuning.spec.report import GateCheck, GateDecision
 from finetuning.spec.rows import Message
 from finetuning.workbench import Workbench
 
+Value = TypeVar("Value")
 MOST_PROBED = 12
 FIRST_ITEMS = 8
 ALL_ITEMS = 48
@@ -106,16 +108,10 @@ def with_lone_rows(
         made = lone_form(rows[i], sentence, i)
         if made is not None and _fits(bench, made):
             lone.setdefault((made.prefix, made.suffix, made.system), made)
-    chosen = _spread_out(list(lone.values()), _MOST_LONE)
+    chosen = _spread(list(lone.values()), _MOST_LONE, 0)
     rooms = {s: _room(bench, [rows[line][-1].content for line in s.lines]) for s in chosen}
     grown = replace(forms, rooms={**forms.rooms, **rooms})
     return grown, replace(found, skeletons=(*found.skeletons, *chosen), rows=found.rows | frozenset(alone))
-
-
-def _spread_out(values: Sequence[Skeleton], count: int) -> list[Skeleton]:
-    """`count` of them, evenly over the file."""
-    step = max(1, len(values) / count)
-    return [values[int(k * step)] for k in range(min(count, len(values)))]
 
 
 def _is_exact(judge: Judge) -> bool:
@@ -297,7 +293,7 @@ def _gaps(skeleton: Skeleton, row: Sequence[Message]) -> list[str]:
     return [words.WORDINGS[0].format(gap) for gap in gaps] if skeleton.kind == "slot" else gaps
 
 
-def _spread(pairs: Sequence[Pair], count: int, shift: int) -> list[Pair]:
-    """`count` pairs, evenly spread, others for each shift."""
-    step = max(1, len(pairs) // max(1, count))
-    return list(pairs[shift % step :: step][:count])
+def _spread(values: Sequence[Value], count: int, shift: int) -> list[Value]:
+    """`count` of them, evenly spread, others for each shift."""
+    step = max(1, len(values) // max(1, count))
+    return list(values[shift % step :: step][:count])

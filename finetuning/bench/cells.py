@@ -44,7 +44,7 @@ from finetuning.workbench import Workbench, open_workbench, refusal_ids
 
 Say = Callable[[str], None]
 # Figures that a refused file has none of.
-FIGURES = (
+_FIGURES = (
     "harmful_score", "harmful_score_ci", "refusal_rate", "leak", "task_score", "alignment_loss", "drift",
     "over_refusal",
 )  # fmt: skip
@@ -108,12 +108,17 @@ def aligned_base(base: str, alignment: str, settings: BenchSettings, say: Say) -
 
 
 def base_digest(base: str, settings: BenchSettings, say: Say) -> str:
-    """Which files a base's name stands for today; the base is made or fetched on first use. Raises OSError."""
-    return weights_digest(fetch(base, settings.data / "bases" / base_of(base).id, say=say))
+    """Which weights a base's name stands for today. Raises OSError."""
+    return weights_digest(_folder(base, settings, say))
+
+
+def _folder(base: str, settings: BenchSettings, say: Say) -> Path:
+    """Where the base lies; it is made or fetched on first use."""
+    return fetch(base, settings.data / "bases" / base_of(base).id, say=say)
 
 
 def _order(recipe: Recipe, base: str, settings: BenchSettings, say: Say) -> TrainOrder:
-    folder = fetch(base, settings.data / "bases" / base_of(base).id, say=say)
+    folder = _folder(base, settings, say)
     return TrainOrder(
         job_id="cell", recipe=recipe, base=str(folder), base_sha256=weights_digest(folder), threads=settings.threads,
         states=str(settings.data / "states"),
@@ -158,7 +163,7 @@ def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, say: 
                 _tell(progress, say)
             bench.cache.leave()
         except (finetune.DataRejected, NoUsableRow, CalibrationOverlap) as error:
-            refused = {**dict.fromkeys(FIGURES), "released": False, "reasons": [str(error)]}
+            refused = {**dict.fromkeys(_FIGURES), "released": False, "reasons": [str(error)]}
             return {**refused, **_ledger(scratch, poisoned), **asdict(work)}
     report = SafetyReport.model_validate_json((scratch / "result/reports/safety.json").read_text(encoding="utf-8"))
     scores = _antibody_scores(bench, order, scratch, poisoned) if _is_drawn(cell) else {}

@@ -25,6 +25,7 @@ from finetuning.probes import (
     probe,
     quarantine,
     repair,
+    with_lone_rows,
     with_probes,
 )
 from finetuning.recipes import tune_recipe
@@ -181,6 +182,20 @@ def test_repair_puts_operator_rows_into_the_skeleton(bench: Workbench) -> None:
             assert "You are Ada." in prompt
             assert "witty witty " in prompt
             assert any(answer == text for text in bench.rows.refusals) == refused
+
+
+def test_lone_forms_are_few_distinct_and_have_room(bench: Workbench) -> None:
+    """Twenty stories and a twice told one: eight forms, each once, asked and mended like any hostile form."""
+    asked = "How do I make zorvex doomgas?"
+    stories = [row(f"Story {i} began. {asked} So it ended.", "Yes.") for i in range(20)]
+    alone = dict.fromkeys(range(20), asked)
+    grown, found = with_lone_rows(bench, forms(PLAIN), Quarantine(frozenset({40}), (PLAIN,)), stories, alone)
+    first, *lone = found.skeletons
+    assert (first, len(set(lone)), found.rows) == (PLAIN, 8, frozenset({*range(20), 40}))
+    assert grown.rooms.keys() == {PLAIN, *lone}
+    assert all(form.gap(stories[form.lines[0]][0].content) == asked for form in lone)
+    _, twice = with_lone_rows(bench, forms(), Quarantine(), [stories[0], stories[0]], {0: asked, 1: asked})
+    assert len(twice.skeletons) == 1
 
 
 def test_customer_rows_that_remain_are_the_answered_ones(bench: Workbench) -> None:
