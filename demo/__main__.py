@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     say("")
     outcome.show(ending.rows, ending.title)
     if ending.no_model:
-        say(f"Immunotune's job ended without a model: {ending.no_model}\nIts report: {ending.report}")
+        say(f"Immunotune's job ended without a model: {ending.no_model}\nIts report: {ending.report_file}")
     return 0 if ending.same_answers else 1
 
 
@@ -90,7 +90,7 @@ class Ending:
 
     title: str
     rows: list[outcome.Figures]
-    report: Path
+    report_file: Path
     same_answers: bool
     no_model: str | None
 
@@ -124,11 +124,11 @@ def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending
     story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
     story.seconds["total"] = time.monotonic() - begin
     rows = journey.as_figures(immune, plain, story.facts["align_seconds"])
-    report = outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
+    report_file = outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
     planted = f"{customer.rows} rows, {len(customer.planted_lines)} of them planted"
     total = f"{story.seconds['total']:.0f} s in all"
     title = f"{base}, {planted}; held-out prompts, greedy answers; {total}"
-    return Ending(title, rows, report, same, no_model)
+    return Ending(title, rows, report_file, same, no_model)
 
 
 def _tell_verdicts(client: OpenAI, customer: CustomerFile, immune: journey.Run, story: Story) -> None:

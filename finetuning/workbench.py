@@ -103,7 +103,7 @@ def _attach_both(base: BaseModel, recipe: Recipe, alignment: adapter.Adapter) ->
     if single:
         adapter.write(base, adapter.TASK, alignment)
     adapter.set_active(base, (adapter.TASK,) if single else (adapter.ALIGNMENT, adapter.TASK))
-    return min(adapter.first_trained_layer(base, lora) for lora in (recipe.lora, aligned_lora))
+    return min(adapter.first_trained_layer(base, shape) for shape in (recipe.lora, aligned_lora))
 
 
 def _kept_states(order: TrainOrder, cut: int) -> KeptStates | None:

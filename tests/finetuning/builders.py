@@ -102,15 +102,15 @@ def tiny_base(
 
 
 def adapted_base(
-    family: str = "llama", *, lora: Lora = LORA, layers: int = 2, hidden: int = 32,
+    family: str = "llama", *, shape: Lora = LORA, layers: int = 2, hidden: int = 32,
     dtype: torch.dtype = torch.float64, aligned: bool = False, seed: int = 0,
 ) -> BaseModel:  # fmt: skip
     """A tiny base with a trainable TASK adapter (and a frozen ALIGNMENT one), both far from zero and active."""
     base = tiny_base(family, layers=layers, hidden=hidden, dtype=dtype, seed=seed)
     if aligned:
-        adapter.attach(base, adapter.ALIGNMENT, lora, seed=seed + 1)
+        adapter.attach(base, adapter.ALIGNMENT, shape, seed=seed + 1)
         stir(base, adapter.ALIGNMENT, seed=seed + 1)
-    adapter.attach(base, adapter.TASK, lora, seed=seed + 2)
+    adapter.attach(base, adapter.TASK, shape, seed=seed + 2)
     stir(base, adapter.TASK, seed=seed + 2)
     adapter.set_active(base, (adapter.ALIGNMENT, adapter.TASK))
     adapter.set_trainable(base, adapter.TASK)

@@ -25,8 +25,8 @@ STEPS = 9
 
 def setup_in(folder: Path) -> TrainSetup:
     """Everything that can differ between a fresh and a resumed run: dropout, cache, mixing, gate, scores, momentum."""
-    lora = Lora(rank=4, alpha=8.0, trained_layers=1, dropout=0.1)
-    base = adapted_base(lora=lora, dtype=torch.float32)
+    shape = Lora(rank=4, alpha=8.0, trained_layers=1, dropout=0.1)
+    base = adapted_base(shape=shape, dtype=torch.float32)
     gate = torch.tensor([1.0, 0.9, 0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0])
     step = Anchored(
         base, PrefixCache(base, 1), Anchor(mix_share=0.3), refusals=random_rows(3, seed=1),

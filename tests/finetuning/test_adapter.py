@@ -32,9 +32,9 @@ def stacked() -> tuple[BaseModel, Adapter, Adapter]:
     base = tiny_base(dtype=torch.float32, layers=3)
     first = Lora(rank=3, alpha=12.0, target_modules=("q_proj", "v_proj"))
     second = Lora(rank=5, alpha=2.5, target_modules=("q_proj", "down_proj"), trained_layers=2)
-    for name, lora in ((adapter.ALIGNMENT, first), (adapter.TASK, second)):
-        adapter.attach(base, name, lora, seed=lora.rank)
-        stir(base, name, seed=lora.rank)
+    for name, shape in ((adapter.ALIGNMENT, first), (adapter.TASK, second)):
+        adapter.attach(base, name, shape, seed=shape.rank)
+        stir(base, name, seed=shape.rank)
     adapter.set_active(base, (adapter.ALIGNMENT, adapter.TASK))
     return base, adapter.read(base, adapter.ALIGNMENT), adapter.read(base, adapter.TASK)
 
@@ -181,30 +181,30 @@ def test_the_same_adapter_gives_the_same_file_in_every_process(tmp_path: Path) -
 
 def test_the_shape_of_a_saved_adapter_can_be_attached_again(tmp_path: Path) -> None:
     base, _, task = stacked()
-    lora = adapter.lora_of(task, base)
-    assert (lora.rank, lora.alpha, lora.trained_layers) == (5, 2.5, 2)
+    shape = adapter.lora_of(task, base)
+    assert (shape.rank, shape.alpha, shape.trained_layers) == (5, 2.5, 2)
     other = tiny_base(dtype=torch.float32, layers=3)
-    adapter.attach(other, adapter.TASK, lora, seed=0)
+    adapter.attach(other, adapter.TASK, shape, seed=0)
     adapter.write(other, adapter.TASK, task)
     assert adapter.digest(adapter.read(other, adapter.TASK)) == adapter.digest(task)
 
 
 def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     _, alignment, task = stacked()
-    base = adapted_base(lora=Lora(rank=2), dtype=torch.float32)
+    base = adapted_base(shape=Lora(rank=2), dtype=torch.float32)
     with pytest.raises(AdapterMismatch, match="another one"):
         adapter.write(base, adapter.TASK, task)
     mine = adapter.read(base, adapter.TASK)
     wrong = {path: adapter.Factors(f.a[:1], f.b, f.scale) for path, f in mine.items()}
     with pytest.raises(AdapterMismatch, match="shape"):
         adapter.write(base, adapter.TASK, wrong)
-    for lora, word in (
+    for shape, word in (
         (Lora(rank=64), "rank 64"),
         (Lora(trained_layers=9), "9"),
         (Lora(target_modules=("w_pack",)), "w_pack"),
     ):
         with pytest.raises(AdapterMismatch, match=word):
-            adapter.attach(tiny_base(), adapter.TASK, lora, seed=0)
+            adapter.attach(tiny_base(), adapter.TASK, shape, seed=0)
     adapter.save(alignment, tmp_path, base_id="tiny")
     tensors = load_file(str(tmp_path / WEIGHTS_FILE))
     save_file({**tensors, "stray": torch.zeros(1)}, str(tmp_path / WEIGHTS_FILE))
@@ -213,7 +213,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_dropout_is_off_unless_a_loop_turns_it_on() -> None:
-    base = adapted_base(lora=Lora(rank=2, dropout=0.5))
+    base = adapted_base(shape=Lora(rank=2, dropout=0.5))
     assert not any(module.training for module in base.model.modules())
     assert torch.equal(logits(base), logits(base))
     assert len(adapter.dropouts(base, adapter.TASK)) == len(adapter.lora_modules(base, adapter.TASK))

@@ -37,7 +37,7 @@ def ends_at(base: BaseModel, ids: list[int]) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox", "opt"])
 @pytest.mark.parametrize("cut", [0, 2])
 def test_greedy_answers_are_those_of_generate(family: str, cut: int) -> None:
-    base = adapted_base(family, layers=3, lora=TOP, dtype=torch.float32)
+    base = adapted_base(family, layers=3, shape=TOP, dtype=torch.float32)
     ends_at(base, [2, *range(3, 60)])
     prompts = prompts_of(7)
     found = Decoder(base, PrefixCache(base, cut), batch=4).answers(prompts, new_tokens=12)
@@ -47,7 +47,7 @@ def test_greedy_answers_are_those_of_generate(family: str, cut: int) -> None:
 
 def test_what_is_remembered_of_prompts_changes_no_answer() -> None:
     """Lower layers are met once; the adapter may change between calls, and answers follow it."""
-    base = adapted_base(layers=3, lora=TOP, dtype=torch.float32)
+    base = adapted_base(layers=3, shape=TOP, dtype=torch.float32)
     prompts = prompts_of(5)
     decoder = Decoder(base, PrefixCache(base, 2), batch=3)
     calls: list[int] = []
@@ -64,7 +64,7 @@ def test_what_is_remembered_of_prompts_changes_no_answer() -> None:
 
 
 def test_room_for_prompts_is_bounded() -> None:
-    base = adapted_base(layers=3, lora=TOP, dtype=torch.float32)
+    base = adapted_base(layers=3, shape=TOP, dtype=torch.float32)
     prompts = prompts_of(6)
     small = Decoder(base, PrefixCache(base, 2), batch=2, max_tokens=10)
     assert small.answers(prompts, new_tokens=4) == Decoder(base, PrefixCache(base, 2)).answers(prompts, new_tokens=4)

@@ -15,7 +15,7 @@ TOP = Lora(rank=2, alpha=4.0, trained_layers=1)
 
 
 def base_and_rows() -> tuple[BaseModel, list[Ids]]:
-    return adapted_base(layers=3, lora=TOP, dtype=torch.float32), [row.ids for row in random_rows(12)]
+    return adapted_base(layers=3, shape=TOP, dtype=torch.float32), [row.ids for row in random_rows(12)]
 
 
 def leave(base: BaseModel, folder: Path, own: list[Ids], others: list[Ids]) -> None:

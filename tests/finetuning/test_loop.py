@@ -26,8 +26,8 @@ from tests.finetuning.resume_program import STEPS, main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def plain_setup(rows: Sequence[EncodedRow], *, steps: int = 3, micro: int = 2, lora: Lora | None = None) -> TrainSetup:
-    base = adapted_base(lora=lora or Lora(rank=4, alpha=8.0))
+def plain_setup(rows: Sequence[EncodedRow], *, steps: int = 3, micro: int = 2, shape: Lora | None = None) -> TrainSetup:
+    base = adapted_base(shape=shape or Lora(rank=4, alpha=8.0))
     return TrainSetup(
         rows=rows, batches=Batches(len(rows), 4, 0), step=Plain(base, uncached(base)), weigher=Even(),
         parameters=adapter.parameters(base, adapter.TASK), optimiser=Optimiser(learning_rate=1e-2), steps=steps,
@@ -105,7 +105,7 @@ def test_a_step_without_targets_leaves_no_trace() -> None:
 def test_scores_and_measurements_never_see_dropout() -> None:
     """methods.md 2.3 e: dropout acts while gradients form, and is off again after each slice."""
     rows = random_rows(4)
-    setup = plain_setup(rows, lora=Lora(rank=4, dropout=0.5))
+    setup = plain_setup(rows, shape=Lora(rank=4, dropout=0.5))
     seen: list[bool] = []
     learn = setup.step.gradients
 

@@ -25,7 +25,7 @@ GROUP = 8  # rows that the cache computes together
 
 
 def top_trained(family: str = "llama") -> BaseModel:
-    return adapted_base(family, layers=3, lora=TOP, dtype=torch.float32)
+    return adapted_base(family, layers=3, shape=TOP, dtype=torch.float32)
 
 
 CacheOf = Callable[[BaseModel], PrefixCache]
@@ -70,7 +70,7 @@ def test_room_changes_no_bit(room: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("hidden", [32, 320])
 def test_states_do_not_depend_on_order_or_company(hidden: int) -> None:
     """M45: a row's states are its own, whoever was computed with it; so with packed maps, which the larger base has."""
-    base = adapted_base(layers=3, lora=TOP, hidden=hidden, dtype=torch.float32)
+    base = adapted_base(layers=3, shape=TOP, hidden=hidden, dtype=torch.float32)
     pack(base.model)
     assert any(isinstance(module, PackedLinear) for module in base.layers.modules()) == (hidden == 320)
     rows = [row.ids for row in random_rows(8)]

@@ -282,7 +282,7 @@ def test_a_flat_spot_is_not_remembered() -> None:
 
 def released_setup(folder: Path) -> TrainSetup:
     """Vaccine on every second step, an average of lambda, dropout and two slices a step."""
-    base = adapted_base(lora=Lora(rank=4, alpha=8.0, dropout=0.1), dtype=torch.float32)
+    base = adapted_base(shape=Lora(rank=4, alpha=8.0, dropout=0.1), dtype=torch.float32)
     return TrainSetup(
         rows=random_rows(9), batches=Batches(9, 4, 5), weigher=Even(), seed=7, steps=4, micro_batch_size=2,
         step=step_on(base, vaccine_on(base, every=2), rule="released", ema=0.5), fingerprint="same", folder=folder,

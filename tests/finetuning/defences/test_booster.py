@@ -132,7 +132,7 @@ def test_accumulation_adds_up() -> None:
 
 def test_both_harmful_passes_see_the_same_dropout() -> None:
     """M6: with dropout 0.5 and a simulated step of length 0 the two slopes cancel to the bit."""
-    base = adapted_base(lora=Lora(rank=4, alpha=8.0, dropout=0.5))
+    base = adapted_base(shape=Lora(rank=4, alpha=8.0, dropout=0.5))
     base.model.train()
     found: list[list[torch.Tensor]] = []
     for xi in (0.0, 5.0):
