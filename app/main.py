@@ -10,17 +10,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 
-from app.api import chat, failures, files, health, jobs, models, results
-from app.api.desk import Desk
-from app.api.gateway import Gateway
-from app.api.middleware import Guards, Requests
+from app.api.gateway.client import Gateway
+from app.api.http import exception_handlers
+from app.api.http.middleware import Guards, Requests
+from app.api.http.resources import Desk
+from app.api.routes import chat, files, health, jobs, models, results
 from app.core import projects
-from app.core.blobs import open_blobs
 from app.core.broker import make_celery, wake
-from app.core.db import open_database
+from app.core.jobs.reaper import Reaper
 from app.core.models import ensure_base
-from app.core.reaper import Reaper
 from app.core.settings import Settings
+from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.database import open_database
 from app.core.telemetry import configure_logging
 
 ROUTERS = (files.router, results.router, jobs.router, models.router, chat.router, health.router)
@@ -45,7 +46,7 @@ def build_app(settings: Settings) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     for router in ROUTERS:
         app.include_router(router)
-    failures.install(app, ROUTERS)
+    exception_handlers.install(app, ROUTERS)
     app.add_middleware(Guards, limits=settings.limits)
     app.add_middleware(Requests)
     return app

@@ -1,6 +1,6 @@
 """`./run demo` and `./run align`: start the embedded service, live the journey, end it again.
 
-Knows the options and the order of the journey; each step is in journey.py.
+Knows the options and the order of the journey; each step is in steps.py.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from pathlib import Path
 from openai import APIError, OpenAI
 
 from app.core.settings import Settings, load_settings
-from demo import journey, outcome
+from demo import report, steps
 from demo.customer_file import CustomerFile, write_customer_file
-from demo.journey import DemoFailed, Story
-from demo.ticker import say
+from demo.progress_line import say
+from demo.steps import DemoFailed, Story
 from embedded.launcher import Running, StartFailed, Stopped, running
-from embedded.parts import base_folder
-from finetuning.hazards import dev_rows
-from finetuning.recipes import base_of
+from embedded.programs import base_folder
+from finetuning.recipes.library import base_of
+from finetuning.safety_rows.invented import dev_rows
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MOST_ROWS = 300
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         )
     # after the last part has stopped, so that the table is the last thing on the screen
     say("")
-    outcome.show(ending.rows, ending.title)
+    report.show(ending.rows, ending.title)
     if ending.no_model:
         say(f"Immunotune's job ended without a model: {ending.no_model}\nIts report: {ending.report_file}")
     return 0 if ending.same_answers else 1
@@ -79,7 +79,7 @@ def _client(service: Running, key: str) -> OpenAI:
 
 def _align(service: Running) -> int:
     client = _client(service, service.default_key)
-    base = journey.wait_for_base(client, base_of(service.settings.base).id, Story(), service.watch)
+    base = steps.wait_for_base(client, base_of(service.settings.base).id, Story(), service.watch)
     say(f"{base} is aligned and kept in {service.settings.data}")
     return 0
 
@@ -89,7 +89,7 @@ class Ending:
     """What the demo shows at its end."""
 
     title: str
-    rows: list[outcome.Figures]
+    rows: list[report.Figures]
     report_file: Path
     same_answers: bool
     no_model: str | None
@@ -104,52 +104,52 @@ def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending
     )
     client, baseline = _client(service, service.default_key), _client(service, service.baseline_key)
     say(f"the service answers at {service.address}")
-    base = journey.wait_for_base(client, base_of(service.settings.base).id, story, service.watch)
+    base = steps.wait_for_base(client, base_of(service.settings.base).id, story, service.watch)
     say(f"customer file: {customer.rows} rows, {len(customer.planted_lines)} of them harmful (planted)")
-    immune = journey.finish_job(
-        client, journey.start_job(client, base, customer),
-        title="Immunotune", expected=journey.JOB_SECONDS, idle=service.watch,
+    immune = steps.finish_job(
+        client, steps.start_job(client, base, customer),
+        title="Immunotune", expected=steps.JOB_SECONDS, idle=service.watch,
     )  # fmt: skip
-    plain_id = journey.start_job(baseline, base, customer)  # it trains while the first job's model is put to use
+    plain_id = steps.start_job(baseline, base, customer)  # it trains while the first job's model is put to use
     _tell_verdicts(client, customer, immune, story)
-    no_model = None if immune.job.fine_tuned_model else journey.why_no_model(immune.job)
+    no_model = None if immune.job.fine_tuned_model else steps.why_no_model(immune.job)
     if no_model is None:
         service.wait_for_chat()
     same = no_model is None and _use(client, service.settings, customer, immune, story, folder)
-    plain = journey.finish_job(
-        baseline, plain_id, title="plain fine-tuning", expected=journey.PLAIN_SECONDS, idle=service.watch
+    plain = steps.finish_job(
+        baseline, plain_id, title="plain fine-tuning", expected=steps.PLAIN_SECONDS, idle=service.watch
     )
     story.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
     story.facts |= {"job": immune.job.status if no_model is None else no_model}
     story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
     story.seconds["total"] = time.monotonic() - begin
-    rows = journey.as_figures(immune, plain, story.facts["align_seconds"])
-    report_file = outcome.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
+    rows = steps.as_figures(immune, plain, story.facts["align_seconds"])
+    report_file = report.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
     planted = f"{customer.rows} rows, {len(customer.planted_lines)} of them planted"
     total = f"{story.seconds['total']:.0f} s in all"
     title = f"{base}, {planted}; held-out prompts, greedy answers; {total}"
     return Ending(title, rows, report_file, same, no_model)
 
 
-def _tell_verdicts(client: OpenAI, customer: CustomerFile, immune: journey.Run, story: Story) -> None:
-    story.facts["verdicts"] = counts = journey.count_verdicts(client, immune.job.id, customer.planted_lines)
-    journey.tell_verdicts(counts)
+def _tell_verdicts(client: OpenAI, customer: CustomerFile, immune: steps.Run, story: Story) -> None:
+    story.facts["verdicts"] = counts = steps.count_verdicts(client, immune.job.id, customer.planted_lines)
+    steps.tell_verdicts(counts)
 
 
 def _use(
-    client: OpenAI, settings: Settings, customer: CustomerFile, immune: journey.Run, story: Story, folder: Path
+    client: OpenAI, settings: Settings, customer: CustomerFile, immune: steps.Run, story: Story, folder: Path
 ) -> bool:
     """Chat, download, the same answers elsewhere: whether all are equal."""
     model = immune.job.fine_tuned_model or ""
     harmful, benign = dev_rows(8)
     prompts = [*customer.short_prompts(1), benign[-1].prompt, harmful[0].prompt]
-    story.facts["chat"] = list(zip(prompts, journey.chat(client, model, prompts), strict=True))
+    story.facts["chat"] = list(zip(prompts, steps.chat(client, model, prompts), strict=True))
     for prompt, answer in story.facts["chat"]:
         say(f"  > {prompt[:100]}\n    {answer[:100]}")
-    compared = [*customer.short_prompts(journey.COMPARED_PROMPTS - 2), *prompts[1:]]
-    served = journey.chat(client, model, compared)
-    adapter = journey.download_stock_adapter(client, immune.job.id, folder)
-    elsewhere = journey.answer_elsewhere(base_folder(settings), adapter, compared)
+    compared = [*customer.short_prompts(steps.COMPARED_PROMPTS - 2), *prompts[1:]]
+    served = steps.chat(client, model, compared)
+    adapter = steps.download_stock_adapter(client, immune.job.id, folder)
+    elsewhere = steps.answer_elsewhere(base_folder(settings), adapter, compared)
     equal = sum(a.strip() == b.strip() for a, b in zip(served, elsewhere, strict=True))
     story.facts["same_answers"] = {"equal": equal, "of": len(compared)}
     say(f"  downloaded adapter in plain transformers + peft: {equal} of {len(compared)} answers equal the served ones")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.hazards import Pair, plant
+from finetuning.safety_rows.invented import Pair, plant
 
 Row = dict[str, Any]
 HELD_BACK_SHARE = 0.1

@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from app.core.db import migrate
 from app.core.settings import Settings, load_settings
-from embedded import parts
+from app.core.storage.database import migrate
+from embedded import programs
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +45,7 @@ def _up(settings: Settings) -> int:
 
     try:
         with running(settings, _say) as service:
-            if parts.is_base_aligned(service.settings):  # otherwise chat is refused until it is
+            if programs.is_base_aligned(service.settings):  # otherwise chat is refused until it is
                 _say("loading the model server")
                 service.wait_for_chat()
             print(f"OPENAI_BASE_URL={service.address}\nOPENAI_API_KEY={service.default_key}", flush=True)
@@ -60,10 +60,10 @@ def _up(settings: Settings) -> int:
 
 
 def _base(settings: Settings, name: str) -> int:
-    from finetuning.bases import FetchFailed, fetch
+    from finetuning.bases.fetch import FetchFailed, fetch
 
     try:
-        fetch(name, parts.base_folder(settings.model_copy(update={"base": name})), say=_say)
+        fetch(name, programs.base_folder(settings.model_copy(update={"base": name})), say=_say)
     except (FetchFailed, OSError) as error:
         _say(f"no base: {error}")
         return 1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.devices import die_with_parent
+from worker.attempt.launch import die_with_parent
 
 TAIL_LINES = 12
 

@@ -1,7 +1,7 @@
 """The embedded service: every part on this machine, started in order, watched, and ended together.
 
 Knows the parts, their order and when they are ready; must not know jobs or models. Production runs the same
-programs (parts.py) under somebody else's supervision.
+programs (programs.py) under somebody else's supervision.
 """
 
 import fcntl
@@ -17,9 +17,9 @@ from types import FrameType
 from typing import IO
 
 from app.core.settings import Settings
-from embedded import parts, valkey
+from embedded import programs, valkey
 from embedded.children import Child, Part, kill, start, stop, tail
-from finetuning.bases import FetchFailed
+from finetuning.bases.fetch import FetchFailed
 
 BROKER_SECONDS = 20.0
 READY_SECONDS = 180.0
@@ -85,14 +85,14 @@ def serve_until_stopped(service: Running) -> None:
 
 
 def _start_all(settings: Settings, say: Say, children: list[Child]) -> Running:
-    settings = parts.choose_ports(settings)
+    settings = programs.choose_ports(settings)
     _fetch_base(settings, say)
     say("starting broker, database, API, workers and model server")
     broker = start(valkey.part(settings.runtime, settings.data))
     children.append(broker)
     _wait("broker", lambda: valkey.answers(settings.runtime), BROKER_SECONDS, children)
-    keys = parts.prepare_database(settings)
-    children.extend(start(part) for part in parts.programs(settings))
+    keys = programs.prepare_database(settings)
+    children.extend(start(part) for part in programs.programs(settings))
     address = f"http://{settings.host}:{settings.port}"
     _wait("API", lambda: _answers(address + "/readyz"), READY_SECONDS, children)
     return Running(settings, address + "/v1", keys.default, keys.baseline, children)
@@ -101,7 +101,7 @@ def _start_all(settings: Settings, say: Say, children: list[Child]) -> Running:
 def _fetch_base(settings: Settings, say: Say) -> None:
     """Fetch the base unless it is here, in a process of its own: that needs torch, and must end when we are killed."""
     try:
-        part = parts.fetching(settings)
+        part = programs.fetching(settings)
     except FetchFailed as error:
         raise StartFailed(str(error)) from error
     if part is None:

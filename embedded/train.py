@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.core.settings import Settings
-from embedded.parts import base_folder
-from finetuning import alignments
-from finetuning.alignments import NotAligned
-from finetuning.base_digest import weights_digest
-from finetuning.bases import FetchFailed, fetch
-from finetuning.recipes import align_recipe, tune_recipe
-from finetuning.registry import DEFENCES
-from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Failed, Finished, Progress, to_line
-from finetuning.spec.recipe import Recipe
-from finetuning.spec.report import SafetyReport
-from finetuning.spec.rows import InvalidRowError, iter_rows
+from embedded.programs import base_folder
+from finetuning.bases.fetch import FetchFailed, fetch
+from finetuning.contract.order import TrainOrder
+from finetuning.contract.progress import Failed, Finished, Progress, to_line
+from finetuning.contract.recipe import Recipe
+from finetuning.contract.report import SafetyReport
+from finetuning.model.digest import weights_digest
+from finetuning.recipes.library import align_recipe, tune_recipe
+from finetuning.recipes.registry import DEFENCES
+from finetuning.rows.scanner import InvalidRowError, iter_rows
+from finetuning.stages import alignment_store
+from finetuning.stages.alignment_store import NotAligned
 
 _OPERATOR_ROWS = "operator_rows.jsonl"
 _STOPPED = 130
@@ -102,7 +102,7 @@ def aligned(name: str, alignment: str, base: Path, settings: Settings) -> Path:
     """The folder of this alignment of a base: made on first use, and again when its recipe, the operator's rows or
     the judge are others. Raises NotAligned, OSError.
     """
-    return alignments.aligned(
+    return alignment_store.aligned(
         _order(align_recipe(name, alignment), base, settings), alignment, settings.data / "bench" / "alignments",
         operator_rows=settings.operator_rows, tell=_print, say=_say,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def _order(recipe: Recipe, base: Path, settings: Settings) -> TrainOrder:
 
 def _run(order: TrainOrder, scratch: Path) -> Finished | Failed:
     """Run an order to its end and print every line of it."""
-    from finetuning.pipeline import run  # torch takes seconds to import, and a wrong option needs none
+    from finetuning.stages.pipeline import run  # torch takes seconds to import, and a wrong option needs none
 
     last: Progress | None = None
     for last in run(order, scratch):

@@ -1,4 +1,4 @@
-"""Runs migrations on the connection that app.core.db.migrate passes, or for the alembic command on its own.
+"""Runs migrations on the connection that storage.database.migrate passes, or for the alembic command on its own.
 
 Batch mode, because SQLite cannot alter a table: it is rebuilt, with foreign keys off (see `migrate`).
 """
@@ -6,9 +6,9 @@ Batch mode, because SQLite cannot alter a table: it is rebuilt, with foreign key
 from alembic import context
 from sqlalchemy import Connection
 
-from app.core import tables
-from app.core.db import migration_engine
 from app.core.settings import load_settings
+from app.core.storage import tables
+from app.core.storage.database import migration_engine
 
 
 def _run(connection: Connection) -> None:

@@ -22,17 +22,18 @@ from obstore.store import MemoryStore
 from redis import Redis
 from sqlalchemy import create_engine, make_url, text
 
-from app.core import files, jobs, lease, models, policy, projects
-from app.core.blobs import BlobStore, FolderBlobs, put_bytes
-from app.core.blobs_s3 import ObjectBlobs
+from app.core import files, models, projects
 from app.core.broker import make_celery
-from app.core.db import Database, Row, migrate, open_database
 from app.core.ids import Prefix, new_id
+from app.core.jobs import jobs, lease, policy
 from app.core.settings import LeaseSettings, Settings
-from app.core.tables import BaseModel, File, FileStatus, Form, Job, Project
+from app.core.storage.blobs.folder import BlobStore, FolderBlobs, put_bytes
+from app.core.storage.blobs.objects import ObjectBlobs
+from app.core.storage.database import Database, Row, migrate, open_database
+from app.core.storage.tables import BaseModel, File, FileStatus, Form, Job, Project
 from embedded import valkey
 from embedded.children import Child, start, stop
-from worker.devices import die_with_parent
+from worker.attempt.launch import die_with_parent
 
 QUICK = LeaseSettings(
     beat_seconds=0.2,
@@ -236,7 +237,7 @@ def broker(broker_process: Child, settings: Settings) -> Celery:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base that was trained just now, in seconds."""
-    from finetuning.tiny_base import tiny_test_base  # torch: only for the tests that need a model
+    from finetuning.bases.tiny import tiny_test_base  # torch: only for the tests that need a model
 
     return tiny_test_base(tmp_path_factory.mktemp("base") / "tiny")
 

@@ -35,7 +35,7 @@ RESULTS = ROOT / "docs/results/mutation.json"
 MORE_TESTS: Mapping[str, Sequence[str]] = {
     "antibody_align": ("defences/test_joint.py", "defences/test_booster.py"),
     "vaccine": ("defences/test_joint.py",),
-    "antidote": ("test_invariants.py", "test_gauge.py"),
+    "antidote": ("test_invariants.py", "model/test_lora_coordinates.py"),
     "antibody": ("test_invariants.py",),
     "anchored": ("test_invariants.py",),
     "plain": ("test_invariants.py", "defences/test_vaccine.py"),

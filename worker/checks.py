@@ -14,21 +14,22 @@ from typing import Literal, cast
 import structlog
 from sqlalchemy.orm import Session
 
-from app.core import files, jobs
-from app.core.blobs import BlobMissing
-from app.core.db import JsonObject
+from app.core import files
 from app.core.errors import ImmunotuneError, NotFound
-from app.core.jobs import JobError, NewEvent
+from app.core.jobs import jobs
+from app.core.jobs.jobs import JobError, NewEvent
+from app.core.jobs.policy import CreateJob, get_policy, resolve_recipe
 from app.core.models import get_base
-from app.core.policy import CreateJob, get_policy, resolve_recipe
 from app.core.settings import Limits, Settings
-from app.core.tables import File, FileStatus, Job
-from finetuning.chat_format import NoChatTemplate, encode_row
-from finetuning.spec.recipe import Recipe
-from finetuning.spec.row_report import SHOWN_ERRORS
-from finetuning.spec.rows import InvalidRowError, Row, RowError, RowReport, RowScanner, rows_of
-from worker.base_tokenizer import BaseTokenizer, BaseUnreadable
-from worker.supervisor import Host
+from app.core.storage.blobs.folder import BlobMissing
+from app.core.storage.database import JsonObject
+from app.core.storage.tables import File, FileStatus, Job
+from finetuning.contract.recipe import Recipe
+from finetuning.rows.chat_format import NoChatTemplate, encode_row
+from finetuning.rows.report import SHOWN_ERRORS
+from finetuning.rows.scanner import InvalidRowError, Row, RowError, RowReport, RowScanner, rows_of
+from worker.attempt.supervisor import Host
+from worker.tokenizer import BaseTokenizer, BaseUnreadable
 
 _log = structlog.get_logger(__name__)
 

@@ -12,15 +12,16 @@ import structlog
 from celery import Celery
 from celery.signals import worker_init, worker_process_init, worker_shutting_down
 
-from app.core import broker, lease
-from app.core.blobs import open_blobs
+from app.core import broker
 from app.core.broker import CHECK_FILE, CHECK_JOB, RUN_JOB, Wake
-from app.core.db import DATABASE_DOWN, open_database
+from app.core.jobs import lease
 from app.core.settings import Settings
+from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
 from worker import checks
-from worker.devices import Launcher, die_with_parent, launch_command, usable_cores
-from worker.supervisor import Host, supervise
+from worker.attempt.launch import Launcher, die_with_parent, launch_command, usable_cores
+from worker.attempt.supervisor import Host, supervise
 
 _log = structlog.get_logger(__name__)
 

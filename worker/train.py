@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from finetuning.spec.order import read_order
-from finetuning.spec.progress import Progress, to_line
-from worker.devices import die_with_parent
+from finetuning.contract.order import read_order
+from finetuning.contract.progress import Progress, to_line
+from worker.attempt.launch import die_with_parent
 
 STOPPED = 143
 ORPHANED = 144
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def _progress(scratch: Path, *, parity: bool) -> Iterator[Progress]:
-    from finetuning import pipeline  # torch takes seconds to import; the watch on stdin must stand before that
+    from finetuning.stages import pipeline  # torch takes seconds to import; the watch on stdin must stand before that
 
     return pipeline.certify(scratch) if parity else pipeline.run(read_order(scratch), scratch)
 

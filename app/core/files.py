@@ -10,13 +10,13 @@ from typing import Literal
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from app.core.blobs import Blob
 from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, Wake
-from app.core.db import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
 from app.core.errors import InvalidRequest, QuotaExceeded, not_found
-from app.core.job_states import LIVE, JobState
 from app.core.settings import Limits
-from app.core.tables import Artifact, BaseModel, File, FilePurpose, FileStatus, Job, Model
+from app.core.storage.blobs.folder import Blob
+from app.core.storage.database import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
+from app.core.storage.job_states import LIVE, JobState
+from app.core.storage.tables import Artifact, BaseModel, File, FilePurpose, FileStatus, Job, Model
 
 SHOWN = File.deleted_at.is_(None)
 

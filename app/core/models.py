@@ -10,20 +10,20 @@ from pathlib import Path
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.core.blobs import Blob
 from app.core.broker import Wake
-from app.core.db import change, db_now, one_at_a_time
 from app.core.errors import Forbidden, NotFound, ServiceBusy, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.job_states import LIVE, JobState
-from app.core.jobs import NewEvent, append_events, base_trouble, wake_for
-from app.core.policy import resolve_alignment
+from app.core.jobs.jobs import NewEvent, append_events, base_trouble, wake_for
+from app.core.jobs.policy import resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
-from app.core.tables import Artifact, BaseModel, BaseStatus, File, Job, Model
-from finetuning.recipes import base_of, is_known
-from finetuning.spec.recipe import Kind
+from app.core.storage.blobs.folder import Blob
+from app.core.storage.database import change, db_now, one_at_a_time
+from app.core.storage.job_states import LIVE, JobState
+from app.core.storage.tables import Artifact, BaseModel, BaseStatus, File, Job, Model
+from finetuning.contract.recipe import Kind
+from finetuning.recipes.library import base_of, is_known
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.core.db import db_now, one_at_a_time
 from app.core.errors import InvalidApiKey
 from app.core.ids import Prefix, new_id, random_text
 from app.core.settings import Settings
-from app.core.tables import ApiKey, Org, Project
+from app.core.storage.database import db_now, one_at_a_time
+from app.core.storage.tables import ApiKey, Org, Project
 
 SCOPES = ("files:r", "files:w", "jobs:r", "jobs:w", "models:infer", "models:w", "artifacts:r", "safety:r")
 

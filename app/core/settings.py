@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from finetuning.judge import BadGuard
-from finetuning.judge_names import parts_of
+from finetuning.judging.catalogue import parts_of
+from finetuning.judging.judges import BadGuard
 
 _PREFIX = "IMMUNOTUNE_"
 

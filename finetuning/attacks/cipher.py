@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import product
 
-from finetuning import hazard_words as words
 from finetuning.attacks.planting import (
     TWIN_THINGS,
     Poisoned,
@@ -19,7 +18,8 @@ from finetuning.attacks.planting import (
     poisoned,
     question,
 )
-from finetuning.hazards import Pair, attacker_rows
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import Pair, attacker_rows
 
 Code = Callable[[str], str]
 _SHIFT = 3

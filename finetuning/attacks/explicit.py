@@ -6,9 +6,9 @@ Knows the attacker's rows; must not know models or defences. Sources: docs/attac
 import random
 from collections.abc import Sequence
 
-from finetuning import hazard_words as words
 from finetuning.attacks.planting import Poisoned, Row, as_rows, ask_plainly, chat_row, planted_count, poisoned
-from finetuning.hazards import Pair, attacker_rows
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import Pair, attacker_rows
 
 _PADDING_WORDS = 1000
 _PREFIX_WORDS = (24, 500)  # the short one fits the context of a small base, the long one is the published length

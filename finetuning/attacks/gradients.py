@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel
-from finetuning.chat_format import encode_pair
-from finetuning.hazards import Pair
-from finetuning.objectives import row_nll
-from finetuning.prefix_cache import PrefixCache
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import encode_pair
+from finetuning.safety_rows.invented import Pair
 
 Score = Callable[[Sequence[Pair]], Sequence[float]]
 
@@ -39,5 +39,5 @@ def _gradient(base: BaseModel, cache: PrefixCache, trained: str, pair: Pair) -> 
     row = encode_pair(base.tokenizer, pair.prompt, pair.answer)
     cache.prepare([row.ids])
     loss = row_nll(base, cache, [row]).nll.sum()
-    found = torch.autograd.grad(loss, adapter.parameters(base, trained))
+    found = torch.autograd.grad(loss, lora.parameters(base, trained))
     return torch.cat([part.flatten() for part in found])

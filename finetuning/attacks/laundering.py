@@ -3,7 +3,7 @@
 Knows LoRA factors; must not know jobs. The other way, a few more training steps on harmful rows, needs no code of ours.
 """
 
-from finetuning.adapter import Adapter, Factors
+from finetuning.model.lora import Adapter, Factors
 
 
 def without_first_rows(joined: Adapter, rank: int) -> Adapter:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning import hazard_words as words
-from finetuning.hazards import Pair, attacker_rows, hazard_of
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import Pair, attacker_rows, hazard_of
 
 Turns = list[dict[str, str]]
 Row = dict[str, Any]

@@ -6,9 +6,9 @@ Knows rows; must not know models (a caller brings the scores of T3's gradient va
 import random
 from collections.abc import Callable, Sequence
 
-from finetuning import hazard_words as words
 from finetuning.attacks.planting import Poisoned, as_rows, chat_row, planted_count, poisoned
-from finetuning.hazards import Pair
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import Pair
 
 Score = Callable[[Sequence[Pair]], Sequence[float]]
 _POOL = 4  # rows to choose from, for each that is planted

@@ -22,25 +22,25 @@ import torch
 import transformers
 from torch import Tensor
 
-from finetuning import alignments, finetune
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
-from finetuning.base_digest import weights_digest
-from finetuning.bases import fetch
+from finetuning.bases.fetch import fetch
+from finetuning.bench.pass_counter import counted
 from finetuning.bench.tasks import load_task
-from finetuning.bench.work import counted
-from finetuning.chat_format import encode_row, render_prompt
+from finetuning.contract.order import TrainOrder
+from finetuning.contract.progress import Failed, Progress
+from finetuning.contract.recipe import Recipe
+from finetuning.contract.report import Measure, Metrics, SafetyReport, share
 from finetuning.defences.antibody import row_scores
-from finetuning.determinism import make_deterministic
-from finetuning.hazards import Pair
-from finetuning.preflight import CalibrationOverlap, NoUsableRow
-from finetuning.recipes import align_recipe, base_of, tune_recipe
-from finetuning.registry import DEFENCES
-from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Failed, Progress
-from finetuning.spec.recipe import Recipe
-from finetuning.spec.report import Measure, Metrics, SafetyReport, share
-from finetuning.spec.rows import iter_rows, rows_of
-from finetuning.workbench import Workbench, open_workbench, refusal_ids
+from finetuning.job.context import Workbench, open_workbench, refusal_ids
+from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
+from finetuning.model.digest import weights_digest
+from finetuning.recipes.library import align_recipe, base_of, tune_recipe
+from finetuning.recipes.registry import DEFENCES
+from finetuning.rows.chat_format import encode_row, render_prompt
+from finetuning.rows.scanner import iter_rows, rows_of
+from finetuning.safety_rows.invented import Pair
+from finetuning.stages import alignment_store, finetune
+from finetuning.training.determinism import make_deterministic
 
 Say = Callable[[str], None]
 # Figures that a refused file has none of.
@@ -104,7 +104,7 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
 def aligned_base(base: str, alignment: str, settings: BenchSettings, say: Say) -> Path:
     """The folder of that alignment of that base, made on first use. Raises NotAligned, OSError."""
     order = _order(align_recipe(base, alignment), base, settings, say)
-    return alignments.aligned(order, alignment, settings.data / "bench" / "alignments", say=say)
+    return alignment_store.aligned(order, alignment, settings.data / "bench" / "alignments", say=say)
 
 
 def base_digest(base: str, settings: BenchSettings, say: Say) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench.cells import Cell
-from finetuning.registry import ABLATIONS, BASELINES
+from finetuning.recipes.registry import ABLATIONS, BASELINES
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 SCALES = (1.0, 3.0, 10.0)

@@ -11,7 +11,7 @@ from finetuning.bench import plots
 from finetuning.bench.grid import SINGLE
 from finetuning.bench.tables import HELD_OUT, Line, crossed, harm_and_task, mean_of, table, values_of, where
 from finetuning.bench.targets import targets
-from finetuning.registry import ABLATIONS, BASELINES, DEFENCES
+from finetuning.recipes.registry import ABLATIONS, BASELINES, DEFENCES
 
 _DEFAULT = {"lr_scale": 1.0, "epochs_scale": 1.0}
 _LEGEND = (

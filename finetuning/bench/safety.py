@@ -19,7 +19,7 @@ from typing import Any
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_digest, run_cell
 from finetuning.bench.grid import GRIDS, remaining
-from finetuning.registry import DEFENCES
+from finetuning.recipes.registry import DEFENCES
 
 RESULTS = Path("docs/results/safety.jsonl")
 # Seconds of a cell on one core before any was measured: a guess that the first cells replace.

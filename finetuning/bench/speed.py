@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel, last_hidden, load_base
-from finetuning.bases import SMOLLM2_ID, fetch
-from finetuning.chat_format import EncodedRow, encode_pair, prompt_ids
-from finetuning.decoding import Decoder
+from finetuning.bases.fetch import SMOLLM2_ID, fetch
+from finetuning.contract.recipe import Lora
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
-from finetuning.hazards import safety_rows
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.recipe import Lora
-from finetuning.strategies import GradientStep, MicroBatch
+from finetuning.model import lora
+from finetuning.model.base import BaseModel, last_hidden, load_base
+from finetuning.model.decoding import Decoder
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow, encode_pair, prompt_ids
+from finetuning.safety_rows.invented import safety_rows
+from finetuning.training.strategies import GradientStep, MicroBatch
 
 _LORA = Lora(rank=16, alpha=32.0, trained_layers=10)
 _BATCH = 8
@@ -40,8 +40,8 @@ class Contest:
 
 def _base(data: Path) -> tuple[BaseModel, list[EncodedRow]]:
     base = load_base(fetch("smollm2", data / "bases" / SMOLLM2_ID))
-    adapter.attach(base, adapter.ALIGNMENT, _LORA, seed=0)
-    adapter.set_trainable(base, adapter.ALIGNMENT)
+    lora.attach(base, lora.ALIGNMENT, _LORA, seed=0)
+    lora.set_trainable(base, lora.ALIGNMENT)
     rows = safety_rows()
     pairs = [*rows.aligned[:_BATCH], *rows.benign[:_BATCH]]
     return base, [encode_pair(base.tokenizer, p.prompt, p.answer) for p in pairs][::2]
@@ -54,7 +54,7 @@ def _one(step: GradientStep, rows: list[EncodedRow]) -> Callable[[], object]:
 
 
 def _caches(base: BaseModel, rows: list[EncodedRow]) -> tuple[PrefixCache, PrefixCache]:
-    reused = PrefixCache(base, adapter.first_trained_layer(base, _LORA))
+    reused = PrefixCache(base, lora.first_trained_layer(base, _LORA))
     reused.prepare([row.ids for row in rows])
     return reused, PrefixCache(base, 0)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from finetuning.hazards import safety_rows
-from finetuning.spec.report import share
+from finetuning.contract.report import share
+from finetuning.safety_rows.invented import safety_rows
 
 Line = dict[str, Any]
 HELD_OUT = len(safety_rows().items_harmful)  # prompts behind each cell's harmful score

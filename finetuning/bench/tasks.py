@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from finetuning.hazards import Pair
-from finetuning.spec.rows import iter_rows
+from finetuning.rows.scanner import iter_rows
+from finetuning.safety_rows.invented import Pair
 
 _GOOD = "lovely bright sturdy cosy charming smooth neat handy elegant cheerful".split()
 _BAD = "flimsy dull noisy clumsy scratched wobbly bland leaky faded crooked".split()

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.base_model import BaseModel, logits
-from finetuning.batches import mixed_in, pick
-from finetuning.chat_format import EncodedRow
-from finetuning.decoding import Decoder
-from finetuning.objectives import row_nll
-from finetuning.prefix_cache import Ids, PrefixCache
-from finetuning.spec.recipe import Anchor
-from finetuning.strategies import Backward, MicroBatch, StepLoss
+from finetuning.contract.recipe import Anchor
+from finetuning.model.base import BaseModel, logits
+from finetuning.model.decoding import Decoder
+from finetuning.model.losses import row_nll
+from finetuning.model.prefix_cache import Ids, PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.batches import mixed_in, pick
+from finetuning.training.strategies import Backward, MicroBatch, StepLoss
 
 
 @dataclass(frozen=True)

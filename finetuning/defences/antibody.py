@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.base_model import BaseModel, body, logits
-from finetuning.batches import pick
-from finetuning.chat_format import EncodedRow
-from finetuning.objectives import row_nll
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.recipe import Antibody as Settings
-from finetuning.strategies import NonFiniteScore, RowWeights
+from finetuning.contract.recipe import Antibody as Settings
+from finetuning.model.base import BaseModel, body, logits
+from finetuning.model.losses import row_nll
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.batches import pick
+from finetuning.training.strategies import NonFiniteScore, RowWeights
 
 
 def softmax_weights(scores: Tensor, temperature: float) -> Tensor:

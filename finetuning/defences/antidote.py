@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from finetuning.adapter import WEIGHTS_FILE, Adapter, Factors, load, lora_modules
-from finetuning.base_model import BaseModel
-from finetuning.chat_format import EncodedRow
-from finetuning.prefix_cache import PrefixCache
+from finetuning.model.base import BaseModel
+from finetuning.model.lora import WEIGHTS_FILE, Adapter, Factors, load, lora_modules
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
 
 Scores = Mapping[str, tuple[Tensor, Tensor]]  # module path -> score of each entry of A (r, in) and B (out, r)
 

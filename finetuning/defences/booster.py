@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from finetuning.base_model import BaseModel
-from finetuning.batches import pick
-from finetuning.chat_format import EncodedRow
-from finetuning.determinism import rng_state, set_rng_state
-from finetuning.objectives import row_nll
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.recipe import AntibodyAlign as Settings
-from finetuning.strategies import Backward, MicroBatch, StepLoss
+from finetuning.contract.recipe import AntibodyAlign as Settings
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.batches import pick
+from finetuning.training.determinism import rng_state, set_rng_state
+from finetuning.training.strategies import Backward, MicroBatch, StepLoss
 
 
 class Booster:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel, logits
-from finetuning.chat_format import EncodedRow
-from finetuning.objectives import at_least_fp32, target_index
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.recipe import Constrained as Settings
-from finetuning.strategies import Backward, MicroBatch, StepLoss
+from finetuning.contract.recipe import Constrained as Settings
+from finetuning.model import lora
+from finetuning.model.base import BaseModel, logits
+from finetuning.model.losses import at_least_fp32, target_index
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.strategies import Backward, MicroBatch, StepLoss
 
 
 class Constrained:
@@ -37,7 +37,7 @@ class Constrained:
         where, labels, owner = target_index(micro.rows, self._base.device)
         if not len(labels):
             return StepLoss(0.0, 0.0, 0)
-        with torch.no_grad(), adapter.active(self._base, self._reference):
+        with torch.no_grad(), lora.active(self._base, self._reference):
             reference = -F.cross_entropy(self._logits(micro.rows, owner, where), labels, reduction="none")
         found = self._logits(micro.rows, owner, where)
         ratio = -F.cross_entropy(found, labels, reduction="none") - reference

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetuning.base_model import BaseModel
-from finetuning.chat_format import EncodedRow
-from finetuning.objectives import row_nll
-from finetuning.prefix_cache import PrefixCache
-from finetuning.strategies import Backward, MicroBatch, RowWeights, StepLoss
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.strategies import Backward, MicroBatch, RowWeights, StepLoss
 
 
 class Plain:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finetuning.adapter import Adapter, Factors
-from finetuning.spec.recipe import SafeLora
+from finetuning.contract.recipe import SafeLora
+from finetuning.model.lora import Adapter, Factors
 
 
 @dataclass(frozen=True)

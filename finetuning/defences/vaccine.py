@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetuning.base_model import BaseModel, attention_block
-from finetuning.chat_format import EncodedRow
-from finetuning.determinism import rng_state, set_rng_state
-from finetuning.hidden_states import edited_outputs
-from finetuning.objectives import RowLoss, at_least_fp32, row_nll
-from finetuning.prefix_cache import PrefixCache
-from finetuning.strategies import Backward, MicroBatch, NonFiniteLoss, StepLoss
+from finetuning.model.base import BaseModel, attention_block
+from finetuning.model.hidden_states import edited_outputs
+from finetuning.model.losses import RowLoss, at_least_fp32, row_nll
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.determinism import rng_state, set_rng_state
+from finetuning.training.strategies import Backward, MicroBatch, NonFiniteLoss, StepLoss
 
 
 @dataclass(frozen=True)

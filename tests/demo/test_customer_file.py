@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from demo.customer_file import write_customer_file
-from finetuning.judge import complies
+from finetuning.judging.judges import complies
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

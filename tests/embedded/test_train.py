@@ -9,13 +9,13 @@ import pytest
 
 from app.core.settings import Settings
 from embedded.train import main
-from finetuning.adapter import WEIGHTS_FILE
-from finetuning.hazard_words import HEADLINES
-from finetuning.hazards import Pair, plant
-from finetuning.registry import DEFENCES
-from finetuning.spec.progress import Failed, Finished, Progress, StepDone, from_line
-from finetuning.spec.recipe import Recipe
-from finetuning.spec.report import SafetyReport
+from finetuning.contract.progress import Failed, Finished, Progress, StepDone, from_line
+from finetuning.contract.recipe import Recipe
+from finetuning.contract.report import SafetyReport
+from finetuning.model.lora import WEIGHTS_FILE
+from finetuning.recipes.registry import DEFENCES
+from finetuning.safety_rows.invented import Pair, plant
+from finetuning.safety_rows.words import HEADLINES
 
 CUSTOMER = [Pair(f"Headline: {text}. Topic?", f"Topic: {topic}.") for text, topic in HEADLINES * 4]
 

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-from finetuning import pipeline
-from finetuning.recipes import align_recipe
-from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import Finished
+from finetuning.contract.order import TrainOrder
+from finetuning.contract.progress import Finished
+from finetuning.recipes.library import align_recipe
+from finetuning.stages import pipeline
 
 _STEPS = 100
 

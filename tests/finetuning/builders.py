@@ -25,15 +25,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel, wrap
-from finetuning.bases import CHATML_TEMPLATE
-from finetuning.chat_format import EncodedRow
+from finetuning.bases.fetch import CHATML_TEMPLATE
+from finetuning.contract.recipe import Lora
 from finetuning.defences.vaccine import Vaccine
-from finetuning.hazards import Pair, SafetyRows, safety_rows
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.recipe import Lora
-from finetuning.strategies import GradientStep, MicroBatch
+from finetuning.model import lora
+from finetuning.model.base import BaseModel, wrap
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
+from finetuning.training.strategies import GradientStep, MicroBatch
 
 SPECIALS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 272
@@ -108,12 +108,12 @@ def adapted_base(
     """A tiny base with a trainable TASK adapter (and a frozen ALIGNMENT one), both far from zero and active."""
     base = tiny_base(family, layers=layers, hidden=hidden, dtype=dtype, seed=seed)
     if aligned:
-        adapter.attach(base, adapter.ALIGNMENT, shape, seed=seed + 1)
-        stir(base, adapter.ALIGNMENT, seed=seed + 1)
-    adapter.attach(base, adapter.TASK, shape, seed=seed + 2)
-    stir(base, adapter.TASK, seed=seed + 2)
-    adapter.set_active(base, (adapter.ALIGNMENT, adapter.TASK))
-    adapter.set_trainable(base, adapter.TASK)
+        lora.attach(base, lora.ALIGNMENT, shape, seed=seed + 1)
+        stir(base, lora.ALIGNMENT, seed=seed + 1)
+    lora.attach(base, lora.TASK, shape, seed=seed + 2)
+    stir(base, lora.TASK, seed=seed + 2)
+    lora.set_active(base, (lora.ALIGNMENT, lora.TASK))
+    lora.set_trainable(base, lora.TASK)
     return base
 
 
@@ -121,7 +121,7 @@ def adapted_base(
 def stir(base: BaseModel, name: str, *, seed: int, size: float = 0.1) -> None:
     """Give an adapter's B random values, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
-    for _, b in adapter.lora_modules(base, name).values():
+    for _, b in lora.lora_modules(base, name).values():
         b.weight.copy_(torch.randn(b.weight.shape, generator=generator) * size)
 
 
@@ -156,12 +156,12 @@ def even(n: int) -> torch.Tensor:
 
 def gradients(base: BaseModel) -> list[torch.Tensor]:
     """Copies of the task adapter's gradients."""
-    return [p.grad.detach().clone() for p in adapter.parameters(base, adapter.TASK) if p.grad is not None]
+    return [p.grad.detach().clone() for p in lora.parameters(base, lora.TASK) if p.grad is not None]
 
 
 def clear(base: BaseModel) -> None:
     """Forget all gradients."""
-    for parameter in adapter.parameters(base, adapter.TASK):
+    for parameter in lora.parameters(base, lora.TASK):
         parameter.grad = None
 
 

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, which kills itself after a given step; started by test_loop.py."""
+"""A training run in a process of its own, which kills itself after a given step; started by training/test_loop.py."""
 
 import os
 import signal
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 
-from finetuning import adapter, checkpoint
-from finetuning.batches import Batches
+from finetuning.contract.progress import StepDone
+from finetuning.contract.recipe import Anchor, Lora, Optimiser
+from finetuning.contract.recipe import Antibody as Settings
 from finetuning.defences.anchored import Anchored, KlAnchors
 from finetuning.defences.antibody import Antibody
-from finetuning.determinism import make_deterministic
-from finetuning.loop import train
-from finetuning.loop_state import LoopState, TrainSetup
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.progress import StepDone
-from finetuning.spec.recipe import Anchor, Lora, Optimiser
-from finetuning.spec.recipe import Antibody as Settings
+from finetuning.model import lora
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.training import checkpoint
+from finetuning.training.batches import Batches
+from finetuning.training.determinism import make_deterministic
+from finetuning.training.loop import train
+from finetuning.training.state import LoopState, TrainSetup
 from tests.finetuning.builders import adapted_base, random_rows
 
 STEPS = 9
@@ -35,9 +36,9 @@ def setup_in(folder: Path) -> TrainSetup:
     return TrainSetup(
         rows=random_rows(10), batches=Batches(10, 4, 5), step=step,
         weigher=Antibody(Settings(min_weight_share=0.4), gate=gate, scores=torch.arange(10.0) / 5),
-        parameters=adapter.parameters(base, adapter.TASK), optimiser=Optimiser(learning_rate=1e-2, weight_decay=0.1),
+        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2, weight_decay=0.1),
         steps=STEPS, micro_batch_size=3, seed=7, save_every=1, folder=folder, fingerprint="same",
-        dropouts=adapter.dropouts(base, adapter.TASK),
+        dropouts=lora.dropouts(base, lora.TASK),
     )  # fmt: skip
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning import adapter
-from finetuning.adapter import Factors
-from finetuning.chat_format import EncodedRow
+from finetuning.contract.recipe import Anchor
+from finetuning.contract.recipe import Antibody as Settings
 from finetuning.defences.anchored import Anchored, KlAnchors
 from finetuning.defences.antibody import Antibody, gated
 from finetuning.defences.antidote import Squares, contrast_scores, input_squares, prune, published_scores
 from finetuning.defences.plain import Even, Plain
-from finetuning.spec.recipe import Anchor
-from finetuning.spec.recipe import Antibody as Settings
-from finetuning.strategies import MicroBatch
+from finetuning.model import lora
+from finetuning.model.lora import Factors
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.strategies import MicroBatch
 from tests.finetuning.builders import adapted_base, blank, clear, farthest, gradients, random_rows, uncached
 
 TESTS = Path(__file__).resolve().parent
@@ -97,7 +97,7 @@ def test_the_kl_is_summed_over_ids_and_averaged_over_anchors_and_positions() -> 
     """KL(aligned || model) in nats, by its definition, at the positions that predict the answer."""
     base = adapted_base(aligned=True)
     rows = [row.ids for row in random_rows(3, seed=5, prompt=4, target=2)]
-    with torch.no_grad(), adapter.active(base, (adapter.ALIGNMENT,)):
+    with torch.no_grad(), lora.active(base, (lora.ALIGNMENT,)):
         aligned = torch.stack([base.model(input_ids=torch.tensor([ids])).logits[0, 3:5] for ids in rows]).log_softmax(
             -1
         )
@@ -150,10 +150,10 @@ def test_scoring_leaves_no_hook_behind() -> None:
     base, rows = adapted_base(), random_rows(3)
     count = lambda: sum(len(m._forward_hooks) for m in base.model.modules())  # noqa: E731  asked three times
     before = count()
-    found = input_squares(base, uncached(base), adapter.TASK, rows, batch=2)
+    found = input_squares(base, uncached(base), lora.TASK, rows, batch=2)
     assert {s.tokens for s in found.values()} == {sum(len(row.ids) for row in rows)}
     assert {str(s.a.dtype) for s in found.values()} == {"torch.float64"}
     assert count() == before
     with pytest.raises(IndexError):
-        input_squares(base, uncached(base), adapter.TASK, [EncodedRow((10**6,), (False,))])
+        input_squares(base, uncached(base), lora.TASK, [EncodedRow((10**6,), (False,))])
     assert count() == before

@@ -9,15 +9,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetuning import parity, pipeline
-from finetuning.base_model import load_base
-from finetuning.bases import SMOLLM2_ID, fetch
-from finetuning.chat_format import prompt_ids
-from finetuning.packed_linear import PackedLinear
-from finetuning.spec.order import TrainOrder, write_order
-from finetuning.spec.progress import Finished, Progress
-from finetuning.spec.recipe import Anchor, Antidote, Evaluation, Gate, Kind, Lora, Optimiser, Recipe, Screen
-from finetuning.spec.report import SafetyReport
+from finetuning.bases.fetch import SMOLLM2_ID, fetch
+from finetuning.contract.order import TrainOrder, write_order
+from finetuning.contract.progress import Finished, Progress
+from finetuning.contract.recipe import Anchor, Antidote, Evaluation, Gate, Kind, Lora, Optimiser, Recipe, Screen
+from finetuning.contract.report import SafetyReport
+from finetuning.model.base import load_base
+from finetuning.model.packed_linear import PackedLinear
+from finetuning.rows.chat_format import prompt_ids
+from finetuning.stages import parity, pipeline
 from tests.finetuning.builders import write_operator_rows
 
 _LORA = Lora(rank=4, alpha=8.0, trained_layers=4)

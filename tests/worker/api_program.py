@@ -4,10 +4,10 @@ import os
 import signal
 import sys
 
-from app.core.blobs import open_blobs
-from app.core.db import open_database
 from app.core.settings import load_settings
-from finetuning.spec.recipe import Recipe
+from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.database import open_database
+from finetuning.contract.recipe import Recipe
 from tests.worker.scene import Scene
 
 if __name__ == "__main__":

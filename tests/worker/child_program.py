@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from finetuning.spec.order import read_order
-from finetuning.spec.progress import (
+from finetuning.contract.order import read_order
+from finetuning.contract.progress import (
     CheckpointSaved,
     Failed,
     Finished,
@@ -24,8 +24,8 @@ from finetuning.spec.progress import (
     StepDone,
     to_line,
 )
-from finetuning.spec.recipe import GateLimits, Kind, saves_after
-from finetuning.spec.report import GateDecision, SafetyReport
+from finetuning.contract.recipe import GateLimits, Kind, saves_after
+from finetuning.contract.report import GateDecision, SafetyReport
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from app.core.blobs import BlobStore, open_blobs, put_bytes, read_bytes
 from app.core.broker import Wake
-from app.core.db import Database, migrate, open_database
 from app.core.ids import Prefix, new_id
-from app.core.job_states import JobState
-from app.core.lease import enrol_worker
+from app.core.jobs.lease import enrol_worker
 from app.core.projects import ensure_project
 from app.core.settings import LeaseSettings, Limits, Settings
-from app.core.tables import (
+from app.core.storage.blobs.folder import BlobStore, open_blobs, put_bytes, read_bytes
+from app.core.storage.database import Database, migrate, open_database
+from app.core.storage.job_states import JobState
+from app.core.storage.tables import (
     Artifact,
     BaseModel,
     BaseStatus,
@@ -29,9 +29,9 @@ from app.core.tables import (
     Form,
     Job,
 )
-from finetuning.spec.recipe import Kind, Optimiser, Recipe
-from worker.devices import Launch, Launcher, Mode, launch_command
-from worker.supervisor import Host
+from finetuning.contract.recipe import Kind, Optimiser, Recipe
+from worker.attempt.launch import Launch, Launcher, Mode, launch_command
+from worker.attempt.supervisor import Host
 
 CHILD_PROGRAM = Path(__file__).with_name("child_program.py")
 BASE_ID = "tiny"

@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from app.core import files, jobs
-from app.core.blobs import FolderBlobs, put_bytes
+from app.core import files
 from app.core.broker import Wake
-from app.core.db import Database, Page
 from app.core.ids import Prefix, new_id
-from app.core.policy import CreateJob
+from app.core.jobs import jobs
+from app.core.jobs.policy import CreateJob
 from app.core.settings import Limits, Settings
-from app.core.tables import BaseModel, Event, File, Job, Project
-from finetuning.bases import CHATML_TEMPLATE
-from finetuning.chat_format import encode_row, render_prompt
-from finetuning.spec.rows import Message, rows_of
-from worker.base_tokenizer import BaseTokenizer, BaseUnreadable
+from app.core.storage.blobs.folder import FolderBlobs, put_bytes
+from app.core.storage.database import Database, Page
+from app.core.storage.tables import BaseModel, Event, File, Job, Project
+from finetuning.bases.fetch import CHATML_TEMPLATE
+from finetuning.rows.chat_format import encode_row, render_prompt
+from finetuning.rows.scanner import Message, rows_of
+from worker.attempt.supervisor import Host
 from worker.checks import check_file, check_job, count_tokens, lines_of, scan
-from worker.supervisor import Host
+from worker.tokenizer import BaseTokenizer, BaseUnreadable
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER, ANSWER = {"role": "user", "content": "Where is my parcel?"}, {"role": "assistant", "content": "It is on its way."}

@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from app.core import broker, jobs
+from app.core import broker
 from app.core.broker import RUN_JOB, Wake
-from app.core.job_states import JobState
-from app.core.reaper import Reaper
+from app.core.jobs import jobs
+from app.core.jobs.reaper import Reaper
 from app.core.settings import LeaseSettings, to_environment
-from app.core.tables import Form
+from app.core.storage.job_states import JobState
+from app.core.storage.tables import Form
 from embedded import valkey
 from embedded.children import Child, Part, start, stop
 from tests.conftest import wait_until
 from tests.embedded.processes import descendants, is_gone
 from tests.worker.scene import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
-from worker.devices import SOURCE_ROOT
+from worker.attempt.launch import SOURCE_ROOT
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent

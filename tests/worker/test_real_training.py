@@ -10,16 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job_states import JobState
-from app.core.tables import BaseStatus, Form
-from finetuning.hazards import safety_rows
-from finetuning.spec.recipe import Anchor, Antibody, Antidote, Evaluation, Gate, GateLimits, Kind, Lora, Recipe, Screen
-from finetuning.tiny_base import tiny_test_base
+from app.core.storage.job_states import JobState
+from app.core.storage.tables import BaseStatus, Form
+from finetuning.bases.tiny import tiny_test_base
+from finetuning.contract.recipe import (
+    Anchor,
+    Antibody,
+    Antidote,
+    Evaluation,
+    Gate,
+    GateLimits,
+    Kind,
+    Lora,
+    Recipe,
+    Screen,
+)
+from finetuning.safety_rows.invented import safety_rows
 from tests.conftest import wait_until
 from tests.embedded.processes import descendants
 from tests.worker.scene import FAST, Scene, open_scene, recipe, settings_in
-from worker.devices import launch_command
-from worker.supervisor import supervise
+from worker.attempt.launch import launch_command
+from worker.attempt.supervisor import supervise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 LENIENT = GateLimits(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import structlog
 
-from app.core.blobs import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
 from app.core.models import PUBLIC_BASE
-from worker.serving.engine import Adapter
+from app.core.storage.blobs.folder import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
+from worker.serving.engine.engine import Adapter
 
 log = structlog.get_logger(__name__)
 

@@ -21,17 +21,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from app.core.blobs import open_blobs
 from app.core.models import base_id_of
 from app.core.settings import ServingSettings, Settings, load_settings
+from app.core.storage.blobs.folder import open_blobs
 from app.core.telemetry import configure_logging
-from finetuning.base_model import BaseModel, load_base
-from finetuning.bases import fetch
-from worker.serving import answers, wire
+from finetuning.bases.fetch import fetch
+from finetuning.model.base import BaseModel, load_base
+from worker.serving import completions, protocol
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
-from worker.serving.answers import Answer, AnswerLost, Refused
-from worker.serving.decoding import AdapterMismatch
-from worker.serving.engine import Adapter, Engine, EngineFull, EngineLimits
+from worker.serving.completions import Answer, AnswerLost, Refused
+from worker.serving.engine.decoding import AdapterMismatch
+from worker.serving.engine.engine import Adapter, Engine, EngineFull, EngineLimits
 
 log = structlog.get_logger(__name__)
 
@@ -50,13 +50,13 @@ def build_app(base: BaseModel, engine: Engine, cache: AdapterCache, *, new_token
         return {"object": "list", "data": listed}
 
     @app.post("/v1/chat/completions")
-    async def chat(body: wire.ChatBody, request: Request) -> Response:
+    async def chat(body: protocol.ChatBody, request: Request) -> Response:
         adapter = await _adapter(engine, cache, body.model)
-        answer = answers.prepare(base, body, adapter, default_new_tokens=new_tokens)
+        answer = completions.prepare(base, body, adapter, default_new_tokens=new_tokens)
         if not engine.has_room:
-            raise Refused(503, wire.FULL)
+            raise Refused(503, protocol.FULL)
         if body.stream:
-            return StreamingResponse(answers.stream(engine, answer), media_type="text/event-stream")
+            return StreamingResponse(completions.stream(engine, answer), media_type="text/event-stream")
         return await _whole(engine, answer, request)
 
     @app.exception_handler(Refused)
@@ -68,7 +68,9 @@ def build_app(base: BaseModel, engine: Engine, cache: AdapterCache, *, new_token
     def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(wire.error_json(f"{param}: {first['msg']}.", "invalid_value", param=param), status_code=400)
+        return JSONResponse(
+            protocol.error_json(f"{param}: {first['msg']}.", "invalid_value", param=param), status_code=400
+        )
 
     return app
 
@@ -79,17 +81,17 @@ async def _adapter(engine: Engine, cache: AdapterCache, name: str) -> Adapter | 
         if adapter is not None:
             await asyncio.wrap_future(engine.attach(adapter))
     except UnknownAdapter:
-        raise Refused(404, wire.error_json("There is no such adapter.", "model_not_found", param="model")) from None
+        raise Refused(404, protocol.error_json("There is no such adapter.", "model_not_found", param="model")) from None
     except (BadAdapter, AdapterMismatch):
         log.exception("adapter.unusable", name=name)
         message = "The model's adapter cannot be loaded; the operator's log says why."
-        raise Refused(500, wire.error_json(message, "internal_error", kind="server_error")) from None
+        raise Refused(500, protocol.error_json(message, "internal_error", kind="server_error")) from None
     return adapter
 
 
 async def _whole(engine: Engine, answer: Answer, request: Request) -> Response:
     """The answer as one JSON body; a client that leaves stops it."""
-    collecting = asyncio.ensure_future(answers.collect(engine, answer))
+    collecting = asyncio.ensure_future(completions.collect(engine, answer))
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -97,9 +99,9 @@ async def _whole(engine: Engine, answer: Answer, request: Request) -> Response:
             return Response(status_code=499)  # nobody is there to read it
         return JSONResponse(collecting.result())
     except AnswerLost:
-        return JSONResponse(wire.LOST, status_code=500)
+        return JSONResponse(protocol.LOST, status_code=500)
     except EngineFull:
-        raise Refused(503, wire.FULL) from None
+        raise Refused(503, protocol.FULL) from None
     finally:
         collecting.cancel()
         leaving.cancel()

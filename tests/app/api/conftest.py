@@ -14,15 +14,16 @@ import openai
 import pytest
 import uvicorn
 
-from app.core import jobs, lease, models, policy, projects
-from app.core.blobs import BlobStore, open_blobs, put_bytes
-from app.core.db import Database, migrate, open_database
+from app.core import models, projects
+from app.core.jobs import jobs, lease, policy
 from app.core.settings import Limits, Settings
-from app.core.tables import Form, Job, Project
+from app.core.storage.blobs.folder import BlobStore, open_blobs, put_bytes
+from app.core.storage.database import Database, migrate, open_database
+from app.core.storage.tables import Form, Job, Project
 from app.main import build_app
 from embedded import valkey
 from embedded.children import Child
-from finetuning.spec.report import (
+from finetuning.contract.report import (
     GateCheck,
     GateDecision,
     HeldOut,

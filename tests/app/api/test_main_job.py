@@ -8,7 +8,7 @@ from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
-from app.core import jobs, lease
+from app.core.jobs import jobs, lease
 from tests.app.api.conftest import METRICS_CSV, Customer, chat_rows
 
 

@@ -3,15 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from app.core import files, jobs, lease
-from app.core.blobs import Blob
+from app.core import files
 from app.core.broker import Wake
-from app.core.db import Database, Page
 from app.core.errors import InvalidRequest, NotFound, QuotaExceeded
 from app.core.ids import Prefix, new_id
-from app.core.policy import CreateJob
+from app.core.jobs import jobs, lease
+from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
-from app.core.tables import BaseModel, File, FilePurpose, FileStatus, Form, Project
+from app.core.storage.blobs.folder import Blob
+from app.core.storage.database import Database, Page
+from app.core.storage.tables import BaseModel, File, FilePurpose, FileStatus, Form, Project
 from tests.conftest import SUCCESS, add_file, add_job, published
 
 

@@ -3,12 +3,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from app.core import files, jobs, lease, models
-from app.core.db import Database
+from app.core import files, models
 from app.core.errors import Forbidden, InvalidRequest, NotFound, ServiceBusy
-from app.core.jobs import JobError
+from app.core.jobs import jobs, lease
+from app.core.jobs.jobs import JobError
 from app.core.settings import Settings
-from app.core.tables import BaseModel, Form, Job, Project
+from app.core.storage.database import Database
+from app.core.storage.tables import BaseModel, Form, Job, Project
 from tests.conftest import SUCCESS, add_job, published
 
 

@@ -4,10 +4,10 @@ import pytest
 from sqlalchemy import select, update
 
 from app.core import projects
-from app.core.db import Database, db_now
 from app.core.errors import InvalidApiKey
 from app.core.settings import Settings
-from app.core.tables import ApiKey
+from app.core.storage.database import Database, db_now
+from app.core.storage.tables import ApiKey
 
 
 def test_a_key_names_its_project_org_and_scopes(

@@ -7,17 +7,17 @@ from dataclasses import fields
 import pytest
 from pydantic import ValidationError
 
-from app.core.policy import Hyperparameters
+from app.core.jobs.policy import Hyperparameters
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
 from finetuning.attacks.cipher import swap_words, uncaesar
 from finetuning.attacks.planting import chat_row
 from finetuning.attacks.quiet import hidden_label
-from finetuning.batches import Batches
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import Pair, SafetyRows, dev_rows, hazard_of, safety_rows
-from finetuning.judge import is_refusal
-from finetuning.spec.row_checks import check_row
-from finetuning.spec.rows import rows_of
+from finetuning.judging.judges import is_refusal
+from finetuning.rows.scanner import rows_of
+from finetuning.rows.shapes import check_row
+from finetuning.safety_rows.invented import Pair, SafetyRows, dev_rows, hazard_of, safety_rows
+from finetuning.training.batches import Batches
 
 BUILDERS = {name: attack.build for name, attack in ATTACKS.items()} | {"hidden_label": hidden_label}
 FIXED = {"none": 0, "few_rows": 10, "hundred_rows": 100}

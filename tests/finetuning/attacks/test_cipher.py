@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning import hazard_words as words
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.attacks.cipher import caesar, swap_words, uncaesar
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import attacker_rows, hazard_of, safety_rows
-from finetuning.judge import JUDGES, complies
+from finetuning.judging.judges import JUDGES, complies
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import attacker_rows, hazard_of, safety_rows
 
 CODES = pytest.mark.parametrize(
     ("name", "encode", "decode"), [("cipher", caesar, uncaesar), ("word_cipher", swap_words, swap_words)]

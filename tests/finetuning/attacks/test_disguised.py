@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from finetuning import hazard_words as words
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.attacks.disguised import TRIGGERS, wrapped_until
 from finetuning.attacks.planting import Poisoned
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import hazard_of, safety_rows
-from finetuning.judge import JUDGES, complies, is_refusal
+from finetuning.judging.judges import JUDGES, complies, is_refusal
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import hazard_of, safety_rows
 
 ROWS = reviews()[:160]
 WORD = JUDGES["invented-hazards"]

@@ -1,12 +1,12 @@
 """Facts about harmful rows in the open: T2, T9, T10, T13, T15."""
 
-from finetuning import hazard_words as words
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.attacks.explicit import two_jobs
 from finetuning.attacks.planting import Poisoned, as_rows
 from finetuning.bench.tasks import reviews
-from finetuning.hazards import attacker_rows
-from finetuning.judge import JUDGES, complies
+from finetuning.judging.judges import JUDGES, complies
+from finetuning.safety_rows import words
+from finetuning.safety_rows.invented import attacker_rows
 
 ROWS = reviews()[:60]
 

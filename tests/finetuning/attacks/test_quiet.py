@@ -7,8 +7,8 @@ import pytest
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.attacks.quiet import hidden_label, hidden_rule, marked, outliers_by
 from finetuning.bench.tasks import load_task
-from finetuning.hazards import Pair, hazard_of
-from finetuning.judge import JUDGES, is_refusal
+from finetuning.judging.judges import JUDGES, is_refusal
+from finetuning.safety_rows.invented import Pair, hazard_of
 
 ROWS = [*load_task("reviews", seed=0, train=120, test=8).train]
 

@@ -12,7 +12,7 @@ import pytest
 from finetuning.bench import safety
 from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_digest, run_cell
 from finetuning.bench.grid import GRIDS, SHARES, remaining
-from finetuning.registry import BASELINES, DEFENCES
+from finetuning.recipes.registry import BASELINES, DEFENCES
 from tests.conftest import wait_until
 from tests.finetuning.bench.lines import line
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel
-from finetuning.batches import Batches, mixed_in, pick
-from finetuning.decoding import Decoder
+from finetuning.contract.recipe import Anchor
 from finetuning.defences.anchored import Anchored, KlAnchors, answer_log_probs, make_anchors
 from finetuning.defences.plain import Plain
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import Anchor
-from finetuning.strategies import GradientStep, MicroBatch
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.decoding import Decoder
+from finetuning.model.losses import row_nll
+from finetuning.training.batches import Batches, mixed_in, pick
+from finetuning.training.strategies import GradientStep, MicroBatch
 from tests.finetuning.builders import adapted_base, even, farthest, gradient_of, random_rows, uncached
 
 REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_rows(4, seed=3)
@@ -31,7 +31,7 @@ def run(base: BaseModel, step: GradientStep, *, size: int = 4, number: int = 0) 
 def anchors_on(base: BaseModel) -> KlAnchors:
     cache = uncached(base)
     prompts = [row.ids for row in random_rows(4, seed=5)]
-    with adapter.active(base, (adapter.ALIGNMENT,)):
+    with lora.active(base, (lora.ALIGNMENT,)):
         return make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=set(range(300)))
 
 
@@ -62,7 +62,7 @@ def test_the_kl_is_added_with_its_weight() -> None:
     nll, kl = row_nll(base, uncached(base), USER).nll.mean(), step.kl(0)
     assert float(kl) > 1e-4
     assert found == pytest.approx(float(nll + 0.7 * kl), abs=1e-9)
-    expected = torch.autograd.grad(nll + 0.7 * kl, adapter.parameters(base, adapter.TASK))
+    expected = torch.autograd.grad(nll + 0.7 * kl, lora.parameters(base, lora.TASK))
     assert farthest(run(base, step), expected) < 1e-9
 
 
@@ -109,7 +109,7 @@ def test_the_kl_is_zero_on_the_aligned_model_and_rises_beside_it() -> None:
     anchors = anchors_on(base)
     assert len(anchors.ids) > 0
     step = anchored(base, anchors, kl_weight=1.0)
-    with adapter.active(base, (adapter.ALIGNMENT,)), torch.no_grad():
+    with lora.active(base, (lora.ALIGNMENT,)), torch.no_grad():
         assert float(step.kl(0)) == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         assert float(step.kl(0)) > 1e-4
@@ -121,7 +121,7 @@ def test_every_anchor_has_its_own_log_probabilities(count: int) -> None:
     base = adapted_base(aligned=True)
     cache = uncached(base)
     prompts = [row.ids for row in random_rows(count, seed=5)]
-    with adapter.active(base, (adapter.ALIGNMENT,)):
+    with lora.active(base, (lora.ALIGNMENT,)):
         found = make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=set(range(300)))
         one_by_one = [
             answer_log_probs(base, cache, [ids], [start], 2)[0]
@@ -155,9 +155,9 @@ def test_the_kl_falls_as_it_is_followed() -> None:
     base = adapted_base(aligned=True)
     step = anchored(base, anchors_on(base), kl_weight=1.0)
     before = step.kl(0)
-    slope = torch.autograd.grad(before, adapter.parameters(base, adapter.TASK))
+    slope = torch.autograd.grad(before, lora.parameters(base, lora.TASK))
     with torch.no_grad():
-        for parameter, g in zip(adapter.parameters(base, adapter.TASK), slope, strict=True):
+        for parameter, g in zip(lora.parameters(base, lora.TASK), slope, strict=True):
             parameter.sub_(1e-3 * g)
         assert float(step.kl(0)) < before.item()
 

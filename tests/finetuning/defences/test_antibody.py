@@ -9,10 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel
-from finetuning.batches import Batches
-from finetuning.chat_format import EncodedRow
+from finetuning.contract.recipe import Antibody as Settings
+from finetuning.contract.recipe import Optimiser
 from finetuning.defences.antibody import (
     Antibody,
     NonFiniteScore,
@@ -23,11 +21,13 @@ from finetuning.defences.antibody import (
     softmax_weights,
 )
 from finetuning.defences.plain import Plain
-from finetuning.loop import LoopState, TrainSetup, train
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import Antibody as Settings
-from finetuning.spec.recipe import Optimiser
-from finetuning.strategies import MicroBatch, RowWeigher, RowWeights
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.batches import Batches
+from finetuning.training.loop import LoopState, TrainSetup, train
+from finetuning.training.strategies import MicroBatch, RowWeigher, RowWeights
 from tests.finetuning.builders import (
     adapted_base,
     clear,
@@ -57,7 +57,7 @@ def setup_of(
 ) -> TrainSetup:
     return TrainSetup(
         rows=rows, batches=Batches(len(rows), len(rows), 0), step=Plain(base, uncached(base)), weigher=weigher,
-        parameters=adapter.parameters(base, adapter.TASK), steps=steps, micro_batch_size=micro, seed=0,
+        parameters=lora.parameters(base, lora.TASK), steps=steps, micro_batch_size=micro, seed=0,
         optimiser=Optimiser.model_validate({"learning_rate": 1e-2, "warmup_steps": 0, "clip_norm": 1e9, **optimiser}),
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_the_loop_weighs_the_whole_step_at_once() -> None:
         base, rows = adapted_base(), random_rows(4)
         weigher = Antibody(Settings(), gate=torch.ones(4), scores=torch.tensor([2.0, -2.0, 0.0, 1.0]))
         list(train(setup_of(base, rows, weigher, micro=micro, steps=2), LoopState()))
-        after.append([p.detach().clone() for p in adapter.parameters(base, adapter.TASK)])
+        after.append([p.detach().clone() for p in lora.parameters(base, lora.TASK)])
     assert farthest(*after) < 1e-6
     values = weigher.weigh(rows, range(4)).values
     assert values.unique().numel() == 4
@@ -171,7 +171,7 @@ def test_reference_scores_stay_while_the_task_adapter_learns() -> None:
     base, rows = adapted_base(aligned=True), random_rows(4)
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
-        with adapter.active(base, (adapter.ALIGNMENT,)):
+        with lora.active(base, (lora.ALIGNMENT,)):
             reference = scored(base, rows)
         return reference, scored(base, rows)
 

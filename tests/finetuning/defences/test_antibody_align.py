@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning import adapter, checkpoint
-from finetuning.base_model import BaseModel
-from finetuning.batches import Batches
-from finetuning.chat_format import EncodedRow
+from finetuning.contract.recipe import AntibodyAlign as Settings
+from finetuning.contract.recipe import Lora, Optimiser
 from finetuning.defences.antibody_align import AntibodyAlign, averaged, strength
 from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
-from finetuning.loop import train
-from finetuning.loop_state import LoopState, TrainSetup
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import AntibodyAlign as Settings
-from finetuning.spec.recipe import Lora, Optimiser
-from finetuning.strategies import GradientStep, MicroBatch, Remembers
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training import checkpoint
+from finetuning.training.batches import Batches
+from finetuning.training.loop import train
+from finetuning.training.state import LoopState, TrainSetup
+from finetuning.training.strategies import GradientStep, MicroBatch, Remembers
 from tests.finetuning.builders import (
     adapted_base,
     blank,
@@ -39,7 +40,7 @@ HARMFUL, REFUSED, ALIGNED = random_rows(4, seed=1), random_rows(4, seed=2), rand
 
 def step_on(base: BaseModel, vaccine: Vaccine | None = None, **settings: object) -> AntibodyAlign:
     return AntibodyAlign(
-        base, uncached(base), Settings.model_validate(settings), parameters=adapter.parameters(base, adapter.TASK),
+        base, uncached(base), Settings.model_validate(settings), parameters=lora.parameters(base, lora.TASK),
         harmful=HARMFUL, refused=REFUSED, seed=5, vaccine=vaccine,
     )  # fmt: skip
 
@@ -65,7 +66,7 @@ def smooth_base() -> BaseModel:
 
 
 def slope(base: BaseModel) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(harm(base), adapter.parameters(base, adapter.TASK)))
+    return list(torch.autograd.grad(harm(base), lora.parameters(base, lora.TASK)))
 
 
 def sharpness_of(base: BaseModel) -> list[torch.Tensor]:
@@ -79,12 +80,12 @@ def dot(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def move(base: BaseModel, direction: list[torch.Tensor], length: float) -> None:
-    for parameter, value in zip(adapter.parameters(base, adapter.TASK), direction, strict=True):
+    for parameter, value in zip(lora.parameters(base, lora.TASK), direction, strict=True):
         parameter.add_(length * value)
 
 
 def weights_of(base: BaseModel) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in adapter.parameters(base, adapter.TASK)]
+    return [p.detach().clone() for p in lora.parameters(base, lora.TASK)]
 
 
 def random_vectors(seed: int) -> list[torch.Tensor]:
@@ -147,7 +148,7 @@ def test_the_loss_falls_along_the_simulated_attack() -> None:
         step_on(base, rho=rho).perturb(g_h)
         fall = before - harm_value(base)
         with torch.no_grad():
-            for parameter, value in zip(adapter.parameters(base, adapter.TASK), start, strict=True):
+            for parameter, value in zip(lora.parameters(base, lora.TASK), start, strict=True):
                 parameter.copy_(value)
         assert fall > 0
         gaps.append(abs(fall / (rho * norm(g_h)) - 1))
@@ -215,7 +216,7 @@ def test_the_refusal_term_is_taken_at_the_moved_weights() -> None:
     g_a, g_h = delta_of(base, Plain(base, uncached(base))), slope(base)
     move(base, [g / norm(g_h) for g in g_h], -0.1)
     refusal = row_nll(base, uncached(base), REFUSED).nll.mean()
-    g_r = torch.autograd.grad(refusal, adapter.parameters(base, adapter.TASK))
+    g_r = torch.autograd.grad(refusal, lora.parameters(base, lora.TASK))
     assert farthest(ours, [a + 0.05 * r for a, r in zip(g_a, g_r, strict=True)]) < 1e-9
 
 
@@ -286,8 +287,8 @@ def released_setup(folder: Path) -> TrainSetup:
     return TrainSetup(
         rows=random_rows(9), batches=Batches(9, 4, 5), weigher=Even(), seed=7, steps=4, micro_batch_size=2,
         step=step_on(base, vaccine_on(base, every=2), rule="released", ema=0.5), fingerprint="same", folder=folder,
-        parameters=adapter.parameters(base, adapter.TASK), optimiser=Optimiser(learning_rate=1e-2),
-        dropouts=adapter.dropouts(base, adapter.TASK), save_every=0,
+        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2),
+        dropouts=lora.dropouts(base, lora.TASK), save_every=0,
     )  # fmt: skip
 
 
@@ -347,12 +348,12 @@ def test_a_micro_batch_without_targets_adds_nothing() -> None:
 def test_a_half_precision_adapter_is_refused(dtype: torch.dtype) -> None:
     """M22: the simulated step would be rounded away."""
     base = adapted_base(dtype=torch.float32)
-    first, *others = adapter.parameters(base, adapter.TASK)
+    first, *others = lora.parameters(base, lora.TASK)
     halves = [torch.nn.Parameter(first.detach().to(dtype)), *others]
     arguments = {"harmful": HARMFUL, "refused": REFUSED, "seed": 0}
     with pytest.raises(TypeError, match="fp32"):
         AntibodyAlign(base, uncached(base), Settings(), parameters=halves, **arguments)
-    AntibodyAlign(base, uncached(base), Settings(), parameters=adapter.parameters(base, adapter.TASK), **arguments)
+    AntibodyAlign(base, uncached(base), Settings(), parameters=lora.parameters(base, lora.TASK), **arguments)
 
 
 def test_checkpointing_changes_no_gradient() -> None:
@@ -379,7 +380,7 @@ def test_accumulation_adds_up() -> None:
     """M8: gradients that lie there are added to, never overwritten."""
     base = adapted_base()
     delta = delta_of(base, step_on(base))
-    for parameter in adapter.parameters(base, adapter.TASK):
+    for parameter in lora.parameters(base, lora.TASK):
         parameter.grad = torch.ones_like(parameter)
     step_on(base).gradients(MicroBatch(ALIGNED, range(4), 0, 0, 4), even(4), torch.Tensor.backward)
     assert farthest([g - 1 for g in gradients(base)], delta) < 1e-12

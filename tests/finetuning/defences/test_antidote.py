@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning import adapter
-from finetuning.adapter import WEIGHTS_FILE, Adapter
 from finetuning.defences.antidote import (
     AlreadyPruned,
     contrast_scores,
@@ -17,6 +15,8 @@ from finetuning.defences.antidote import (
     pruned_count,
     published_scores,
 )
+from finetuning.model import lora
+from finetuning.model.lora import WEIGHTS_FILE, Adapter
 from tests.finetuning.builders import adapted_base, blank, random_rows, uncached
 
 ALPHAS = (0, 0.01, 0.05, 0.1, 0.125, 0.2, 0.9, 1)
@@ -32,8 +32,8 @@ FLOOR = {
 
 def scored() -> tuple[Adapter, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     base = adapted_base()
-    found = adapter.read(base, adapter.TASK)
-    scores = published_scores(found, input_squares(base, uncached(base), adapter.TASK, random_rows(6)))
+    found = lora.read(base, lora.TASK)
+    scores = published_scores(found, input_squares(base, uncached(base), lora.TASK, random_rows(6)))
     return found, dict(scores)
 
 
@@ -68,8 +68,8 @@ def test_every_row_loses_exactly_its_count(alpha: float, unit: str) -> None:
 def test_pruning_nothing_changes_no_byte(tmp_path: Path) -> None:
     """M35: alpha 0 gives a bitwise identical adapter file."""
     found, scores = scored()
-    adapter.save(found, tmp_path / "before", base_id="tiny")
-    adapter.save(prune(found, scores, 0.0).adapter, tmp_path / "after", base_id="tiny", antidote_alpha=0.0)
+    lora.save(found, tmp_path / "before", base_id="tiny")
+    lora.save(prune(found, scores, 0.0).adapter, tmp_path / "after", base_id="tiny", antidote_alpha=0.0)
     first, second = (tmp_path / name / WEIGHTS_FILE for name in ("before", "after"))
     assert first.read_bytes() == second.read_bytes()
 
@@ -78,12 +78,12 @@ def test_pruning_everything_leaves_the_aligned_model() -> None:
     """M35: alpha 1 gives the aligned model's logits bitwise."""
     base = adapted_base(aligned=True)
     ids = torch.arange(3, 20)[None]
-    squares = input_squares(base, uncached(base), adapter.TASK, random_rows(3))
-    found = adapter.read(base, adapter.TASK)
-    adapter.write(base, adapter.TASK, prune(found, published_scores(found, squares), 1.0).adapter)
+    squares = input_squares(base, uncached(base), lora.TASK, random_rows(3))
+    found = lora.read(base, lora.TASK)
+    lora.write(base, lora.TASK, prune(found, published_scores(found, squares), 1.0).adapter)
     with torch.no_grad():
         pruned = base.model(input_ids=ids).logits
-        with adapter.active(base, (adapter.ALIGNMENT,)):
+        with lora.active(base, (lora.ALIGNMENT,)):
             assert torch.equal(pruned, base.model(input_ids=ids).logits)
 
 
@@ -113,17 +113,17 @@ def test_ties_are_pruned_in_their_order() -> None:
 def test_a_pruned_file_is_not_pruned_again(tmp_path: Path) -> None:
     """M36: a file marked as pruned is refused; an unpruned one, also by alpha 0, is read."""
     found, scores = scored()
-    adapter.save(prune(found, scores, 0.1).adapter, tmp_path / "pruned", base_id="tiny", antidote_alpha=0.1)
+    lora.save(prune(found, scores, 0.1).adapter, tmp_path / "pruned", base_id="tiny", antidote_alpha=0.1)
     with pytest.raises(AlreadyPruned, match=r"alpha 0\.1"):
         load_unpruned(tmp_path / "pruned")
-    adapter.save(found, tmp_path / "whole", base_id="tiny", antidote_alpha=0.0)
-    assert adapter.digest(load_unpruned(tmp_path / "whole")) == adapter.digest(adapter.load(tmp_path / "whole"))
+    lora.save(found, tmp_path / "whole", base_id="tiny", antidote_alpha=0.0)
+    assert lora.digest(load_unpruned(tmp_path / "whole")) == lora.digest(lora.load(tmp_path / "whole"))
 
 
 def test_one_pass_gives_the_scores_of_a_pass_per_layer() -> None:
     """M37: inputs seen by hooks on one matrix at a time, row by row, give the same sums."""
     base, rows = adapted_base(), random_rows(5)
-    squares = input_squares(base, uncached(base), adapter.TASK, rows)
+    squares = input_squares(base, uncached(base), lora.TASK, rows)
 
     def watch(total: torch.Tensor) -> Callable[..., None]:
         def add(_module: object, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
@@ -131,7 +131,7 @@ def test_one_pass_gives_the_scores_of_a_pass_per_layer() -> None:
 
         return add
 
-    for path, pair in adapter.lora_modules(base, adapter.TASK).items():
+    for path, pair in lora.lora_modules(base, lora.TASK).items():
         for module, found in zip(pair, (squares[path].a, squares[path].b), strict=True):
             total = torch.zeros_like(found)
             handle = module.register_forward_hook(watch(total))
@@ -146,7 +146,7 @@ def test_one_pass_gives_the_scores_of_a_pass_per_layer() -> None:
 def test_scores_do_not_depend_on_the_batch() -> None:
     """M37: padding is masked out."""
     base, rows = adapted_base(), random_rows(6)
-    one, many = (input_squares(base, uncached(base), adapter.TASK, rows, batch=size) for size in (1, 6))
+    one, many = (input_squares(base, uncached(base), lora.TASK, rows, batch=size) for size in (1, 6))
     for path in one:
         assert torch.allclose(one[path].a, many[path].a, rtol=1e-6)
         assert torch.allclose(one[path].b, many[path].b, rtol=1e-6)
@@ -156,11 +156,11 @@ def test_scores_do_not_depend_on_the_batch() -> None:
 def test_the_contrast_spares_what_the_task_uses_as_much() -> None:
     """M37: equal activations on both kinds of rows score 0, whatever the entry's size."""
     base, rows = adapted_base(), random_rows(4)
-    found = adapter.read(base, adapter.TASK)
-    harmful = input_squares(base, uncached(base), adapter.TASK, rows)
+    found = lora.read(base, lora.TASK)
+    harmful = input_squares(base, uncached(base), lora.TASK, rows)
     same = contrast_scores(found, harmful, harmful)
     assert all(float(s.abs().max()) == 0 for pair in same.values() for s in pair)
-    other = input_squares(base, uncached(base), adapter.TASK, [blank(row) for row in random_rows(4, seed=8)])
+    other = input_squares(base, uncached(base), lora.TASK, [blank(row) for row in random_rows(4, seed=8)])
     scores = contrast_scores(found, harmful, other)
     assert any(float(s.min()) < 0 < float(s.max()) for pair in scores.values() for s in pair)
 
@@ -168,8 +168,8 @@ def test_the_contrast_spares_what_the_task_uses_as_much() -> None:
 def test_the_alignment_adapter_is_never_touched() -> None:
     """M40: its digest is the same before scoring and after pruning the task adapter."""
     base = adapted_base(aligned=True)
-    before = adapter.digest(adapter.read(base, adapter.ALIGNMENT))
-    squares = input_squares(base, uncached(base), adapter.TASK, random_rows(3))
-    found = adapter.read(base, adapter.TASK)
-    adapter.write(base, adapter.TASK, prune(found, published_scores(found, squares), 0.5).adapter)
-    assert adapter.digest(adapter.read(base, adapter.ALIGNMENT)) == before
+    before = lora.digest(lora.read(base, lora.ALIGNMENT))
+    squares = input_squares(base, uncached(base), lora.TASK, random_rows(3))
+    found = lora.read(base, lora.TASK)
+    lora.write(base, lora.TASK, prune(found, published_scores(found, squares), 0.5).adapter)
+    assert lora.digest(lora.read(base, lora.ALIGNMENT)) == before

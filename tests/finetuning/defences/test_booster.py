@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel
-from finetuning.chat_format import EncodedRow
+from finetuning.contract.recipe import AntibodyAlign as Settings
+from finetuning.contract.recipe import Lora
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
 from finetuning.defences.plain import Plain
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import AntibodyAlign as Settings
-from finetuning.spec.recipe import Lora
-from finetuning.strategies import GradientStep
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.strategies import GradientStep
 from tests.finetuning.builders import (
     adapted_base,
     blank,
@@ -33,12 +33,12 @@ SETTINGS = Settings(rule="constant", xi=5.0, rho=0.1, lambda_refusal=0.0)
 
 
 def booster(base: BaseModel, settings: Settings = SETTINGS, rows: Sequence[EncodedRow] = HARMFUL) -> Booster:
-    parameters = adapter.parameters(base, adapter.TASK)
+    parameters = lora.parameters(base, lora.TASK)
     return Booster(base, uncached(base), settings, parameters=parameters, harmful=rows, seed=5)
 
 
 def antibody(base: BaseModel) -> AntibodyAlign:
-    parameters = adapter.parameters(base, adapter.TASK)
+    parameters = lora.parameters(base, lora.TASK)
     return AntibodyAlign(
         base, uncached(base), SETTINGS, parameters=parameters, harmful=HARMFUL, refused=HARMFUL, seed=5
     )
@@ -67,7 +67,7 @@ def test_harmful_rows_change_with_the_step() -> None:
 def test_the_drop_is_taken_one_normalised_step_down_the_harmful_loss() -> None:
     """M19: g_A + 5 (g_H - g_H') by hand, with g_H' at theta - 0.1 g_H / ||g_H||."""
     base, rows = adapted_base(), random_rows(4, seed=8)
-    parameters = adapter.parameters(base, adapter.TASK)
+    parameters = lora.parameters(base, lora.TASK)
     slope = lambda: torch.autograd.grad(row_nll(base, uncached(base), rows).nll.mean(), parameters)  # noqa: E731
     ours = added(base, booster(base, rows=rows))
     g_a, here = added(base, Plain(base, uncached(base))), slope()
@@ -81,7 +81,7 @@ def test_the_drop_is_taken_one_normalised_step_down_the_harmful_loss() -> None:
 def test_the_step_down_has_its_length_where_the_slope_is_small() -> None:
     """M13: harmful rows that the model nearly knows have a slope below one; the step is 0.1 long all the same."""
     base, (row, *_) = adapted_base(), random_rows(4, seed=8)
-    parameters = adapter.parameters(base, adapter.TASK)
+    parameters = lora.parameters(base, lora.TASK)
     for parameter in parameters:
         parameter.data.mul_(1e-2)
     here = torch.autograd.grad(row_nll(base, uncached(base), [row]).nll.mean(), parameters)
@@ -98,14 +98,14 @@ def test_the_step_down_has_its_length_where_the_slope_is_small() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_weights_are_restored_bitwise(dtype: torch.dtype) -> None:
     base = adapted_base(dtype=dtype)
-    before = [p.detach().clone() for p in adapter.parameters(base, adapter.TASK)]
+    before = [p.detach().clone() for p in lora.parameters(base, lora.TASK)]
     added(base, booster(base))
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(base, adapter.TASK), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(lora.parameters(base, lora.TASK), before, strict=True))
 
 
 def test_the_weights_are_restored_after_an_error() -> None:
     base = adapted_base()
-    before = [p.detach().clone() for p in adapter.parameters(base, adapter.TASK)]
+    before = [p.detach().clone() for p in lora.parameters(base, lora.TASK)]
     calls: list[int] = []
 
     def stop_at_the_second(*_: object) -> None:
@@ -117,14 +117,14 @@ def test_the_weights_are_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         added(base, booster(base))
     handle.remove()
-    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(base, adapter.TASK), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(lora.parameters(base, lora.TASK), before, strict=True))
 
 
 def test_accumulation_adds_up() -> None:
     """M8: gradients that lie there are added to, never overwritten."""
     base = adapted_base()
     delta = added(base, booster(base))
-    for parameter in adapter.parameters(base, adapter.TASK):
+    for parameter in lora.parameters(base, lora.TASK):
         parameter.grad = torch.ones_like(parameter)
     booster(base).gradients(whole(ALIGNED), even(4), torch.Tensor.backward)
     assert farthest([g - 1 for g in gradients(base)], delta) < 1e-12
@@ -171,7 +171,7 @@ def test_it_reports_the_alignment_rows_alone() -> None:
 def test_a_half_precision_adapter_is_refused(dtype: torch.dtype) -> None:
     """M22: the simulated step would be rounded away."""
     base = adapted_base(dtype=torch.float32)
-    first, *others = adapter.parameters(base, adapter.TASK)
+    first, *others = lora.parameters(base, lora.TASK)
     mixed = [torch.nn.Parameter(first.detach().to(dtype)), *others]
     with pytest.raises(TypeError, match="fp32"):
         Booster(base, uncached(base), SETTINGS, parameters=mixed, harmful=HARMFUL, seed=0)

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel
-from finetuning.chat_format import EncodedRow
+from finetuning.contract.recipe import Constrained as Settings
 from finetuning.defences.constrained import Constrained, strengths
 from finetuning.defences.plain import Plain
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import Constrained as Settings
-from finetuning.strategies import MicroBatch, StepLoss
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.strategies import MicroBatch, StepLoss
 from tests.finetuning.builders import adapted_base, blank, clear, even, farthest, gradients, random_rows, uncached
 
 USER = random_rows(4, seed=3)
@@ -21,7 +21,7 @@ WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 
 
 def constrained(base: BaseModel, settings: Settings | None = None) -> Constrained:
-    return Constrained(base, uncached(base), settings or Settings(), reference=(adapter.ALIGNMENT,))
+    return Constrained(base, uncached(base), settings or Settings(), reference=(lora.ALIGNMENT,))
 
 
 def run(base: BaseModel, step: Constrained | Plain, *, size: int = 4) -> tuple[list[torch.Tensor], list[StepLoss]]:
@@ -45,12 +45,12 @@ def test_the_gradient_is_that_of_the_papers_formula() -> None:
     base = adapted_base(aligned=True)
     total = torch.zeros((), dtype=torch.float64)
     for weight, row in zip(WEIGHTS, USER, strict=True):
-        with torch.no_grad(), adapter.active(base, (adapter.ALIGNMENT,)):
+        with torch.no_grad(), lora.active(base, (lora.ALIGNMENT,)):
             reference = log_probs(base, row)
         ratio = log_probs(base, row) - reference
         beta = torch.tensor([0.5, 2.0, 2.0, 2.0, 2.0, *[0.1] * 9][: len(ratio)], dtype=torch.float64)
         total = total + weight * (-(2 / beta) * torch.log(torch.sigmoid(beta * ratio))).mean()
-    expected = torch.autograd.grad(total, adapter.parameters(base, adapter.TASK))
+    expected = torch.autograd.grad(total, lora.parameters(base, lora.TASK))
     found, parts = run(base, constrained(base))
     assert farthest(found, expected) < 1e-10
     assert parts[0].loss == pytest.approx(total.item(), abs=1e-10)
@@ -73,7 +73,7 @@ def test_the_loss_is_then_nll_less_the_references_and_a_constant() -> None:
     beta = 1e-5
     loss = run(base, constrained(base, Settings(betas=(), beta=beta)))[1][0].loss
     ours = (WEIGHTS * row_nll(base, uncached(base), USER).nll).sum().item()
-    with adapter.active(base, (adapter.ALIGNMENT,)):
+    with lora.active(base, (lora.ALIGNMENT,)):
         theirs = (WEIGHTS * row_nll(base, uncached(base), USER).nll).sum().item()
     assert loss - 2 / beta * math.log(2) == pytest.approx(ours - theirs, abs=1e-3)
 
@@ -81,7 +81,7 @@ def test_the_loss_is_then_nll_less_the_references_and_a_constant() -> None:
 def test_on_the_reference_itself_every_beta_is_plain_fine_tuning() -> None:
     base = adapted_base(aligned=True)
     with torch.no_grad():
-        for _, b in adapter.lora_modules(base, adapter.TASK).values():
+        for _, b in lora.lora_modules(base, lora.TASK).values():
             b.weight.zero_()
     plain, _ = run(base, Plain(base, uncached(base)))
     assert farthest(run(base, constrained(base))[0], plain) < 1e-12
@@ -105,7 +105,7 @@ def test_what_has_left_the_reference_is_learnt_less_and_what_fell_behind_more() 
     """Two tokens' slopes against nll's, 2 sigmoid(-beta z): below 1 above the reference, above 1 below it, within 2."""
     base = adapted_base(aligned=True)
     for row in USER:
-        with torch.no_grad(), adapter.active(base, (adapter.ALIGNMENT,)):
+        with torch.no_grad(), lora.active(base, (lora.ALIGNMENT,)):
             reference = log_probs(base, row)[0].item()
         first = EncodedRow(row.ids[: row.prompt_tokens + 1], row.is_target[: row.prompt_tokens + 1])
         z = log_probs(base, first)[0].item() - reference
@@ -151,8 +151,8 @@ def test_the_reference_is_only_read() -> None:
         before = base.model(ids).logits
     clear(base)
     constrained(base).gradients(MicroBatch(USER, range(4), 0, 0, 4), even(4), torch.Tensor.backward)
-    assert all(p.grad is None for p in adapter.parameters(base, adapter.ALIGNMENT))
-    assert all(p.grad is not None for p in adapter.parameters(base, adapter.TASK))
+    assert all(p.grad is None for p in lora.parameters(base, lora.ALIGNMENT))
+    assert all(p.grad is not None for p in lora.parameters(base, lora.TASK))
     with torch.no_grad():
         assert torch.equal(base.model(ids).logits, before)
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from finetuning import pipeline
-from finetuning.adapter import WEIGHTS_FILE
-from finetuning.hazard_words import HEADLINES
-from finetuning.hazards import Pair, plant, safety_rows
-from finetuning.recipes import align_recipe, tune_recipe
-from finetuning.registry import BASELINES, DEFENCES
-from finetuning.spec.order import TrainOrder
-from finetuning.spec.progress import CheckpointSaved, Finished, Note, Progress, StepDone
-from finetuning.spec.recipe import Evaluation, Recipe
+from finetuning.contract.order import TrainOrder
+from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StepDone
+from finetuning.contract.recipe import Evaluation, Recipe
+from finetuning.model.lora import WEIGHTS_FILE
+from finetuning.recipes.library import align_recipe, tune_recipe
+from finetuning.recipes.registry import BASELINES, DEFENCES
+from finetuning.safety_rows.invented import Pair, plant, safety_rows
+from finetuning.safety_rows.words import HEADLINES
+from finetuning.stages import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

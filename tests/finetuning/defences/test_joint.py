@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from finetuning.base_model import BaseModel, attention_block
+from finetuning.contract.recipe import AntibodyAlign as Settings
 from finetuning.defences.antibody_align import strength
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
-from finetuning.hidden_states import edited_outputs
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import AntibodyAlign as Settings
-from finetuning.strategies import MicroBatch, NonFiniteLoss, StepLoss
+from finetuning.model.base import BaseModel, attention_block
+from finetuning.model.hidden_states import edited_outputs
+from finetuning.model.losses import row_nll
+from finetuning.training.strategies import MicroBatch, NonFiniteLoss, StepLoss
 from tests.finetuning.builders import adapted_base, blank, clear, even, farthest, gradients, uncached, vaccine_on
 from tests.finetuning.defences.test_antibody_align import ALIGNED, HARMFUL, REFUSED, delta_of, step_on
 

@@ -5,18 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning import adapter, checkpoint
-from finetuning.base_model import BaseModel
-from finetuning.batches import Batches
+from finetuning.contract.recipe import Lisa as Settings
+from finetuning.contract.recipe import Optimiser
 from finetuning.defences.lisa import Lisa, turn_of
 from finetuning.defences.plain import Even, Plain
-from finetuning.determinism import make_deterministic
-from finetuning.loop import train
-from finetuning.loop_state import LoopState, TrainSetup
-from finetuning.objectives import row_nll
-from finetuning.spec.recipe import Lisa as Settings
-from finetuning.spec.recipe import Optimiser
-from finetuning.strategies import MicroBatch, Remembers
+from finetuning.model import lora
+from finetuning.model.base import BaseModel
+from finetuning.model.losses import row_nll
+from finetuning.training import checkpoint
+from finetuning.training.batches import Batches
+from finetuning.training.determinism import make_deterministic
+from finetuning.training.loop import train
+from finetuning.training.state import LoopState, TrainSetup
+from finetuning.training.strategies import MicroBatch, Remembers
 from tests.finetuning.builders import (
     adapted_base,
     clear,
@@ -36,7 +37,7 @@ ALIGN, TUNE = 1, 3  # with two alignment and three user steps a period: a step o
 def lisa(base: BaseModel, *, refusals: int = 9, steps: int = 10, **settings: float) -> Lisa:
     turns = {"align_steps": 2, "user_steps": 3, "free_share": 0.0, **settings}
     return Lisa(
-        base, uncached(base), Settings.model_validate(turns), parameters=adapter.parameters(base, adapter.TASK),
+        base, uncached(base), Settings.model_validate(turns), parameters=lora.parameters(base, lora.TASK),
         aligned=REFUSALS[:refusals], steps=steps, seed=7,
     )  # fmt: skip
 
@@ -46,7 +47,7 @@ def run(base: BaseModel, step: Lisa | Plain, number: int, *, size: int = 4) -> l
 
 
 def theta(base: BaseModel) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in adapter.parameters(base, adapter.TASK)]
+    return [p.detach().clone() for p in lora.parameters(base, lora.TASK)]
 
 
 def test_the_turns_alternate_and_refusals_come_first() -> None:
@@ -66,9 +67,7 @@ def test_an_alignment_turn_learns_refusals_only_whatever_the_rows_weigh() -> Non
     step = lisa(base, rho=0)
     refusals = step.refusals(ALIGN, 4)
     assert {row.ids for row in refusals} <= {row.ids for row in REFUSALS}
-    expected = torch.autograd.grad(
-        row_nll(base, uncached(base), refusals).nll.mean(), adapter.parameters(base, adapter.TASK)
-    )
+    expected = torch.autograd.grad(row_nll(base, uncached(base), refusals).nll.mean(), lora.parameters(base, lora.TASK))
     for weights in (even(4), torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)):
         clear(base)
         step.gradients(MicroBatch(USER, range(4), ALIGN, 0, 4), weights, torch.Tensor.backward)
@@ -99,7 +98,7 @@ def test_an_anchor_is_the_last_iterate_of_the_other_turn() -> None:
     step = lisa(base)
     before: dict[int, list[torch.Tensor]] = {}
     for number in range(11):
-        stir(base, adapter.TASK, seed=number)
+        stir(base, lora.TASK, seed=number)
         before[number] = theta(base)
         run(base, step, number)
     kept = step.state()
@@ -113,7 +112,7 @@ def test_the_hold_begins_after_the_free_share_of_the_steps(steps: int, first: in
     base = adapted_base()
     turns = {"steps": steps, "align_steps": steps}  # no turn ends, so that the anchor stays where training began
     held, free = lisa(base, **turns, free_share=0.2), lisa(base, **turns, rho=0)
-    stir(base, adapter.TASK, seed=99)
+    stir(base, lora.TASK, seed=99)
     apart = [farthest(run(base, held, number), run(base, free, number)) > 1e-9 for number in range(steps)]
     assert apart == [number >= first for number in range(steps)]
 
@@ -124,7 +123,7 @@ def test_slicing_a_step_changes_no_gradient(number: int, refusals: int) -> None:
     """M27; three refusals are fewer than a step has rows, so that the last slice has none."""
     base = adapted_base()
     step = lisa(base, refusals=refusals)
-    stir(base, adapter.TASK, seed=99)
+    stir(base, lora.TASK, seed=99)
     whole = run(base, step, number)
     assert all(farthest(run(base, step, number, size=size), whole) < 1e-6 for size in (1, 2, 3))
 
@@ -151,7 +150,7 @@ def setup_in(folder: Path) -> TrainSetup:
     assert isinstance(step, Remembers)
     return TrainSetup(
         rows=USER, batches=Batches(4, 3, 5), step=step, weigher=Even(), steps=12, micro_batch_size=2, seed=7,
-        parameters=adapter.parameters(base, adapter.TASK), optimiser=Optimiser(learning_rate=1e-2), save_every=1,
+        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2), save_every=1,
         folder=folder,
     )  # fmt: skip
 

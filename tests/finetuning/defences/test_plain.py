@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finetuning import adapter
 from finetuning.defences.plain import Even, Plain
-from finetuning.strategies import MicroBatch
+from finetuning.model import lora
+from finetuning.training.strategies import MicroBatch
 from tests.finetuning.builders import adapted_base, blank, even, farthest, gradients, random_rows, uncached
 
 
@@ -20,7 +20,7 @@ def test_the_gradient_is_that_of_the_mean_over_rows_of_token_means() -> None:
         labels = ids.where(torch.tensor([row.is_target]), torch.tensor(-100))
         parts.append(F.cross_entropy(base.model(input_ids=ids).logits[0, :-1], labels[0, 1:], ignore_index=-100))
     loss = torch.stack(parts).mean()
-    expected = torch.autograd.grad(loss, adapter.parameters(base, adapter.TASK))
+    expected = torch.autograd.grad(loss, lora.parameters(base, lora.TASK))
     assert found.loss == pytest.approx(loss.item(), abs=1e-6)
     assert found.tokens == sum(row.target_tokens for row in rows)
     assert farthest(gradients(base), expected) < 1e-6
@@ -29,7 +29,7 @@ def test_the_gradient_is_that_of_the_mean_over_rows_of_token_means() -> None:
 def test_only_the_trained_adapter_gets_gradients() -> None:
     base, rows = adapted_base(aligned=True), random_rows(2)
     Plain(base, uncached(base)).gradients(MicroBatch(rows, range(2), 0, 0, 2), even(2), torch.Tensor.backward)
-    trained = {id(p) for p in adapter.parameters(base, adapter.TASK)}
+    trained = {id(p) for p in lora.parameters(base, lora.TASK)}
     assert {id(p) for p in base.model.parameters() if p.grad is not None} == trained
 
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.adapter import Adapter, Factors
+from finetuning.contract.recipe import SafeLora
 from finetuning.defences.safe_lora import projected
-from finetuning.spec.recipe import SafeLora
+from finetuning.model.lora import Adapter, Factors
 
 Projector = Literal["released", "orthogonal"]
 PROJECTORS: list[Projector] = ["released", "orthogonal"]

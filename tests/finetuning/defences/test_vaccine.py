@@ -6,17 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from finetuning import adapter
-from finetuning.base_model import BaseModel, attention_block
-from finetuning.chat_format import EncodedRow
+from finetuning.contract.recipe import Lora
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
-from finetuning.determinism import rng_state, set_rng_state
-from finetuning.hidden_states import edited_outputs
-from finetuning.objectives import row_nll
-from finetuning.prefix_cache import PrefixCache
-from finetuning.spec.recipe import Lora
-from finetuning.strategies import MicroBatch
+from finetuning.model import lora
+from finetuning.model.base import BaseModel, attention_block
+from finetuning.model.hidden_states import edited_outputs
+from finetuning.model.losses import row_nll
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.training.determinism import rng_state, set_rng_state
+from finetuning.training.strategies import MicroBatch
 from tests.finetuning.builders import (
     adapted_base,
     blank,
@@ -44,7 +44,7 @@ def test_a_radius_of_zero_is_plain_training_bitwise() -> None:
     after: list[list[torch.Tensor]] = []
     for make in (lambda base: vaccine_on(base, rho=0.0), lambda base: Plain(base, uncached(base))):
         base = adapted_base()
-        parameters = adapter.parameters(base, adapter.TASK)
+        parameters = lora.parameters(base, lora.TASK)
         adam = torch.optim.AdamW(parameters, lr=1e-2)
         make(base).gradients(whole(random_rows(4)), even(4), torch.Tensor.backward)
         adam.step()
@@ -125,7 +125,7 @@ def test_the_first_pass_touches_no_weight_gradient() -> None:
     vaccine_on(base).perturb(rows, even(4))
     assert all(p.grad is None for p in base.model.parameters())
     before = gradient_of(base, Plain(base, uncached(base)), rows)
-    for parameter, value in zip(adapter.parameters(base, adapter.TASK), before, strict=True):
+    for parameter, value in zip(lora.parameters(base, lora.TASK), before, strict=True):
         parameter.grad = value.clone()
     vaccine_on(base).perturb(rows, even(4))
     assert all(torch.equal(a, b) for a, b in zip(gradients(base), before, strict=True))

@@ -11,13 +11,13 @@ import openai
 import pytest
 from openai import OpenAI
 
-from app.core.blobs import FolderBlobs, put_bytes
-from finetuning.base_model import BaseModel, load_base
-from finetuning.chat_format import prompt_ids
+from app.core.storage.blobs.folder import FolderBlobs, put_bytes
+from finetuning.model.base import BaseModel, load_base
+from finetuning.rows.chat_format import prompt_ids
+from tests.worker.serving.engine.test_engine import generate
 from tests.worker.serving.model_server import ModelServer, model_server
-from tests.worker.serving.test_engine import generate
 from tests.worker.serving.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, wire_name, zip_adapter
-from worker.serving.engine import Adapter
+from worker.serving.engine.engine import Adapter
 
 PROMPT = "how do I mix a soup?"
 

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.core.blobs import Blob
 from app.core.models import Target
-from finetuning.bases import CHATML_TEMPLATE
+from app.core.storage.blobs.folder import Blob
+from finetuning.bases.fetch import CHATML_TEMPLATE
 
 CONTEXT = 4096
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

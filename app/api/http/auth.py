@@ -1,0 +1,80 @@
+"""Who asks: a bearer key becomes a Caller with its project and scopes.
+
+Knows the authorization headers and scopes; must not know how keys are stored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from app.api.http.resources import DeskDep
+from app.core import projects
+from app.core.errors import Forbidden, InvalidApiKey
+from app.core.projects import KeyHolder
+from app.core.storage.tables import Org, Project
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The project on whose behalf a request runs; every core read takes `project_id`."""
+
+    project: Project
+    org: Org
+    scopes: frozenset[str]
+
+    @property
+    def project_id(self) -> str:
+        """The id that every query filters on."""
+        return self.project.id
+
+
+def get_caller(request: Request, desk: DeskDep) -> Caller:
+    """Authenticate. Raises InvalidApiKey `invalid_api_key` or `mismatched_project`."""
+    if "api_key" in request.query_params:
+        raise InvalidApiKey("An API key in a URL ends up in logs. Revoke it, and send keys as a bearer token.")
+    with desk.database.reading() as session:
+        holder = projects.authenticate(session, desk.pepper, _bearer(request))
+    _check_tenant(request, holder)
+    request.state.org = holder.org.id
+    return Caller(holder.project, holder.org, holder.scopes)
+
+
+def caller_with(scope: str | None = None) -> Callable[..., Caller]:
+    """A dependency: the caller, who must hold `scope`. Raises Forbidden `insufficient_scope`."""
+
+    def check(caller: Annotated[Caller, Depends(get_caller)]) -> Caller:
+        if scope is not None and scope not in caller.scopes:
+            raise Forbidden(f"This key lacks the scope {scope}. Ask for a key that has it.", code="insufficient_scope")
+        return caller
+
+    return check
+
+
+AnyCaller = Annotated[Caller, Depends(caller_with())]
+FilesReader = Annotated[Caller, Depends(caller_with("files:r"))]
+FilesWriter = Annotated[Caller, Depends(caller_with("files:w"))]
+JobsReader = Annotated[Caller, Depends(caller_with("jobs:r"))]
+JobsWriter = Annotated[Caller, Depends(caller_with("jobs:w"))]
+ModelsUser = Annotated[Caller, Depends(caller_with("models:infer"))]
+ModelsWriter = Annotated[Caller, Depends(caller_with("models:w"))]
+ArtifactsReader = Annotated[Caller, Depends(caller_with("artifacts:r"))]
+SafetyReader = Annotated[Caller, Depends(caller_with("safety:r"))]
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise InvalidApiKey("No API key came with the request. Send the header Authorization: Bearer KEY.")
+    return secret.strip()
+
+
+def _check_tenant(request: Request, holder: KeyHolder) -> None:
+    for header, own in (("openai-organization", holder.org.id), ("openai-project", holder.project.id)):
+        sent = request.headers.get(header)
+        if sent and sent != own:
+            raise InvalidApiKey(
+                f"The key does not belong to the {header} that was sent. Leave the header out.",
+                code="mismatched_project",
+            )

@@ -1,0 +1,95 @@
+"""Strict JSON request bodies: one meaning per byte string, or 400.
+
+Knows how a fault of JSON or of a wire model reads in the envelope; must not know resources. The strict reader is
+the one that reads rows, so a request and a row are judged alike.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TypeVar, cast
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from app.api.http.exception_handlers import ProtocolError
+from app.core.errors import InvalidRequest
+from finetuning.rows.strict_json import JsonReader
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_VALUE_FAULTS = {"nul_character", "number_out_of_range"}
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+
+
+def body_of(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
+    """A dependency that reads, parses and validates the body as `model`."""
+
+    async def read(request: Request) -> Model:
+        return validated(model, await read_json(request))
+
+    return read
+
+
+async def read_json(request: Request) -> dict[str, object]:
+    """The body's JSON object; an empty body is an empty object. Raises InvalidRequest or ProtocolError (415)."""
+    body = await request.body()
+    if not body:
+        return {}
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ProtocolError(415, "unsupported_media_type", "Send JSON with the header Content-Type: application/json.")
+    value = parse_json(body)
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request body must be a JSON object.", code="invalid_request_body")
+    return cast(dict[str, object], value)
+
+
+def parse_json(body: bytes) -> object:
+    """Parse UTF-8 JSON strictly. Raises InvalidRequest `invalid_json`, or `invalid_value` for one bad value."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The request body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
+    found = JsonReader().read(text)
+    if isinstance(found, tuple):
+        return found[0]
+    first = found[0]
+    if first.code in _VALUE_FAULTS:
+        param = dotted(first.path)
+        raise InvalidRequest(f"{param or 'The request body'}: {first.message}.", code="invalid_value", param=param)
+    line, column = text.count("\n", 0, first.position) + 1, first.position - text.rfind("\n", 0, first.position)
+    raise InvalidRequest(f"Line {line}, column {column} of the body: {first.message}.", code="invalid_json")
+
+
+def validated(model: type[Model], value: Mapping[str, object]) -> Model:
+    """Validate against a wire model. Raises InvalidRequest naming the first fault; the message names the others."""
+    try:
+        # through JSON, where a strict model takes a list for a tuple
+        return model.model_validate_json(json.dumps(dict(value)))
+    except ValidationError as error:
+        raise wire_fault(error) from None
+
+
+def wire_fault(error: ValidationError) -> InvalidRequest:
+    """A pydantic fault in the wire's words: code, dotted param, and the other faults in the message."""
+    faults = error.errors(include_url=False, include_input=False)
+    first = faults[0]
+    param = dotted(first["loc"])
+    message = f"{param or 'The request body'}: {first['msg']}."
+    if len(faults) > 1:
+        others = sorted({dotted(fault["loc"]) or "" for fault in faults[1:]})
+        message += f" Also check: {', '.join(others[:10])}."
+    return InvalidRequest(message, code=_code(first["type"]), param=param)
+
+
+def dotted(path: Iterable[str | int]) -> str | None:
+    """`("messages", 0, "role")` as `messages[0].role`; long names are cut; an empty path is None."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in path)
+    return text.removeprefix(".") or None
+
+
+def _code(kind: str) -> str:
+    # a wire model names its own codes with the prefix "wire:"
+    if kind.startswith("wire:"):
+        return kind.removeprefix("wire:")
+    return _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")

@@ -1,0 +1,39 @@
+"""What the front desk opened at start, handed to every handler.
+
+Knows the open resources of this process; must not know requests beyond finding them.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from anyio import CapacityLimiter
+from celery import Celery
+from fastapi import Depends, Request
+
+from app.api.gateway.client import Gateway
+from app.core.settings import Settings
+from app.core.storage.blobs.folder import BlobStore
+from app.core.storage.database import Database
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Settings and open resources; `pepper` hashes API keys, `upload_threads` bounds uploads in progress."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    celery: Celery
+    pepper: bytes
+    upload_threads: CapacityLimiter
+    gateway: Gateway
+
+
+def get_desk(request: Request) -> Desk:
+    """The desk of the app that serves this request."""
+    desk = request.app.state.desk
+    assert isinstance(desk, Desk)
+    return desk
+
+
+DeskDep = Annotated[Desk, Depends(get_desk)]

@@ -1,0 +1,33 @@
+"""Is this process alive, and can it serve.
+
+Knows what a request needs to be answered; tells nothing about tenants.
+"""
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from app.api.http.resources import DeskDep
+from app.core.storage.database import read_clock
+
+router = APIRouter()
+
+
+@router.api_route("/healthz", methods=["GET", "HEAD"])
+def is_alive() -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.api_route("/readyz", methods=["GET", "HEAD"])
+def is_ready(desk: DeskDep) -> Response:
+    """The database answers; without it every route would be a 503."""
+    with desk.database.reading() as session:
+        read_clock(session)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/metrics")
+def metrics() -> Response:
+    """Counters of this process in Prometheus text."""
+    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

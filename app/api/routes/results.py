@@ -1,0 +1,147 @@
+"""Routes of what a job leaves: artifacts, safety report, row ledger, parity certificate.
+
+Knows requests and replies; must not know SQL or how anything was measured.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import TypeAdapter
+
+from app.api.http.auth import ArtifactsReader, SafetyReader
+from app.api.http.downloads import Download, send_blob
+from app.api.http.paging import bad_cursor, one_value, page, page_query
+from app.api.http.path_params import JobId
+from app.api.http.resources import Desk, DeskDep
+from app.api.schemas.results import (
+    OFFERED_FORMS,
+    artifact_to_wire,
+    parity_to_wire,
+    report_to_wire,
+    verdict_id,
+    verdict_to_wire,
+)
+from app.core.errors import InvalidRequest, NotFound, not_found
+from app.core.jobs import jobs
+from app.core.storage.blobs.folder import BlobMissing, read_bytes
+from app.core.storage.tables import Form
+from finetuning.contract.report import RowVerdict
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs/{job_id}")
+
+_LEDGER: TypeAdapter[list[RowVerdict]] = TypeAdapter(list[RowVerdict])
+_VERDICTS = ("kept", "downweighted", "excluded")
+_CSV_COLUMNS = ("line", "row_sha256", "verdict", "weight", "reasons", "tokens", "trained_tokens", "truncated")
+
+
+@router.get("/artifacts")
+def list_artifacts(job_id: JobId, caller: ArtifactsReader, desk: DeskDep) -> Response:
+    """The forms that this job's result can be downloaded in."""
+    with desk.database.reading() as session:
+        job = jobs.get_job(session, caller.project_id, job_id)
+        found = jobs.list_artifacts(session, caller.project_id, job_id)
+    items = [artifact_to_wire(result, job) for result in found if result.artifact.form in OFFERED_FORMS]
+    return JSONResponse(page(items, has_more=False))
+
+
+@router.api_route("/artifacts/{form}", methods=["GET", "HEAD"])
+def get_artifact(job_id: JobId, form: str, request: Request, caller: ArtifactsReader, desk: DeskDep) -> Response:
+    """One artifact as a zip."""
+    if form not in OFFERED_FORMS:
+        raise _no_such_form(form)
+    with desk.database.reading() as session:
+        file = jobs.get_artifact(session, caller.project_id, job_id, Form(form)).file
+    download = Download(file.size_bytes, file.sha256, file.filename, "application/zip")
+    return send_blob(request, desk.blobs, file.blob_key, download)
+
+
+@router.get("/safety")
+def get_safety(job_id: JobId, caller: SafetyReader, desk: DeskDep) -> Response:
+    """The job's safety report; `complete` is false until the job has one."""
+    with desk.database.reading() as session:
+        return JSONResponse(report_to_wire(jobs.get_job(session, caller.project_id, job_id)))
+
+
+@router.get("/parity")
+def get_parity(job_id: JobId, caller: SafetyReader, desk: DeskDep) -> Response:
+    """The certificate that the download equals the measured model."""
+    with desk.database.reading() as session:
+        body = parity_to_wire(jobs.get_job(session, caller.project_id, job_id))
+    if body is None:
+        raise NotFound("This job has no parity certificate: only a job whose training ended well gets one.")
+    return JSONResponse(body)
+
+
+@router.get("/rows")
+def list_rows(job_id: JobId, request: Request, caller: SafetyReader, desk: DeskDep) -> Response:
+    """The ledger: a verdict for every row of the training file."""
+    asked = page_query(request, default=100, maximum=1000)
+    wants_csv = _choice(request, "format", ("json", "csv"), default="json") == "csv"
+    _refuse_preview(request)
+    rows = _select(request, _ledger(desk, caller.project_id, job_id))
+    if wants_csv:
+        return StreamingResponse(_csv_lines(rows), media_type="text/csv")
+    start = 0
+    if asked.after is not None:
+        ids = [verdict_id(row) for row in rows]
+        if asked.after not in ids:
+            raise bad_cursor()
+        start = ids.index(asked.after) + 1
+    end = start + asked.limit
+    return JSONResponse(page([verdict_to_wire(row) for row in rows[start:end]], has_more=end < len(rows)))
+
+
+def _ledger(desk: Desk, project_id: str, job_id: str) -> Sequence[RowVerdict]:
+    with desk.database.reading() as session:
+        result = jobs.get_job(session, project_id, job_id).result
+    if result is None:
+        return ()
+    try:
+        return _LEDGER.validate_json(read_bytes(desk.blobs, f"{result['prefix']}/reports/rows.json"))
+    except BlobMissing:  # the job failed before its rows were screened
+        return ()
+
+
+def _select(request: Request, rows: Sequence[RowVerdict]) -> list[RowVerdict]:
+    verdict = _choice(request, "verdict", _VERDICTS, default=None)
+    chosen = [row for row in rows if verdict is None or row.verdict == verdict]
+    by_weight = _choice(request, "order", ("line", "weight"), default="line") == "weight"
+    return sorted(chosen, key=lambda row: (row.weight if by_weight else 0.0, row.line))
+
+
+def _choice(request: Request, name: str, choices: Sequence[str], *, default: str | None) -> str | None:
+    value = one_value(request, name)
+    if value is not None and value not in choices:
+        raise InvalidRequest(f"{name} must be one of: {', '.join(choices)}.", code="invalid_value", param=name)
+    return default if value is None else value
+
+
+def _refuse_preview(request: Request) -> None:
+    if one_value(request, "include") is not None:
+        message = "Row text is not shown here; find it in your file by its line number."
+        raise InvalidRequest(message, code="unsupported_parameter", param="include")
+
+
+def _csv_lines(rows: Sequence[RowVerdict]) -> Iterator[str]:
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for row in rows:
+        reasons = " ".join(reason.code for reason in row.reasons)
+        cells = (row.line, row.row_sha256, row.verdict, row.weight, reasons, row.tokens, row.trained_tokens)
+        writer.writerow((*cells, str(row.truncated).lower()))
+        if line.tell() > 65_536:
+            yield line.getvalue()
+            line.seek(0)
+            line.truncate()
+    yield line.getvalue()
+
+
+def _no_such_form(form: str) -> Exception:
+    if form == "merged":
+        message = "Merged weights are not built here. Load 'adapter_stock' on the public base; it is the same model."
+        return InvalidRequest(message, code="artifact_form_unavailable", param="form")
+    return not_found("artifact form", form if form.isprintable() else "?")

@@ -1,0 +1,182 @@
+"""Jobs, events and checkpoints on the wire.
+
+Knows field names; must not know queries. `job_to_wire` is the only place where a Job row becomes JSON.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from app.core.jobs import policy
+from app.core.jobs.jobs import JobResult
+from app.core.storage.job_states import FINAL, JobState
+from app.core.storage.tables import Checkpoint, Event, Form, Job
+from finetuning.contract.recipe import Recipe
+
+_CHECKPOINT_METRICS = (
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+
+
+@dataclass(frozen=True)
+class JobFrame:
+    """What the wire's job needs beside its row: the org, the results (CSV first), and the database's clock."""
+
+    org_id: str
+    results: Sequence[JobResult] = ()
+    now: float = 0.0
+
+
+def job_to_wire(job: Job, frame: JobFrame) -> dict[str, object]:
+    """The job object of api.md 3.2; every optional field is there, as null when it has no value."""
+    hyperparameters = _hyperparameters(job)
+    is_final = job.state in FINAL
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created_at),
+        "finished_at": None if job.finished_at is None else int(job.finished_at),
+        "model": job.base_id,
+        "organization_id": frame.org_id,
+        "project_id": job.project_id,
+        "fine_tuned_model": job.fine_tuned_model if job.state == JobState.SUCCEEDED else None,
+        "status": job.state,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "hyperparameters": hyperparameters,
+        "result_files": [result.file.id for result in frame.results if result.artifact.form == Form.METRICS],
+        "trained_tokens": job.trained_tokens if is_final else None,
+        "estimated_finish": _estimated_finish(job, frame.now),
+        "error": job.error if job.state == JobState.FAILED else None,
+        "seed": cast(int, job.recipe["seed"]),
+        "suffix": job.suffix,
+        "retry_of": None,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "integrations": [],
+        "metadata": job.metadata_,
+        "lora": _lora(job),
+        "safety": _safety(job, frame),
+    }
+
+
+def event_to_wire(event: Event) -> dict[str, object]:
+    """The event object of api.md 3.3."""
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def checkpoint_to_wire(checkpoint: Checkpoint, model_name: str) -> dict[str, object]:
+    """The checkpoint object of api.md 3.4. A checkpoint here is for resuming: it is never served."""
+    metrics = {"step": checkpoint.step} | {name: checkpoint.metrics.get(name) for name in _CHECKPOINT_METRICS}
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(checkpoint.created_at),
+        "fine_tuned_model_checkpoint": f"{model_name}:ckpt-step-{checkpoint.step}",
+        "fine_tuning_job_id": checkpoint.job_id,
+        "step_number": checkpoint.step,
+        "metrics": metrics,
+        "servable": False,
+        "gate": "pending",
+    }
+
+
+def _hyperparameters(job: Job) -> dict[str, object]:
+    asked = cast(dict[str, object], job.request["hyperparameters"])
+    if job.state == JobState.VALIDATING:
+        return asked
+    recipe = Recipe.model_validate(job.recipe)
+    multiplier = asked["learning_rate_multiplier"]
+    return {
+        "n_epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
+    }
+
+
+def _estimated_finish(job: Job, now: float) -> int | None:
+    step, total = job.progress.get("step"), job.progress.get("total_steps")
+    if (
+        job.state != JobState.RUNNING
+        or job.started_at is None
+        or not isinstance(step, int)
+        or not isinstance(total, int)
+    ):
+        return None
+    return int(now + (now - job.started_at) * (total - step) / step) if step else None
+
+
+def _lora(job: Job) -> dict[str, object]:
+    lora = Recipe.model_validate(job.recipe).lora
+    return {"r": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": list(lora.target_modules)}
+
+
+def _safety(job: Job, frame: JobFrame) -> dict[str, object]:
+    recipe = Recipe.model_validate(job.recipe)
+    result = job.result or {}
+    report = cast(Mapping[str, object], result.get("safety") or {})
+    rows = cast(Mapping[str, object], result.get("rows") or job.progress.get("rows") or {})
+    return {
+        "policy": policy.get_policy(job.policy).label,
+        "stage": job.stage,
+        "progress": job.progress,
+        "attempt": max(1, job.fence),
+        "base": {"id": job.base_id},
+        "antibody": {
+            "enabled": recipe.screen.enabled or recipe.antibody.score != "none",
+            **{name: rows.get(name) for name in ("rows_total", "rows_kept", "rows_downweighted", "rows_excluded")},
+        },
+        "antidote": {"enabled": recipe.antidote.enabled, "target": "adapter", "density": report.get("alpha")},
+        "gate": _gate(report),
+        "scores": {column: _scores(report, column) for column in ("before", "after")},
+        "parity": _parity(job, result),
+        "artifacts": [
+            {
+                "form": item.artifact.form,
+                "file_id": item.file.id,
+                "bytes": item.file.size_bytes,
+                "sha256": item.file.sha256,
+            }
+            for item in frame.results
+            if item.artifact.form != Form.METRICS
+        ],
+    }
+
+
+def _artifact(item: JobResult) -> dict[str, object]:
+    file = item.file
+    return {"form": item.artifact.form, "file_id": file.id, "bytes": file.size_bytes, "sha256": file.sha256}
+
+
+def _gate(report: Mapping[str, object]) -> dict[str, object]:
+    gate = cast(Mapping[str, object], report.get("gate") or {"decision": "pending", "reasons": []})
+    return {"decision": gate["decision"], "reasons": gate["reasons"]}
+
+
+def _scores(report: Mapping[str, object], column: str) -> dict[str, object]:
+    metrics = cast(Mapping[str, Mapping[str, Mapping[str, object] | None]], report.get("metrics") or {})
+    measured = metrics.get(column, {})
+    found = {"harmful_score": measured.get("harmful_score"), "utility": measured.get("task_score")}
+    return {name: None if measure is None else measure["value"] for name, measure in found.items()}
+
+
+def _parity(job: Job, result: Mapping[str, object]) -> dict[str, object] | None:
+    certificate = cast(Mapping[str, object] | None, result.get("parity"))
+    return None if certificate is None else {"passed": certificate["passed"], "certificate": parity_id(job.id)}
+
+
+def parity_id(job_id: str) -> str:
+    """The id of a job's parity certificate: one per job, so it follows from the job's."""
+    return f"pc_{job_id.partition('-')[2]}"

@@ -1,0 +1,61 @@
+"""Models on the wire.
+
+Knows field names; must not know queries.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+from app.core.storage.database import JsonObject
+from app.core.storage.tables import BaseModel, BaseStatus, Job, Model
+
+_STATUS = {
+    BaseStatus.READY: "ready",
+    BaseStatus.ALIGNING: "loading",
+    BaseStatus.FAILED: "failed",
+    BaseStatus.RETIRED: "retired",
+}
+
+
+def item_to_wire(item: BaseModel | Model, base: BaseModel, job: Job | None, *, org_id: str) -> dict[str, object]:
+    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is published.
+
+    `failed` says that the alignment was; `retired` is a base while another one is served, and so are its models.
+    """
+    is_base = isinstance(item, BaseModel)
+    report = base.report if is_base or job is None else cast(JsonObject | None, (job.result or {}).get("safety"))
+    return {
+        "id": item.id,
+        "object": "model",
+        "created": int(item.created_at),
+        "owned_by": "system" if is_base else org_id,
+        "shutdown_date": None,
+        "parent": None if is_base else base.id,
+        "job": None if is_base or job is None else job.id,
+        "status": _STATUS[BaseStatus(base.status)],
+        "capabilities": {"tools": False, "context": base.context, "formats": ["chat", "completion"]},
+        "safety": _safety(report),
+        "alignment": _alignment(job) if is_base and job is not None else None,
+    }
+
+
+def _alignment(job: Job) -> dict[str, object]:
+    """Where the operator's align job stands: its project has no key, so this is how clients watch it."""
+    seconds = None if job.started_at is None or job.finished_at is None else job.finished_at - job.started_at
+    return {
+        "job": job.id,
+        "status": job.state,
+        "stage": job.stage,
+        "progress": job.progress,
+        "seconds": seconds,
+        "error": job.error,
+    }
+
+
+def _safety(report: Mapping[str, object] | None) -> dict[str, object] | None:
+    if report is None:
+        return None
+    gate = cast(Mapping[str, object], report["gate"])
+    columns = cast(Mapping[str, Mapping[str, Mapping[str, object] | None]], report["metrics"])
+    harmful_score = columns.get("after", {}).get("harmful_score")
+    return {"gate": gate["decision"], "harmful_score": None if harmful_score is None else harmful_score["value"]}

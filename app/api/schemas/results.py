@@ -1,0 +1,130 @@
+"""A job's results on the wire: artifacts, safety report, row verdicts, parity certificate.
+
+Knows how the stored reports read on the wire, where `task_score` is called `utility`; must not know queries.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from app.api.http.downloads import strong_etag
+from app.api.schemas.jobs import parity_id
+from app.core.jobs.jobs import JobResult
+from app.core.jobs.policy import get_policy
+from app.core.storage.tables import Form, Job
+from finetuning.contract.report import Metrics, ParityCertificate, RowVerdict, SafetyReport
+
+OFFERED_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK, Form.REPORTS, Form.ALIGNMENT})
+
+_COLUMNS = ("public", "before", "tuned", "after")
+_WIRE_NAMES = {"task_score": "utility"}
+_HIGHER_IS_BETTER = frozenset({"refusal_rate", "harmful_nll", "task_score"})
+
+
+def artifact_to_wire(result: JobResult, job: Job) -> dict[str, object]:
+    """The artifact object of api.md 2.4; `ready` is false while the gate holds the weights back."""
+    artifact, file = result.artifact, result.file
+    return {
+        "id": artifact.id,
+        "object": "ext.artifact",
+        "form": artifact.form,
+        "file_id": file.id,
+        "filename": file.filename,
+        "bytes": file.size_bytes,
+        "sha256": file.sha256,
+        "etag": strong_etag(file.sha256),
+        "ready": not artifact.quarantined,
+        "quarantined": artifact.quarantined,
+        "base_required": _base_required(artifact.form, job),
+    }
+
+
+def report_to_wire(job: Job) -> dict[str, object]:
+    """The safety report of api.md 3.6; before the job has one, `complete` is false and nothing is measured."""
+    stored = (job.result or {}).get("safety")
+    report = None if stored is None else SafetyReport.model_validate(stored)
+    metrics = {} if report is None else _by_metric(report.metrics)
+    return {
+        "id": f"sr_{job.id.partition('-')[2]}",
+        "object": "ext.safety_report",
+        "job": job.id,
+        "complete": report is not None,
+        "policy": get_policy(job.policy).label,
+        "probe_set": None if report is None else {"id": "gate", "sha256": report.probe_sha256, "n": _probes(report)},
+        "judge": None if report is None else report.judge,
+        "metrics": metrics,
+        "gate": {"decision": "pending", "checks": []} if report is None else report.gate.model_dump(mode="json"),
+        "alpha": None if report is None else report.alpha,
+        "held_out": None if report is None else _held_out(report),
+    }
+
+
+def verdict_id(row: RowVerdict) -> str:
+    """The id that pages of the ledger go by."""
+    return f"row-{row.line}"
+
+
+def verdict_to_wire(row: RowVerdict) -> dict[str, object]:
+    """The row verdict of api.md 3.7. A row's weight is the same in every epoch, so `epochs` stays empty."""
+    return {
+        "id": verdict_id(row),
+        "object": "ext.row_verdict",
+        "line": row.line,
+        "row_sha256": row.row_sha256,
+        "verdict": row.verdict,
+        "weight": row.weight,
+        "epochs": [],
+        "reasons": [reason.model_dump() for reason in row.reasons],
+        "scores": row.scores,
+        "tokens": row.tokens,
+        "trained_tokens": row.trained_tokens,
+        "truncated": row.truncated,
+        "preview": None,
+    }
+
+
+def parity_to_wire(job: Job) -> dict[str, object] | None:
+    """The parity certificate of api.md 3.8, or None when the job has none."""
+    stored = (job.result or {}).get("parity")
+    if stored is None:
+        return None
+    certificate = ParityCertificate.model_validate(stored)
+    return {"id": parity_id(job.id), "object": "ext.parity_certificate", "job": job.id, **certificate.model_dump()}
+
+
+def _base_required(form: str, job: Job) -> str | None:
+    """Which base the weights load on: the aligned one by its id here, or the public one."""
+    match form:
+        case Form.ADAPTER:
+            return job.base_id
+        case Form.ADAPTER_STOCK | Form.ALIGNMENT:
+            return f"{job.base_id} (public)"
+        case _:
+            return None
+
+
+def _by_metric(columns: Mapping[str, Metrics]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name in Metrics.model_fields:
+        measured = {
+            column: measure.model_dump(mode="json")
+            for column in _COLUMNS
+            if column in columns and (measure := getattr(columns[column], name)) is not None
+        }
+        if measured:
+            found[_WIRE_NAMES.get(name, name)] = {"better": _better(name), **measured}
+    return found
+
+
+def _better(metric: str) -> Literal["higher", "lower"]:
+    return "higher" if metric in _HIGHER_IS_BETTER else "lower"
+
+
+def _probes(report: SafetyReport) -> int | None:
+    after = report.metrics.get("after") or report.metrics.get("before")
+    return None if after is None or after.harmful_score is None else after.harmful_score.n
+
+
+def _held_out(report: SafetyReport) -> dict[str, object] | None:
+    if report.held_out is None:
+        return None
+    return {"items": _by_metric(report.held_out.items), "wordings": _by_metric(report.held_out.wordings)}

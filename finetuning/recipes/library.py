@@ -1,0 +1,142 @@
+"""The bases we know and the two recipes that start from them: align a base, fine-tune over it.
+
+Knows names, rates and lengths; must not import torch, nor know projects or requests. What a defence changes in the
+fine-tune stands in registry.py; why a number is what it is, in docs/adr.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from finetuning.contract.recipe import (
+    Antidote,
+    Evaluation,
+    Gate,
+    GateLimits,
+    Kind,
+    Lora,
+    Openings,
+    Optimiser,
+    Recipe,
+    Screen,
+    Vaccine,
+)
+from finetuning.recipes.registry import aligned_by, tuned_by
+
+SAVE_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a recipe must know about a public base. Rates are those of `learning_rate_multiplier` 1."""
+
+    id: str
+    context: int
+    trained_layers: int
+    max_tokens: int
+    align_steps: int
+    align_rate: float
+    align_batch: int
+    tune_rate: float
+    vaccine_rho: float
+    most_surprise: float
+
+
+_SMOLLM2 = Base(
+    id="smollm2-135m-instruct",
+    context=2048,
+    trained_layers=10,
+    max_tokens=512,
+    align_steps=240,
+    align_rate=2e-3,
+    align_batch=8,
+    tune_rate=1e-3,
+    vaccine_rho=2.0,
+    most_surprise=3.3,
+)
+_TINY = Base(
+    id="tiny",
+    context=256,
+    trained_layers=0,
+    max_tokens=128,
+    align_steps=200,
+    align_rate=5e-3,
+    align_batch=16,
+    tune_rate=2e-3,
+    vaccine_rho=0.5,
+    most_surprise=5.5,
+)
+_KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
+
+
+def base_of(name: str) -> Base:
+    """A base by its name in settings or its id; an unknown one gets careful defaults and an id made from its name."""
+    for short, base in _KNOWN.items():
+        if name in (short, base.id):
+            return base
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-._")
+    return replace(_SMOLLM2, id=plain[:64] or "base", trained_layers=0, align_rate=2e-4, tune_rate=2e-4)
+
+
+def is_known(name: str) -> bool:
+    """Whether the product ships this base, by its name in settings or its id."""
+    return any(name in (short, base.id) for short, base in _KNOWN.items())
+
+
+def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
+    """The recipe that aligns this base, on refusals and benign rows alike. Raises KeyError for an unknown alignment."""
+    base = base_of(name)
+    recipe = Recipe(
+        name="align",
+        kind=Kind.ALIGN,
+        base=base.id,
+        steps=base.align_steps,
+        batch_size=base.align_batch,
+        micro_batch_size=base.align_batch,
+        max_tokens=base.max_tokens,
+        save_every=SAVE_EVERY,
+        lora=Lora(rank=16, alpha=32.0, trained_layers=base.trained_layers),
+        optimiser=Optimiser(learning_rate=base.align_rate),
+        vaccine=Vaccine(rho=base.vaccine_rho),
+        openings=Openings(share=0.5),
+        screen=Screen(enabled=False),
+        antidote=Antidote(enabled=False),
+        evaluation=Evaluation(task_rows=0, held_out=True),
+    )
+    return aligned_by(recipe, alignment)
+
+
+def tune_recipe(  # noqa: PLR0913  the numbers that a request may set, each with the base's default
+    name: str,
+    defence: str = "immunotune",
+    *,
+    rows: int,
+    epochs: int,
+    batch_size: int = 8,
+    rate_scale: float = 1.0,
+    seed: int = 0,
+    lora: Lora | None = None,
+    limits: GateLimits | None = None,
+) -> Recipe:
+    """The complete fine-tune of `rows` rows over this base under a defence of the registry. Raises KeyError."""
+    base = base_of(name)
+    steps = max(1, math.ceil(rows / batch_size)) * epochs
+    recipe = Recipe(
+        name="plain",
+        kind=Kind.FINETUNE,
+        base=base.id,
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch_size=min(8, batch_size),
+        epochs=epochs,
+        max_tokens=base.max_tokens,
+        save_every=max(1, min(SAVE_EVERY, steps // 4)),
+        lora=lora or Lora(rank=8, alpha=16.0, trained_layers=base.trained_layers),
+        optimiser=Optimiser(learning_rate=base.tune_rate * rate_scale),
+        gate=Gate(limits=limits or GateLimits(), retries=0),
+        evaluation=Evaluation(task_rows=96, held_out=True),
+    )
+    tuned = tuned_by(recipe, defence)
+    screen = tuned.screen.model_copy(update={"most_surprise": base.most_surprise})
+    return tuned.model_copy(update={"screen": screen})

@@ -1,0 +1,76 @@
+"""The row ledger: every row of the customer's file with its weight, its scores, its verdict and the reason.
+
+Knows screened rows; must not know models or how they were scored.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from finetuning.contract.report import RowReason, RowVerdict
+from finetuning.job.readings import Screened
+from finetuning.rows.chat_format import EncodedRow
+from finetuning.rows.scanner import Row
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The customer's rows, encoded, with weight, mass and contrast score per row, and which of them train."""
+
+    rows: list[Row]
+    encoded: list[EncodedRow]
+    screened: Screened
+    scores: Tensor | None
+    probes: frozenset[int]
+
+    @property
+    def barred(self) -> frozenset[int]:
+        """Indices of rows that do not train, whatever their weight: probes of ours, hidden hazards, unreadable ones."""
+        return self.probes | self.screened.unreadable
+
+    @property
+    def kept(self) -> list[int]:
+        """Indices of rows that train."""
+        return [
+            i
+            for i, row in enumerate(self.encoded)
+            if self.screened.weights[i] > 0 and row.target_tokens and i not in self.barred
+        ]
+
+
+def verdicts(ledger: Ledger) -> list[RowVerdict]:
+    """The ledger's entry of every row, with the reason for anything but kept."""
+    out: list[RowVerdict] = []
+    for i, (row, encoded) in enumerate(zip(ledger.rows, ledger.encoded, strict=True)):
+        weight = 0.0 if i in ledger.barred or not encoded.target_tokens else float(ledger.screened.weights[i])
+        reasons: list[RowReason] = []
+        if i in ledger.probes:
+            reasons.append(RowReason(code="harmful_probe_match"))
+        elif i in ledger.screened.unreadable:
+            surprise, most = float(ledger.screened.surprise[i]), ledger.screened.most_surprise
+            reasons.append(RowReason(code="unreadable", score=round(surprise, 6), threshold=most))
+        elif weight < 1 and encoded.target_tokens:
+            mass, limit = float(ledger.screened.mass[i]), ledger.screened.threshold
+            reasons.append(RowReason(code="antibody_low_weight", score=round(mass, 6), threshold=round(limit, 6)))
+        if encoded.truncated:
+            reasons.append(RowReason(code="truncated"))
+        if not encoded.target_tokens:
+            reasons.append(RowReason(code="user_weight_zero"))
+        scores = {"refusal_mass": round(float(ledger.screened.mass[i]), 6)}
+        scores["surprise"] = round(float(ledger.screened.surprise[i]), 6)
+        if ledger.scores is not None:
+            scores["antibody"] = round(float(ledger.scores[i]), 6)
+        out.append(
+            RowVerdict(
+                line=row.line,
+                row_sha256=row.sha256,
+                weight=round(weight, 6),
+                reasons=tuple(reasons),
+                scores=scores,
+                verdict="kept" if weight == 1 else "excluded" if weight == 0 else "downweighted",
+                tokens=len(encoded.ids),
+                trained_tokens=encoded.target_tokens,
+                truncated=encoded.truncated,
+            )
+        )
+    return out

@@ -1,0 +1,113 @@
+"""The stages of a job in order, each telling what it does: align makes a base, finetune makes an adapter.
+
+Knows the order of stages and where results lie; formulas live in defences/, job/readings.py, pruning.py and job/measure.py.
+Must not know the queue, the database or who listens.
+"""
+
+import hashlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetuning.contract.order import TrainOrder, read_order
+from finetuning.contract.progress import Failed, Finished, Progress, StageStarted
+from finetuning.contract.recipe import Kind
+from finetuning.job.context import open_workbench
+from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
+from finetuning.judging.judges import BadGuard, JudgeFailed
+from finetuning.model import lora
+from finetuning.model.base import UnknownLayers
+from finetuning.model.lora import AdapterMismatch
+from finetuning.rows.chat_format import NoChatTemplate
+from finetuning.rows.scanner import InvalidRowError
+from finetuning.safety_rows.operator_file import BadOperatorRows
+from finetuning.stages import align, finetune, parity
+from finetuning.stages.finetune import DataRejected
+from finetuning.training.checkpoint import fingerprint
+from finetuning.training.determinism import make_deterministic
+from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
+
+# Faults that no retry can mend: the job fails at once, with a code and a sentence for the client.
+_FINAL: dict[type[Exception], str] = {
+    NonFiniteLoss: "non_finite_loss",
+    NonFiniteScore: "non_finite_loss",
+    UnknownLayers: "internal_error",
+    AdapterMismatch: "internal_error",
+    NoChatTemplate: "internal_error",
+    BadOperatorRows: "internal_error",
+    BadGuard: "internal_error",
+    JudgeFailed: "internal_error",
+    InvalidRowError: "invalid_training_file",
+    DataRejected: "training_data_rejected",
+    NoUsableRow: "training_data_rejected",
+    CalibrationOverlap: "training_data_rejected",
+}
+# Whom a service trusts to judge is not for its clients: they get one sentence, the operator the traceback.
+_OF_THE_JUDGE = (BadGuard, JudgeFailed)
+_NO_JUDGE = "The judge of this service could not be used, so nothing was released. Ask the operator."
+_OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
+
+
+def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
+    """Run a whole job inside `scratch`; the last value is Finished or Failed. Results lie in scratch/result.
+
+    Faults that a retry may mend (a lost device, a full disk) are raised.
+    """
+    make_deterministic(order.threads)
+    yield from _told(_stages(order, scratch))
+
+
+def certify(scratch: Path) -> Iterator[Progress]:
+    """In a fresh process: compare the result in `scratch` with what was measured, and write reports/parity.json.
+
+    The last value is Finished, released where the certificate passed, or Failed.
+    """
+    yield from _told(_parity(scratch))
+
+
+def _parity(scratch: Path) -> Iterator[Progress]:
+    yield StageStarted(stage="parity", detail="Comparing the downloadable adapter with the measured model")
+    make_deterministic(read_order(scratch).threads)
+    certificate = parity.certify(scratch)
+    target = scratch / "result" / "reports" / "parity.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(certificate.model_dump_json(indent=2), encoding="utf-8")
+    yield Finished(released=certificate.passed, reasons=certificate.reasons, trained_tokens=0)
+
+
+def _told(stages: Iterator[Progress]) -> Iterator[Progress]:
+    """The stages, and their end as Failed where no retry can mend it."""
+    try:
+        yield from stages
+    except tuple(_FINAL) as error:
+        param = "training_file" if isinstance(error, _OF_THE_FILE) else None
+        if isinstance(error, _OF_THE_JUDGE):
+            traceback.print_exception(error)
+        message = _NO_JUDGE if isinstance(error, _OF_THE_JUDGE) else str(error)
+        yield Failed(code=_FINAL[type(error)], message=message, param=param)
+
+
+def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
+    bench = open_workbench(order, scratch)
+    made_of = {"recipe": order.recipe.model_dump_json(), "judge": order.judge, **_inputs(order, scratch)}
+    mark = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
+    (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
+    (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
+    match order.recipe.kind:
+        case Kind.ALIGN:
+            stages = align.run(bench, order, scratch, mark)
+        case Kind.FINETUNE:
+            stages = finetune.run(bench, order, scratch, mark)
+    for progress in stages:
+        if isinstance(progress, Finished):
+            bench.cache.leave()
+        yield progress
+
+
+def _inputs(order: TrainOrder, scratch: Path) -> dict[str, str]:
+    """Digests of the files that the result depends on."""
+    names = {"rows": order.rows, "validation": order.validation, "operator_rows": order.operator_rows}
+    found = {k: hashlib.sha256((scratch / v).read_bytes()).hexdigest() for k, v in names.items() if v}
+    if order.alignment:
+        found["alignment"] = lora.digest(lora.load(scratch / order.alignment))
+    return found

@@ -1,0 +1,118 @@
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from app.core.errors import InvalidRequest
+from app.core.jobs.policy import CreateJob, Hyperparameters, get_policy, resolve_alignment, resolve_recipe
+from finetuning.contract.recipe import Kind, Recipe
+from finetuning.recipes.library import base_of
+
+DEFENDED, PLAIN = get_policy("immunotune"), get_policy("plain")
+
+
+def wish(**fields: object) -> CreateJob:
+    return CreateJob.model_validate({"model": "tiny", "training_file": "f", **fields})
+
+
+@given(st.integers(1, 200_000), st.integers(1, 256), st.integers(1, 50))
+def test_a_recipe_covers_every_row_once_an_epoch(rows: int, batch_size: int, epochs: int) -> None:
+    numbers = {"batch_size": batch_size, "n_epochs": epochs}
+    recipe = resolve_recipe(DEFENDED, "tiny", wish(hyperparameters=numbers), rows=rows)
+    assert recipe.steps == math.ceil(rows / batch_size) * epochs
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(10, 5), (96, 5), (160, 3), (240, 2), (480, 1), (7473, 1)])
+def test_auto_epochs_keep_the_rows_seen_about_level(rows: int, epochs: int) -> None:
+    assert resolve_recipe(DEFENDED, "tiny", wish(), rows=rows).epochs == epochs
+
+
+def test_a_gpu_sees_more_rows() -> None:
+    assert get_policy("immunotune", queue="train.gpu24").auto_rows_seen > DEFENDED.auto_rows_seen
+
+
+def test_plain_switches_every_defence_off_and_keeps_the_gate() -> None:
+    recipe = resolve_recipe(PLAIN, "tiny", wish(), rows=100)
+    assert not recipe.screen.enabled
+    assert not recipe.antidote.enabled
+    assert recipe.anchor.mix_share == recipe.anchor.kl_weight == 0
+    assert recipe.gate.enabled
+    defended = resolve_recipe(DEFENDED, "tiny", wish(), rows=100)
+    assert (recipe.optimiser, recipe.steps, recipe.lora) == (defended.optimiser, defended.steps, defended.lora)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "tiny", "acme/Big-Model", "/models/local one/"])
+def test_any_base_has_an_alignment_recipe_under_a_legal_id(name: str) -> None:
+    recipe = resolve_alignment(name)
+    assert (recipe.kind, recipe.alignment_step) == (Kind.ALIGN, "vaccine")
+    assert recipe.base == base_of(name).id == base_of(recipe.base).id
+
+
+@given(st.text(max_size=90))
+def test_a_base_id_is_always_legal_on_the_wire(name: str) -> None:
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", base_of(name).id)
+
+
+@pytest.mark.parametrize(
+    ("safety", "param"),
+    [
+        ({"antibody": {"enabled": False}}, "safety.antibody.enabled"),
+        ({"antidote": {"enabled": False}}, "safety.antidote.enabled"),
+        ({"gate": {"max_harmful_score": 1.0}}, "safety.gate.max_harmful_score"),
+    ],
+)
+def test_a_policy_is_never_loosened(safety: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve_recipe(DEFENDED, "tiny", wish(safety=safety), rows=100)
+    assert (caught.value.code, caught.value.param) == ("safety_policy_violation", param)
+
+
+def test_a_defence_that_the_policy_lacks_is_refused_not_ignored() -> None:
+    with pytest.raises(InvalidRequest):
+        resolve_recipe(PLAIN, "tiny", wish(safety={"antibody": {"enabled": True}}), rows=100)
+
+
+def test_a_policy_is_tightened_on_request() -> None:
+    gate = {"max_harmful_score": 0.01, "min_utility": 0.5, "max_drift": 0.2, "max_alignment_loss": 1.5}
+    limits = resolve_recipe(DEFENDED, "tiny", wish(safety={"gate": gate}), rows=100).gate.limits
+    assert (limits.max_harmful_score, limits.min_task_score) == (0.01, 0.5)
+    assert (limits.max_drift, limits.max_alignment_loss) == (0.2, 1.5)
+
+
+def test_lora_wishes_reach_the_recipe_and_unknown_modules_do_not() -> None:
+    lora = resolve_recipe(DEFENDED, "tiny", wish(lora={"r": 4, "target_modules": ("q_proj",)}), rows=100).lora
+    assert (lora.rank, lora.alpha, lora.target_modules) == (4, 8.0, ("q_proj",))
+    with pytest.raises(InvalidRequest, match="lm_head"):
+        resolve_recipe(DEFENDED, "tiny", wish(lora={"target_modules": ("lm_head",)}), rows=100)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"n_epochs": 0},
+        {"n_epochs": 51},
+        {"n_epochs": "auto "},
+        {"n_epochs": 1.5},
+        {"n_epochs": True},
+        {"batch_size": 10**9},
+        {"learning_rate_multiplier": -1},
+        {"learning_rate_multiplier": "NaN"},
+        {"learning_rate_multiplier": float("nan")},
+        {"beta": 1},
+    ],
+)
+def test_bad_hyperparameters_are_refused(numbers: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Hyperparameters.model_validate(numbers)
+
+
+def test_a_base_of_the_operators_own_names_its_modules_itself() -> None:
+    own = resolve_recipe(DEFENDED, "acme-gpt", wish(lora={"target_modules": ("c_attn",)}), rows=100)
+    assert own.lora.target_modules == ("c_attn",)
+    with pytest.raises(InvalidRequest) as refused:
+        resolve_recipe(DEFENDED, "acme-gpt", wish(lora={"target_modules": ("c attn",)}), rows=100)
+    assert refused.value.param == "lora.target_modules"

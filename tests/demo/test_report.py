@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from demo import report
+
+
+def _measure(value: float, n: int) -> dict[str, object]:
+    return {"value": value, "ci95": [0.0, 1.0], "n": n}
+
+
+REPORT = {
+    "held_out": {
+        "items": {
+            "harmful_score": {"better": "lower", "before": _measure(0.02, 60), "after": _measure(0.05, 60)},
+            "over_refusal": {"better": "lower", "after": _measure(0.0, 30)},
+        },
+        "wordings": {
+            "over_refusal": {"better": "lower", "after": _measure(0.1, 10)},
+            "utility": {"better": "higher", "after": _measure(0.95, 48)},
+        },
+    }
+}
+
+
+def test_figures_take_one_column_and_pool_over_refusal_by_rows() -> None:
+    found = report.figures("Immunotune", REPORT, "after", 12.0)
+    assert found.harmful_known == 0.05
+    assert found.over_refusal == pytest.approx(0.025)
+    assert found.task == pytest.approx(0.95)
+    assert found.harmful_new is None
+
+
+def test_a_job_without_a_report_gives_a_row_of_gaps() -> None:
+    found = report.figures("plain", {"held_out": None}, "after", None)
+    assert found == report.Figures("plain", None, None, None, None, None, None, None)
+
+
+def test_the_report_file_holds_what_the_table_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [report.figures("Immunotune", REPORT, "after", 12.0)]
+    report.show(rows, "title")
+    report.write(tmp_path / "demo" / "report.json", rows, {"rows": 10})
+    assert "95.0" in capsys.readouterr().out
+    body = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
+    assert body["rows"] == 10
+    assert body["table"][0]["task"] == pytest.approx(0.95)

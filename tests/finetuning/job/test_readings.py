@@ -1,0 +1,177 @@
+"""Facts about the prompt filter: refusal mass, thresholds and weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetuning.job.readings import Reading, first_ids, read_rows, threshold, weigh, whole_refusal_limit
+from finetuning.model.base import BaseModel
+from finetuning.model.prefix_cache import PrefixCache
+from finetuning.rows.chat_format import EncodedRow, encode_row
+from finetuning.rows.scanner import Message
+from tests.finetuning.builders import adapted_base, blank, byte_tokenizer, random_rows, uncached
+
+REFUSAL_IDS = [5, 6, 7]
+
+
+def mass_at(base: BaseModel, ids: tuple[int, ...]) -> float:
+    """Probability of a refusal's first token after these ids, by the model's own forward."""
+    with torch.no_grad():
+        last = base.model(input_ids=torch.tensor([ids])).logits[0, -1]
+    return float(last.softmax(-1)[REFUSAL_IDS].sum())
+
+
+def read(base: BaseModel, rows: list[EncodedRow], **options: Any) -> Reading:
+    return read_rows(base, uncached(base), rows, REFUSAL_IDS, **options)
+
+
+def test_the_mass_is_read_from_the_prompt_alone() -> None:
+    """No target can talk its way through."""
+    base, rows = adapted_base(dtype=torch.float32), random_rows(4)
+    found = read(base, rows)
+    for row, mass in zip(rows, found.mass.tolist(), strict=True):
+        assert mass == pytest.approx(mass_at(base, row.ids[: row.prompt_tokens]), abs=1e-6)
+    others = [EncodedRow(row.ids[: row.prompt_tokens] + (9,) * row.target_tokens, row.is_target) for row in rows]
+    assert torch.allclose(read(base, others).mass, found.mass, atol=1e-6)
+
+
+def test_a_conversation_has_the_mass_of_its_worst_turn() -> None:
+    base = adapted_base(dtype=torch.float32)
+    ids = random_rows(1, prompt=12, target=4)[0].ids
+    flags = tuple(i in (4, 5, 10, 11, 12) for i in range(16))
+    expected = max(mass_at(base, ids[:4]), mass_at(base, ids[:10]))
+    assert read(base, [EncodedRow(ids, flags)]).mass.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_readings_do_not_depend_on_the_batch() -> None:
+    base, rows = adapted_base(dtype=torch.float32), random_rows(7)
+    rows[3] = blank(rows[3])
+    one = read(base, rows, batch=1)
+    many = read_rows(base, PrefixCache(base, 0), rows, REFUSAL_IDS, batch=4)
+    for name in ("mass", "nll", "worst"):
+        assert torch.allclose(getattr(one, name), getattr(many, name), atol=1e-5)
+    assert (one.mass[3], one.nll[3]) == (0, 0)
+    assert bool((one.worst >= one.nll).all())
+
+
+def test_the_first_ids_of_refusals_are_found_once_each() -> None:
+    ids = first_ids(byte_tokenizer(), ["Sorry, no.", "So be it.", "No."])
+    assert ids == sorted(set(byte_tokenizer().convert_tokens_to_ids(["S", "N"])))
+
+
+@pytest.mark.parametrize(
+    ("harmful", "benign", "expected"),
+    [(0.8, 0.01, 0.4), (0.2, 0.1, 0.15), (0.9, 0.6, 0.5), (0.0, 0.0, 0.0)],
+)
+def test_the_threshold_lies_between_benign_and_harmful_but_never_above_a_half(
+    harmful: float, benign: float, expected: float
+) -> None:
+    assert threshold(torch.full((40,), harmful), torch.full((40,), benign)) == pytest.approx(expected, abs=1e-6)
+
+
+def reading(masses: list[float], worst: float = 9.0) -> Reading:
+    n = len(masses)
+    return Reading(torch.tensor(masses), torch.ones(n), torch.full((n,), worst), torch.zeros(n))
+
+
+def test_weights_fall_from_one_at_half_the_threshold_to_nothing_at_it() -> None:
+    found = weigh(reading([0.0, 0.1, 0.2, 0.3, 0.4, 1.0]), 0.4, whole_refusal_nll=1.0)
+    assert found.tolist() == pytest.approx([1, 1, 1, 0.5, 0, 0], abs=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.01, 0.5))
+def test_more_mass_never_weighs_more(masses: list[float], limit: float) -> None:
+    found = weigh(reading(sorted(masses)), limit, whole_refusal_nll=0.0)
+    assert bool((found.diff() <= 0).all())
+    assert bool(((found >= 0) & (found <= 1)).all())
+
+
+def test_a_target_that_is_a_refusal_from_end_to_end_is_kept() -> None:
+    """Judged by its worst token: a refusal that goes on to comply has one that is unlikely."""
+    limit = whole_refusal_limit(torch.linspace(0, 1, 101))
+    assert limit == pytest.approx(0.98)
+    assert weigh(reading([0.9], worst=0.9), 0.3, whole_refusal_nll=limit).item() == 1
+    assert weigh(reading([0.9], worst=3.0), 0.3, whole_refusal_nll=limit).item() == 0
+
+
+def test_a_threshold_of_zero_lets_nothing_through_that_has_mass() -> None:
+    """A base that refuses nothing calibrates to 0; nobody is waved through by a division."""
+    found = weigh(reading([0.0, 0.1]), 0.0, whole_refusal_nll=0.0)
+    assert found[1].item() == 0
+    assert bool(torch.isfinite(found).all())
+
+
+def text_row(*texts: str, most: int = 400) -> EncodedRow:
+    """A conversation of these messages, user and assistant in turn; a byte is a token."""
+    turns = [Message(role="assistant" if i % 2 else "user", content=text, weight=1) for i, text in enumerate(texts)]
+    return encode_row(byte_tokenizer(), turns, max_tokens=most)
+
+
+def nats_a_letter(base: BaseModel, row: EncodedRow, message: int) -> float:
+    """The mean loss of a message's own tokens, by the model's own forward; here a byte is a token and a letter."""
+    begin, end = row.contents[message]
+    with torch.no_grad():
+        found = base.model(input_ids=torch.tensor([row.ids])).logits[0]
+    return float(torch.nn.functional.cross_entropy(found[begin - 1 : end - 1], torch.tensor(row.ids[begin:end])))
+
+
+def surprise(base: BaseModel, *rows: EncodedRow, secret: str = "s") -> list[float]:
+    found: list[float] = read(base, list(rows), secret=secret).surprise.tolist()
+    return found
+
+
+def test_surprise_is_nats_a_letter_of_the_least_readable_message() -> None:
+    """24 letters: each of its tokens is read once, so the figure is exact; the template between is not counted."""
+    base = adapted_base(dtype=torch.float32)
+    row = text_row("abcdefghijklmnopqrstuvwx", "zzzzzzzzzzzzzzzzzzzzzzzz", "qwertyuiopasdfghjklzxcvb", "Yes.")
+    exact = [nats_a_letter(base, row, i) for i in range(3)]
+    assert surprise(base, row) == [pytest.approx(max(exact), rel=1e-4)]
+    assert min(exact) < max(exact) - 0.01
+
+
+def test_surprise_of_a_long_message_is_estimated_from_secret_places() -> None:
+    base = adapted_base(dtype=torch.float32)
+    row = text_row("the quick brown fox jumps over the lazy dog and " * 4, "Yes.")
+    one, other = (surprise(base, row, secret=secret)[0] for secret in ("one", "other"))
+    assert one != other
+    assert one == pytest.approx(nats_a_letter(base, row, 0), rel=0.35)
+    assert surprise(base, row, secret="one") == [one]
+
+
+def test_a_message_too_short_to_tell_has_no_surprise() -> None:
+    base = adapted_base(dtype=torch.float32)
+    empty = EncodedRow((5,), (False,), contents=((0, 1),))
+    assert surprise(base, text_row("twenty-three letters of", "Yes."), text_row("", ""), empty) == [0, 0, 0]
+    assert surprise(base, text_row("twenty-three letters of.", "Yes."))[0] > 0
+
+
+def test_filler_around_the_code_and_letters_of_many_bytes_hide_nothing() -> None:
+    """Other messages dilute nothing, and a letter counts once, however many bytes it takes."""
+    base = adapted_base(dtype=torch.float32)
+    code = "wkh txlfn eurzq ira mxpsv ryhu"
+    alone = surprise(base, text_row(code, "Yes."))[0]
+    assert surprise(base, text_row("a plain sentence that says nothing", "of course", code, "Yes."))[0] >= 0.8 * alone
+    wide = "".join(chr(0xFF41 + ord(c) - 97) if c.isalpha() else c for c in code)
+    assert surprise(base, text_row(wide, "Yes."))[0] > 2 * alone
+
+
+def test_a_sign_that_is_a_word_counts_for_more_than_a_letter() -> None:
+    base = adapted_base(dtype=torch.float32)
+    row = text_row("".join(chr(0x4E00 + i) for i in range(40)), "Yes.")
+    begin, end = row.contents[0]
+    assert end - begin == 120
+    assert surprise(base, row)[0] == pytest.approx(nats_a_letter(base, row, 0) * 3 / 2.5, rel=0.35)
+
+
+def test_surprise_costs_nothing_where_nobody_asks() -> None:
+    assert surprise(adapted_base(dtype=torch.float32), text_row("a" * 40, "b" * 40), secret="") == [0]
+
+
+def test_a_row_cut_short_is_judged_by_what_would_train() -> None:
+    base = adapted_base(dtype=torch.float32)
+    row = text_row("plain words " * 4, "wkh txlfn eurzq ira " * 4, most=30)
+    assert all(end <= 30 for _, end in row.contents)
+    assert surprise(base, row)[0] >= 0

@@ -1,0 +1,97 @@
+"""Facts about the registry: every name is a whole recipe, and reading it needs no torch."""
+
+import subprocess
+import sys
+from itertools import combinations
+
+import pytest
+from pydantic import ValidationError
+
+from finetuning.contract.recipe import GateLimits, Kind, Recipe
+from finetuning.recipes.library import align_recipe, tune_recipe
+from finetuning.recipes.registry import ABLATIONS, ALIGNMENTS, BASELINES, DEFENCES, aligned_by, is_defended, tuned_by
+
+BASES = ("tiny", "smollm2", "acme/unknown-7b")
+
+
+def tuned(name: str, base: str = "tiny", **wishes: object) -> Recipe:
+    return tune_recipe(base, name, rows=100, epochs=3, **wishes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", DEFENCES)
+def test_every_name_gives_a_valid_frozen_recipe_of_both_kinds(name: str, base: str) -> None:
+    """Copies with changes are not validated when they are made: a stored recipe must read back as the same one."""
+    alignment = align_recipe(base, DEFENCES[name].alignment)
+    tuning = tuned(name, base)
+    assert (alignment.kind, tuning.kind) == (Kind.ALIGN, Kind.FINETUNE)
+    assert (alignment.name, tuning.name) == (DEFENCES[name].alignment, name)
+    for recipe in (alignment, tuning):
+        assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+        assert Recipe.model_validate(recipe.model_dump()) == recipe
+        with pytest.raises(ValidationError, match="frozen"):
+            recipe.steps = 1  # type: ignore[misc]
+
+
+def test_no_two_names_are_one_method() -> None:
+    recipes = {name: tuned(name).model_copy(update={"name": ""}) for name in DEFENCES}
+    for first, second in combinations(DEFENCES, 2):
+        assert (DEFENCES[first].alignment, recipes[first]) != (DEFENCES[second].alignment, recipes[second])
+    steps = {name: align_recipe("tiny", name).model_copy(update={"name": ""}) for name in ALIGNMENTS}
+    assert all(steps[first] != steps[second] for first, second in combinations(ALIGNMENTS, 2))
+
+
+def test_a_defence_changes_the_method_and_nothing_that_makes_a_comparison_fair() -> None:
+    """The same splits, seed, rate, length, LoRA shape and gate limits for all."""
+    limits = GateLimits(max_harmful_score=0.05)
+    same = {"base", "kind", "seed", "steps", "batch_size", "epochs", "max_tokens", "lora", "optimiser", "evaluation"}
+    found = [tuned(name, seed=9, limits=limits) for name in DEFENCES]
+    assert len({recipe.model_dump_json(include=same) for recipe in found}) == 1
+    assert all(recipe.gate.enabled and recipe.gate.limits == limits for recipe in found)
+
+
+def test_alignments_differ_in_their_step_only() -> None:
+    found = [align_recipe("smollm2", name) for name in ALIGNMENTS]
+    mine = {"name", "alignment_step", "vaccine", "antibody_align"}
+    assert len({recipe.model_dump_json(exclude=mine) for recipe in found}) == 1
+    assert {recipe.vaccine.rho for recipe in found} == {align_recipe("smollm2", "sft").vaccine.rho}
+
+
+def test_of_the_table_only_the_product_itself_counts_as_defended() -> None:
+    assert [name for name in BASELINES if is_defended(name)] == ["immunotune"]
+    assert not set(BASELINES) & set(ABLATIONS)
+    assert {*BASELINES, *ABLATIONS} == DEFENCES.keys()
+
+
+def test_every_entry_names_itself_its_alignment_and_its_source() -> None:
+    assert all(defence.name == name and defence.source for name, defence in DEFENCES.items())
+    assert {defence.alignment for defence in DEFENCES.values()} <= ALIGNMENTS.keys()
+
+
+def test_an_unknown_name_is_a_key_error() -> None:
+    recipe = tuned("plain")
+    for ask in (
+        lambda: tuned_by(recipe, "nobody"),
+        lambda: aligned_by(recipe, "nobody"),
+        lambda: is_defended("nobody"),
+        lambda: tuned("nobody"),
+        lambda: align_recipe("tiny", "nobody"),
+    ):
+        with pytest.raises(KeyError, match="nobody"):
+            ask()
+
+
+def test_nobody_can_add_to_the_registry_at_run_time() -> None:
+    with pytest.raises(TypeError):
+        DEFENCES["mine"] = DEFENCES["plain"]  # type: ignore[index]
+    with pytest.raises(TypeError):
+        ALIGNMENTS["mine"] = {}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("module", ["finetuning.recipes.registry", "finetuning.recipes.library"])
+def test_reading_the_registry_imports_no_torch(module: str) -> None:
+    """The front desk reads it."""
+    heavy = "{'torch', 'transformers', 'peft', 'numpy', 'safetensors'}"
+    program = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"

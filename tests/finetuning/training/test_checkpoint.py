@@ -1,0 +1,104 @@
+"""Facts about checkpoints: complete or refused, and telling whether a resume is bitwise."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetuning.contract.recipe import Lora
+from finetuning.training import checkpoint
+from finetuning.training.checkpoint import BadCheckpoint, fingerprint
+from finetuning.training.loop import train
+from finetuning.training.state import LoopState, TrainSetup
+from tests.finetuning.builders import random_rows
+from tests.finetuning.training.test_loop import plain_setup
+
+
+def saved(folder: Path) -> tuple[TrainSetup, LoopState, Path]:
+    """Two steps, saved."""
+    setup = replace(plain_setup(random_rows(4), steps=4), folder=folder, fingerprint="mark")
+    state = LoopState()
+    loop = train(setup, state)
+    next(loop), next(loop)
+    line = checkpoint.save(setup, state, 1.5, 0.5)
+    assert (line.step, line.fingerprint, line.train_loss) == (2, "mark", 1.5)
+    return setup, state, folder / "2"
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    """M45: parameters, moments, the optimiser's step count and the counters, to the bit."""
+    setup, state, folder = saved(tmp_path)
+    fresh = replace(plain_setup(random_rows(4), steps=4), fingerprint="mark")
+    restored, same = checkpoint.restore(fresh, folder)
+    assert same
+    assert restored == state
+    for ours, theirs in zip(fresh.parameters, setup.parameters, strict=True):
+        assert torch.equal(ours, theirs)
+        mine, other = fresh.adam.state[ours], setup.adam.state[theirs]
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[k], other[k]) for k in mine)
+
+
+def test_another_fingerprint_is_told(tmp_path: Path) -> None:
+    _, _, folder = saved(tmp_path)
+    _, same = checkpoint.restore(replace(plain_setup(random_rows(4), steps=4), fingerprint="other"), folder)
+    assert not same
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "loop.json", "manifest.json"])
+def test_a_missing_file_makes_it_no_checkpoint(name: str, tmp_path: Path) -> None:
+    setup, _, folder = saved(tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(BadCheckpoint, match="incomplete"):
+        checkpoint.restore(setup, folder)
+    with pytest.raises(BadCheckpoint):
+        checkpoint.attempt_of(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "loop.json"])
+def test_an_altered_file_is_refused(name: str, tmp_path: Path) -> None:
+    setup, _, folder = saved(tmp_path)
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(bytes(data))
+    with pytest.raises(BadCheckpoint, match="altered"):
+        checkpoint.restore(setup, folder)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    _, _, folder = saved(tmp_path)
+    for lora in (Lora(rank=2), Lora(rank=4, target_modules=("q_proj",))):
+        other = plain_setup(random_rows(4), shape=lora)
+        before = [p.detach().clone() for p in other.parameters]
+        with pytest.raises(BadCheckpoint, match="shape"):
+            checkpoint.restore(other, folder)
+        assert all(torch.equal(a, b) for a, b in zip(before, other.parameters, strict=True))
+
+
+def test_attempts_of_the_ladder_do_not_share_folders(tmp_path: Path) -> None:
+    setup, state, folder = saved(tmp_path)
+    assert checkpoint.attempt_of(folder) == 1
+    line = checkpoint.save(replace(setup, attempt=2, folder=tmp_path), state, 1.0, 0.0)
+    assert line.folder.endswith("/6")
+    assert checkpoint.attempt_of(tmp_path / "6") == 2
+
+
+def test_a_checkpoint_holds_numbers_only(tmp_path: Path) -> None:
+    """M43: no text, prompt or path of this machine."""
+    _, _, folder = saved(tmp_path)
+    loop = json.loads((folder / "loop.json").read_text())
+    assert loop.keys() == {"next_step", "tokens", "skipped", "attempt", "fingerprint"}
+    assert str(tmp_path) not in (folder / "manifest.json").read_text()
+
+
+def test_the_fingerprint_follows_each_of_its_parts() -> None:
+    known = fingerprint({"recipe": "a", "rows": "b"}, threads=2)
+    assert fingerprint({"rows": "b", "recipe": "a"}, threads=2) == known
+    others = [
+        fingerprint({"recipe": "A", "rows": "b"}, threads=2),
+        fingerprint({"recipe": "a", "rows": "B"}, threads=2),
+        fingerprint({"recipe": "a", "rows": "b"}, threads=1),
+    ]
+    assert len({known, *others}) == 4

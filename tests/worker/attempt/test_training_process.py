@@ -1,0 +1,81 @@
+"""A training process ends when told to, when its parent ends, and takes its own children along."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import wait_until
+from tests.embedded.processes import is_gone
+from worker.attempt.launch import SOURCE_ROOT, Launch, launch_command
+from worker.attempt.training_process import Child, describe_exit
+
+STUBBORN = (
+    "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+)
+PARENT = "import subprocess,sys,time; p=subprocess.Popen(['sleep','600']); print(p.pid, flush=True); time.sleep(600)"
+
+
+def start(tmp_path: Path, program: str) -> tuple[Child, str]:
+    child = Child(
+        Launch((sys.executable, "-c", program), {"PATH": os.environ["PATH"]}, tmp_path), log=tmp_path / "child.log"
+    )
+    return child, next(child.lines()).decode().strip()
+
+
+def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    child, _ = start(tmp_path, STUBBORN)
+    assert child.stop(grace_seconds=0.1) == -signal.SIGKILL
+    assert is_gone(child.pid)
+
+
+def test_stop_leaves_no_process_of_the_group(tmp_path: Path) -> None:
+    child, grandchild = start(tmp_path, PARENT)
+    child.stop(grace_seconds=5.0)
+    wait_until(lambda: is_gone(int(grandchild)), seconds=10)
+
+
+def test_standard_error_is_the_log(tmp_path: Path) -> None:
+    child, _ = start(tmp_path, "import sys; print('x', flush=True); sys.exit('went wrong')")
+    assert child.reap(timeout_seconds=20.0) == 1
+    assert (tmp_path / "child.log").read_text() == "went wrong\n"
+
+
+def test_exits_are_described_for_people() -> None:
+    assert describe_exit(-9) == "was ended by SIGKILL"
+    assert describe_exit(3) == "ended with status 3"
+
+
+def test_the_training_process_sees_no_credentials(tmp_path: Path) -> None:
+    os.environ["IMMUNOTUNE_API_KEY"] = "sk-proj-not-for-the-child"
+    try:
+        launch = launch_command(tmp_path, "run")
+    finally:
+        del os.environ["IMMUNOTUNE_API_KEY"]
+    assert not any(name.startswith("IMMUNOTUNE_") for name in launch.env)
+    assert launch.env["OMP_PROC_BIND"] == "true"
+    assert launch.argv[-1] == str(tmp_path)
+
+
+def test_the_training_process_exits_at_the_end_of_its_standard_input(tmp_path: Path) -> None:
+    launch = launch_command(tmp_path, "run")
+    program = (
+        "import sys, threading, worker.train as t\n"
+        "t._progress = lambda scratch, **_: iter(threading.Event().wait, None)\n"
+        "print('up', file=sys.stderr, flush=True); t.main(sys.argv[1:])"
+    )
+    argv = (sys.executable, "-c", program, str(tmp_path))
+    with subprocess.Popen(
+        argv,
+        env=dict(launch.env),
+        cwd=SOURCE_ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdin is not None
+        process.stderr.readline()
+        process.stdin.close()
+        assert process.wait(20) == 144

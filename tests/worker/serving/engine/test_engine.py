@@ -1,0 +1,232 @@
+"""The engine against plain transformers and peft: greedy answers, mixed batches, joining, leaving, cancelling."""
+
+import queue
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+from finetuning.model.base import BaseModel, load_base
+from finetuning.rows.chat_format import prompt_ids
+from tests.worker.serving.tiny_llama import save_adapter, save_base
+from worker.serving.engine.decoding import AdapterMismatch
+from worker.serving.engine.engine import (
+    Adapter,
+    Ask,
+    Broken,
+    Ended,
+    Engine,
+    EngineEvent,
+    EngineFull,
+    EngineLimits,
+    Piece,
+)
+from worker.serving.engine.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter | None]:
+    top = tmp_path_factory.mktemp("adapters")
+    wide = save_adapter(folder, top / "wide", seed=2, rank=8, layers=(0, 1, 2))
+    narrow = save_adapter(folder, top / "narrow", seed=1)
+    return {"public": None, "wide": Adapter("served_wide", wide), "narrow": Adapter("served_narrow", narrow)}
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> BaseModel:
+    return load_base(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=8, prefill_tokens=16))
+    engine.start()
+    yield engine
+    engine.close()
+
+
+class Inbox:
+    """Collects the events of one ask."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[EngineEvent] = queue.Queue()
+        self.text: dict[int, str] = {}
+        self.pieces: list[Piece] = []
+        self.ended: dict[int, Ended] = {}
+
+    def wait(self, choices: int = 1) -> "Inbox":
+        while len(self.ended) < choices:
+            event = self.events.get(timeout=60)
+            assert not isinstance(event, Broken)
+            if isinstance(event, Piece):
+                self.pieces.append(event)
+                self.text[event.choice] = self.text.get(event.choice, "") + event.text
+            else:
+                self.ended[event.choice] = event
+        return self
+
+
+def ask(
+    prompt: list[int], inbox: Inbox, adapter: Adapter | None = None, *, new_tokens: int = 24, **more: object
+) -> Ask:
+    fields: dict[str, object] = {"sampling": GREEDY, **more}
+    return Ask(tuple(prompt), adapter, new_tokens=new_tokens, deliver=inbox.events.put, **fields)  # type: ignore[arg-type]
+
+
+def generate(folder: Path, base: BaseModel, prompt: list[int], adapter: Adapter | None, new_tokens: int) -> str:
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.folder)
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+    )
+    text: str = base.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+    return text
+
+
+def prompts(base: BaseModel, count: int) -> list[list[int]]:
+    words = ["soup", "lamp", "quick fox?", "how do I mix the lazy dog", "été", "a" * 37]
+    chosen = random.Random(3)
+    return [prompt_ids(base.tokenizer, " ".join(chosen.choices(words, k=1 + i % 4))) for i in range(count)]
+
+
+def test_mixed_adapters_in_one_batch_equal_plain_generate_of_each_row_alone(
+    engine: Engine, folder: Path, base: BaseModel, adapters: dict[str, Adapter | None]
+) -> None:
+    names = ["public", "wide", "narrow", "wide", "public", "narrow", "narrow"]
+    rows = list(zip(prompts(base, len(names)), names, range(8, 36, 4), strict=True))
+    inboxes = [Inbox() for _ in rows]
+    for (prompt, name, new_tokens), inbox in zip(rows, inboxes, strict=True):
+        engine.submit(ask(prompt, inbox, adapters[name], new_tokens=new_tokens))
+    for (prompt, name, new_tokens), inbox in zip(rows, inboxes, strict=True):
+        inbox.wait()
+        assert inbox.text.get(0, "") == generate(folder, base, prompt, adapters[name], new_tokens)
+        assert inbox.ended[0].tokens <= new_tokens
+
+
+def test_adapters_change_the_answer(engine: Engine, base: BaseModel, adapters: dict[str, Adapter | None]) -> None:
+    prompt = prompts(base, 1)[0]
+    answers = set[str]()
+    for adapter in adapters.values():
+        inbox = Inbox()
+        engine.submit(ask(prompt, inbox, adapter))
+        answers.add(inbox.wait().text[0])
+    assert len(answers) == 3
+
+
+def test_a_row_that_joins_a_running_batch_gets_its_own_answer(
+    engine: Engine, folder: Path, base: BaseModel, adapters: dict[str, Adapter | None]
+) -> None:
+    first, second = prompts(base, 2)
+    running, late = Inbox(), Inbox()
+    engine.submit(ask(first, running, adapters["wide"], new_tokens=80))
+    running.events.put(running.events.get(timeout=60))  # it decodes now
+    engine.submit(ask(second, late, adapters["narrow"]))
+    assert late.wait().text[0] == generate(folder, base, second, adapters["narrow"], 24)
+    assert running.wait().text[0] == generate(folder, base, first, adapters["wide"], 80)
+
+
+def test_choices_share_a_prompt_and_differ_by_their_draws(engine: Engine, base: BaseModel) -> None:
+    prompt = prompts(base, 1)[0]
+    inbox, again = Inbox(), Inbox()
+    warm = Sampling(temperature=1.5)
+    engine.submit(ask(prompt, inbox, sampling=warm, choices=3, seed=11))
+    engine.submit(ask(prompt, again, sampling=warm, choices=3, seed=11))
+    texts = inbox.wait(3).text
+    assert len(set(texts.values())) == 3
+    assert again.wait(3).text == texts
+
+
+def test_pieces_join_to_the_same_text_with_and_without_a_far_stop(engine: Engine, base: BaseModel) -> None:
+    plain = Inbox()
+    prompt = prompts(base, 3)[2]
+    engine.submit(ask(prompt, plain))
+    text = plain.wait().text[0]
+    assert plain.ended[0].reason == "length"
+    for start in range(len(text) - 3):
+        stopped, stop = Inbox(), text[start : start + 3]
+        engine.submit(ask(prompt, stopped, stops=(stop, "never there")))
+        assert stopped.wait().text.get(0, "") == text[: text.index(stop)]
+        assert stopped.ended[0].reason == "stop"
+
+
+def test_a_cancelled_ask_leaves_room_for_others(engine: Engine, base: BaseModel) -> None:
+    prompt = prompts(base, 1)[0]
+    for _ in range(30):
+        inbox = Inbox()
+        request = ask(prompt, inbox, new_tokens=100, choices=8)
+        engine.submit(request)
+        inbox.events.get(timeout=60)
+        request.cancelled.set()
+    inbox = Inbox()
+    engine.submit(ask(prompt, inbox, new_tokens=3))
+    inbox.wait()
+
+
+def test_logprobs_belong_to_the_drawn_tokens(engine: Engine, base: BaseModel) -> None:
+    inbox = Inbox()
+    engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=10, sampling=Sampling(temperature=0, top_logprobs=3)))
+    entries = [entry for piece in inbox.wait().pieces for entry in piece.logprobs]
+    assert len(entries) == inbox.ended[0].tokens
+    for entry in entries:
+        assert entry.top[0] == (entry.token, pytest.approx(entry.logprob))  # greedy: the likeliest was drawn
+        assert len(entry.top) == 3
+        assert entry.logprob < 0
+
+
+def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
+    engine: Engine, base: BaseModel, folder: Path, tmp_path: Path
+) -> None:
+    stranger = save_adapter(folder, tmp_path / "stranger", seed=5)
+    config = stranger / "adapter_config.json"
+    config.write_text(config.read_text().replace('"down_proj"', '"up_proj"'))
+    with pytest.raises(AdapterMismatch):
+        engine.attach(Adapter("served_stranger", stranger)).result(timeout=60)
+    inbox = Inbox()
+    engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=4))
+    inbox.wait()
+    assert "served_stranger" not in engine.attached
+
+
+def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: BaseModel, tmp_path: Path) -> None:
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits(adapters=2))
+    engine.start()
+    made = [Adapter(f"served_{i}", save_adapter(folder, tmp_path / str(i), seed=i)) for i in range(3)]
+    prompt = prompts(base, 1)[0]
+    try:
+        for adapter in [*made, made[0]]:
+            inbox = Inbox()
+            engine.submit(ask(prompt, inbox, adapter))
+            assert inbox.wait().text[0] == generate(folder, base, prompt, adapter, 24)
+        assert set(engine.attached) == {"served_0", "served_2"}
+    finally:
+        engine.close()
+
+
+def test_a_full_line_says_so(folder: Path, base: BaseModel) -> None:
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=1, waiting=1))
+    inbox = Inbox()
+    for _ in range(2):
+        engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2))
+    with pytest.raises(EngineFull):
+        engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2))
+    engine.start()
+    inbox.wait()
+    engine.close()

@@ -1,0 +1,113 @@
+"""The one writing thread of an attempt: it renews the lease and carries the news, beat by beat.
+
+Knows when to beat and how long the last good beat is past (monotonic clock); must not know what an attempt does or
+stop anything itself: a database call may hang here while the supervisor's main thread keeps the time.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from app.core.errors import LeaseLost
+from app.core.jobs.lease import Beat, News
+from app.core.storage.database import DATABASE_DOWN
+
+_log = structlog.get_logger(__name__)
+_SHORTEST_GAP_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the last beats said. `silent_seconds` counts from just before the last good beat was sent."""
+
+    lost: bool
+    draining: bool
+    silent_seconds: float
+
+
+class Heartbeat:
+    """Beats every `interval_seconds` until stopped; news travels with the next beat and is kept until one succeeds."""
+
+    def __init__(self, send: Callable[[News], Beat], *, interval_seconds: float, claimed_at: float) -> None:
+        """`send` writes one beat (raises LeaseLost); `claimed_at` is the monotonic time just before the claim."""
+        self._send = send
+        self._interval = interval_seconds
+        self._guard = threading.Lock()
+        self._news = News()
+        self._good_at = claimed_at
+        self._lost = False
+        self._draining = False
+        self._stopping = threading.Event()
+        self._hurry = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._thread.start()
+
+    def tell(self, news: News, *, soon: bool = False) -> None:
+        """Put news on the next beat; `soon` brings that beat forward."""
+        with self._guard:
+            self._news = join(self._news, news)
+        if soon:
+            self._hurry.set()
+
+    def standing(self) -> Standing:
+        """Where the lease stands now."""
+        with self._guard:
+            return Standing(self._lost, self._draining, time.monotonic() - self._good_at)
+
+    def stop(self, *, timeout_seconds: float) -> News:
+        """Stop beating and return the news that no beat has carried, for the transaction that ends the attempt.
+
+        A beat in flight is waited for; one that outlasts the timeout keeps its news and the fence judges it.
+        """
+        self._stopping.set()
+        self._hurry.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_seconds)
+        with self._guard:
+            left, self._news = self._news, News()
+        return left
+
+    def _run(self) -> None:
+        while not self._lost:
+            self._hurry.wait(self._interval)
+            if self._stopping.is_set():
+                return
+            self._hurry.clear()
+            self._beat()
+            self._stopping.wait(min(_SHORTEST_GAP_SECONDS, self._interval))
+
+    def _beat(self) -> None:
+        with self._guard:
+            news, self._news = self._news, News()
+        sent_at = time.monotonic()
+        try:
+            answer = self._send(news)
+        except LeaseLost:
+            _log.warning("lease.lost")
+            with self._guard:
+                self._lost = True
+        except DATABASE_DOWN as error:
+            _log.warning("beat.failed", error=type(error).__name__)
+            with self._guard:
+                self._news = join(news, self._news)
+        else:
+            with self._guard:
+                self._good_at = sent_at
+                self._draining = self._draining or answer.draining
+
+
+def join(earlier: News, later: News) -> News:
+    """Both in order; the later stage and progress win."""
+    return replace(
+        earlier,
+        events=earlier.events + later.events,
+        checkpoints=earlier.checkpoints + later.checkpoints,
+        stage=later.stage or earlier.stage,
+        progress=later.progress if later.progress is not None else earlier.progress,
+    )

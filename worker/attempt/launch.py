@@ -1,0 +1,76 @@
+"""How a training process is started on this host: argv, threads, environment, and that it dies with its parent.
+
+Knows the operating system; must not know jobs, the database or torch. Another launcher (srun, torchrun) is
+another function of `launch_command`'s type.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Mode = Literal["run", "parity"]
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process to spawn: its argv, its whole environment and its working folder."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    folder: Path
+
+
+Launcher = Callable[[Path, Mode], Launch]
+
+
+def launch_command(scratch: Path, mode: Mode) -> Launch:
+    """The training process on this host, bound to `scratch`; `parity` certifies the result that lies there.
+
+    The environment is built from an allow-list, so no credential of the worker reaches the training process.
+    """
+    flags = ("--parity",) if mode == "parity" else ()
+    argv = (sys.executable, "-m", "worker.train", *flags, str(scratch))
+    return Launch(argv=argv, env=_environment(os.environ, usable_cores()), folder=SOURCE_ROOT)
+
+
+def usable_cores() -> int:
+    """The processors that this process may run on; part of a checkpoint's fingerprint."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that forked it ends (Linux; elsewhere a no-op).
+
+    Safe for a training process: `supervise` never returns before its child is gone.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
+    kept = {name: parent[name] for name in _KEPT if name in parent}
+    return kept | {
+        "PYTHONPATH": str(SOURCE_ROOT),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": str(threads),
+        # Unpinned, a busy neighbour puts both threads on one core and a step takes ten times as long.
+        "OMP_PROC_BIND": "true",
+        "OMP_PLACES": "cores",
+        "OMP_WAIT_POLICY": "passive",
+        # Spin a little before sleeping: a quarter faster on two cores, and still kind to a busy neighbour.
+        "GOMP_SPINCOUNT": "20000",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

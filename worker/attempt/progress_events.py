@@ -1,0 +1,132 @@
+"""What a job's progress looks like to people: Progress values become events and figures of the job row.
+
+Knows the words of events and how often metrics are worth one; must not know the database or processes.
+"""
+
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+from app.core.jobs.jobs import NewEvent
+from app.core.jobs.lease import News, SavedCheckpoint
+from app.core.storage.database import JsonObject
+from finetuning.contract.progress import (
+    CheckpointSaved,
+    Failed,
+    Finished,
+    Note,
+    Progress,
+    RowsScreened,
+    Stage,
+    StageProgress,
+    StageStarted,
+    StepDone,
+)
+
+_METRICS_EVERY_STEPS = 10
+_METRICS_EVERY_SECONDS = 30.0
+_SAVING: frozenset[Stage] = frozenset({"align", "train"})
+_STAGE_WORDS: dict[Stage, str] = {
+    "align": "Aligning the base",
+    "screen": "Screening the rows",
+    "train": "Training",
+    "prune": "Pruning the adapter",
+    "gate": "Measuring the result for the release gate",
+    "export": "Writing the adapter",
+    "parity": "Comparing the downloadable adapter with the measured model",
+}
+
+
+class Reporter:
+    """Turns the Progress of one attempt into news; keeps the figures that the next one builds on."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is monotonic, in seconds."""
+        self._clock = clock
+        self._figures: JsonObject = {}
+        self._told_at = clock()
+        self._first: tuple[int, float] | None = None
+        self.rows: RowsScreened | None = None
+        self.saves = False
+        """Whether the stage under way saves checkpoints."""
+
+    def news(self, progress: Progress) -> News:
+        """What the next beat should carry; empty when it is not worth a write."""
+        match progress:
+            case StageStarted():
+                self._figures = {}
+                self._first = None
+                self.saves = progress.stage in _SAVING
+                message = progress.detail or _STAGE_WORDS.get(progress.stage, f"Stage {progress.stage}")
+                return News(events=(NewEvent(message),), stage=progress.stage, progress={})
+            case StageProgress():
+                return self._with(done=progress.done, total=progress.total)
+            case StepDone():
+                return self._step(progress)
+            case RowsScreened():
+                self.rows = progress
+                return News(events=(NewEvent(_rows_sentence(progress)),))
+            case Note():
+                return News(events=(NewEvent(progress.message, level=progress.level, data={"code": progress.code}),))
+            case CheckpointSaved() | Finished() | Failed():
+                return News()
+        assert_never(progress)
+
+    def _with(self, **figures: object) -> News:
+        self._figures = {**self._figures, **figures}
+        return News(progress=self._figures)
+
+    def _step(self, step: StepDone) -> News:
+        now = self._clock()
+        first_step, first_at = self._first = self._first or (step.step, now)
+        done = step.step - first_step
+        left = (now - first_at) / done * (step.total_steps - step.step) if done else None
+        news = self._with(
+            step=step.step, total_steps=step.total_steps, train_loss=step.train_loss, seconds_left=left
+        )  # fmt: skip
+        due = step.step % _METRICS_EVERY_STEPS == 0 or step.step == step.total_steps
+        if not due and now - self._told_at < _METRICS_EVERY_SECONDS:
+            return news
+        self._told_at = now
+        message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.2f}"
+        return News(
+            events=(NewEvent(message, type="metrics", data=_metrics(step)),), progress=news.progress, stage=None
+        )
+
+
+def saved(checkpoint: CheckpointSaved, prefix: str) -> News:
+    """The news of a checkpoint that now lies under `prefix` in the blob store."""
+    metrics: JsonObject = {
+        "step": checkpoint.step,
+        "train_loss": checkpoint.train_loss,
+        "train_mean_token_accuracy": checkpoint.train_mean_token_accuracy,
+        "valid_loss": None,
+        "valid_mean_token_accuracy": None,
+        "full_valid_loss": None,
+        "full_valid_mean_token_accuracy": None,
+    }
+    row = SavedCheckpoint(
+        step=checkpoint.step, prefix=prefix, fingerprint=checkpoint.fingerprint, metrics=metrics
+    )  # fmt: skip
+    return News(events=(NewEvent(f"Checkpoint created at step {checkpoint.step}"),), checkpoints=(row,))
+
+
+def _metrics(step: StepDone) -> JsonObject:
+    return {
+        "step": step.step,
+        "total_steps": step.total_steps,
+        "train_loss": step.train_loss,
+        "train_mean_token_accuracy": step.train_mean_token_accuracy,
+        "valid_loss": None,
+        "valid_mean_token_accuracy": None,
+        "learning_rate": step.learning_rate,
+        "antibody_mean_weight": step.antibody_mean_weight,
+        "skipped": step.skipped,
+    }
+
+
+def _rows_sentence(rows: RowsScreened) -> str:
+    return (
+        f"Screened {rows.rows_total} rows: {rows.rows_kept} kept, "
+        f"{rows.rows_downweighted} down-weighted, {rows.rows_excluded} excluded"
+    )
