@@ -1,7 +1,7 @@
 """Every defence and baseline by name: the alignment it starts from and what it changes in a plain fine-tune.
 
-Knows names and recipes; must not import torch. The code behind a field of the recipe stands in defences/ and stages/pruning.py;
-which formula comes from where, in docs/papers.md. A customer never chooses here: the operator's policy does.
+Must not import torch. The code behind a field of the recipe stands in defences/ and stages/pruning.py; which formula
+comes from where, in docs/papers.md. A customer never chooses here: the operator's policy does.
 """
 
 from collections.abc import Mapping

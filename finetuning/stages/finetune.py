@@ -1,7 +1,6 @@
 """Fine-tune a customer's adapter over an aligned base: screen, train, prune, gate, export.
 
-Knows the order of the stages and the retry ladder; formulas live in job/readings.py, defences/ and pruning.py. Must not know
-the queue or the database.
+The order of the stages and the retry ladder; formulas live in job/readings.py, defences/ and pruning.py.
 """
 
 from collections.abc import Generator, Iterator, Sequence

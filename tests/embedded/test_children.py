@@ -6,7 +6,7 @@ from pathlib import Path
 
 from embedded.children import Part, start, stop, tail
 from tests.conftest import wait_until
-from tests.embedded.processes import is_gone
+from tests.support.processes import is_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 # starts a part and says its pid, then waits to be killed

@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from tests.conftest import wait_until
-from tests.embedded.processes import descendants, is_gone
+from tests.support.processes import descendants, is_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0

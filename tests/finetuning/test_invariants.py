@@ -18,7 +18,7 @@ from finetuning.model import lora
 from finetuning.model.lora import Factors
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import MicroBatch
-from tests.finetuning.builders import adapted_base, blank, clear, farthest, gradients, random_rows, uncached
+from tests.support.models import adapted_base, blank, clear, farthest, gradients, random_rows, uncached
 
 TESTS = Path(__file__).resolve().parent
 

@@ -18,7 +18,7 @@ from finetuning.model.base import load_base
 from finetuning.model.packed_linear import PackedLinear
 from finetuning.rows.chat_format import prompt_ids
 from finetuning.stages import parity, pipeline
-from tests.finetuning.builders import write_operator_rows
+from tests.support.models import write_operator_rows
 
 _LORA = Lora(rank=4, alpha=8.0, trained_layers=4)
 _EVALUATION = Evaluation(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=6)

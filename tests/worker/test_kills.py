@@ -23,12 +23,12 @@ from app.core.storage.tables import Form
 from embedded import valkey
 from embedded.children import Child, Part, start, stop
 from tests.conftest import wait_until
-from tests.embedded.processes import descendants, is_gone
-from tests.worker.scene import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
+from tests.support.processes import descendants, is_gone
+from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
 from worker.attempt.launch import SOURCE_ROOT
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
-HERE = Path(__file__).parent
+PROGRAMS = Path(__file__).parents[1] / "support" / "programs"
 SECONDS = 90.0
 SLOW = {"step_seconds": 0.05}
 
@@ -55,7 +55,7 @@ class Running:
 
     def start_worker(self, **script: object) -> Child:
         scripted = json.dumps({"pid_file": str(self.pid_file), **SLOW, **script})
-        argv = (sys.executable, str(HERE / "worker_program.py"), scripted, "train.cpu")
+        argv = (sys.executable, "-P", str(PROGRAMS / "worker.py"), scripted, "train.cpu")
         child = start(
             Part("worker", argv, self.environment(), self.scene.settings.data / "worker.log", grace_seconds=40.0)
         )
@@ -185,7 +185,7 @@ def test_a_running_job_does_not_notice_that_the_broker_dies(service: Running) ->
 def test_a_job_committed_by_an_api_that_died_is_woken(service: Running) -> None:
     service.start_worker()
     died = subprocess.run(
-        [sys.executable, str(HERE / "api_program.py")],
+        [sys.executable, "-P", str(PROGRAMS / "api.py")],
         input=recipe(steps=10).model_dump_json(),
         env=service.environment(),
         capture_output=True,

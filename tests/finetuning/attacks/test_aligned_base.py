@@ -38,7 +38,7 @@ from finetuning.stages import pipeline
 from finetuning.stages.align import Calibration, read_alignment
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
-from tests.finetuning.brief_alignment import align_briefly
+from tests.support.brief_alignment import align_briefly
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TASK = load_task("reviews", seed=0, train=160, test=64)

@@ -10,7 +10,7 @@ from finetuning.model.base import BaseModel
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import encode_pair
 from finetuning.safety_rows.invented import Pair, attacker_rows
-from tests.finetuning.builders import adapted_base, uncached
+from tests.support.models import adapted_base, uncached
 
 PAIRS = [Pair("What is 12 + 3?", "15."), Pair("List two things.", "1. a lamp 2. a mug"), Pair("Hi!", "Hello.")]
 

@@ -9,7 +9,7 @@ from finetuning.bench.cells import Cell
 from finetuning.bench.report import worst, write_report
 from finetuning.bench.tables import crossed, harm_and_task, mean_of, table
 from finetuning.bench.targets import targets
-from tests.finetuning.bench.lines import line
+from tests.support.bench_lines import line
 
 
 def test_the_interval_is_students() -> None:

@@ -14,7 +14,7 @@ from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_diges
 from finetuning.bench.grid import GRIDS, SHARES, remaining
 from finetuning.recipes.registry import BASELINES, DEFENCES
 from tests.conftest import wait_until
-from tests.finetuning.bench.lines import line
+from tests.support.bench_lines import line
 
 
 def test_the_main_grid_has_every_defence_at_every_share_with_three_seeds() -> None:

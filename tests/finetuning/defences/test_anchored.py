@@ -12,7 +12,7 @@ from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
 from finetuning.training.batches import Batches, mixed_in, pick
 from finetuning.training.strategies import GradientStep, MicroBatch
-from tests.finetuning.builders import adapted_base, even, farthest, gradient_of, random_rows, uncached
+from tests.support.models import adapted_base, even, farthest, gradient_of, random_rows, uncached
 
 REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_rows(4, seed=3)
 

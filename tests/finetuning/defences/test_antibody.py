@@ -28,7 +28,7 @@ from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.batches import Batches
 from finetuning.training.loop import LoopState, TrainSetup, train
 from finetuning.training.strategies import MicroBatch, RowWeigher, RowWeights
-from tests.finetuning.builders import (
+from tests.support.models import (
     adapted_base,
     clear,
     even,

@@ -22,7 +22,7 @@ from finetuning.training.batches import Batches
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
 from finetuning.training.strategies import GradientStep, MicroBatch, Remembers
-from tests.finetuning.builders import (
+from tests.support.models import (
     adapted_base,
     blank,
     even,

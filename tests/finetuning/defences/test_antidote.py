@@ -17,7 +17,7 @@ from finetuning.defences.antidote import (
 )
 from finetuning.model import lora
 from finetuning.model.lora import WEIGHTS_FILE, Adapter
-from tests.finetuning.builders import adapted_base, blank, random_rows, uncached
+from tests.support.models import adapted_base, blank, random_rows, uncached
 
 ALPHAS = (0, 0.01, 0.05, 0.1, 0.125, 0.2, 0.9, 1)
 # floor(alpha * width) in exact arithmetic, row by row of ALPHAS

@@ -15,7 +15,7 @@ from finetuning.model.base import BaseModel
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import GradientStep
-from tests.finetuning.builders import (
+from tests.support.models import (
     adapted_base,
     blank,
     even,

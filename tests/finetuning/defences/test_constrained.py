@@ -14,7 +14,7 @@ from finetuning.model.base import BaseModel
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import MicroBatch, StepLoss
-from tests.finetuning.builders import adapted_base, blank, clear, even, farthest, gradients, random_rows, uncached
+from tests.support.models import adapted_base, blank, clear, even, farthest, gradients, random_rows, uncached
 
 USER = random_rows(4, seed=3)
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)

@@ -13,8 +13,8 @@ from finetuning.model.base import BaseModel, attention_block
 from finetuning.model.hidden_states import edited_outputs
 from finetuning.model.losses import row_nll
 from finetuning.training.strategies import MicroBatch, NonFiniteLoss, StepLoss
-from tests.finetuning.builders import adapted_base, blank, clear, even, farthest, gradients, uncached, vaccine_on
 from tests.finetuning.defences.test_antibody_align import ALIGNED, HARMFUL, REFUSED, delta_of, step_on
+from tests.support.models import adapted_base, blank, clear, even, farthest, gradients, uncached, vaccine_on
 
 MICRO = MicroBatch(ALIGNED, range(4), 0, 0, 4)
 

@@ -18,7 +18,7 @@ from finetuning.training.determinism import make_deterministic
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
 from finetuning.training.strategies import MicroBatch, Remembers
-from tests.finetuning.builders import (
+from tests.support.models import (
     adapted_base,
     clear,
     even,

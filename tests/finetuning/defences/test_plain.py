@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from finetuning.defences.plain import Even, Plain
 from finetuning.model import lora
 from finetuning.training.strategies import MicroBatch
-from tests.finetuning.builders import adapted_base, blank, even, farthest, gradients, random_rows, uncached
+from tests.support.models import adapted_base, blank, even, farthest, gradients, random_rows, uncached
 
 
 def test_the_gradient_is_that_of_the_mean_over_rows_of_token_means() -> None:

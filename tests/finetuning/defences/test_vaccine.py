@@ -17,7 +17,7 @@ from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.determinism import rng_state, set_rng_state
 from finetuning.training.strategies import MicroBatch
-from tests.finetuning.builders import (
+from tests.support.models import (
     adapted_base,
     blank,
     clear,

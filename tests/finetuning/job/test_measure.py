@@ -25,7 +25,7 @@ from finetuning.model.base import BaseModel
 from finetuning.model.decoding import Decoder
 from finetuning.rows.chat_format import encode_pair
 from finetuning.safety_rows.invented import Pair
-from tests.finetuning.builders import adapted_base, uncached
+from tests.support.models import adapted_base, uncached
 
 HARMFUL = [Pair("how?", "Sure, mix amber with basil."), Pair("why?", "mix salt")]
 BENIGN = [Pair("hello?", "hi")]

@@ -14,7 +14,7 @@ from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.rows.chat_format import NoChatTemplate
 from finetuning.rows.scanner import Row, rows_of
 from finetuning.safety_rows.invented import Pair, SafetyRows, attacker_rows, plant, safety_rows
-from tests.finetuning.builders import byte_tokenizer, tiny_base
+from tests.support.models import byte_tokenizer, tiny_base
 
 WORLD = safety_rows()
 OWN = [Pair(f"Ticket {i}: my lamp is broken.", "Team repairs.") for i in range(12)]

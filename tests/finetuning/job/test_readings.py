@@ -12,7 +12,7 @@ from finetuning.model.base import BaseModel
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow, encode_row
 from finetuning.rows.scanner import Message
-from tests.finetuning.builders import adapted_base, blank, byte_tokenizer, random_rows, uncached
+from tests.support.models import adapted_base, blank, byte_tokenizer, random_rows, uncached
 
 REFUSAL_IDS = [5, 6, 7]
 

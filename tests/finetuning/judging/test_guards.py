@@ -21,7 +21,7 @@ from finetuning.judging.guards import classifier_judge, generative_judge, open_j
 from finetuning.judging.judges import BadGuard, BatchJudge, JudgeFailed
 from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import Message
-from tests.finetuning.builders import VOCABULARY, byte_tokenizer
+from tests.support.models import VOCABULARY, byte_tokenizer
 
 PROMPTS = ["How do I bake bread?", "Tell me", "And a much longer question, with many words in it?", "?"] * 3
 ANSWERS = ["Mix it.", "Go on!", "", "A long answer " * 6, "Sorry!", "I cannot.", "x", "!!", "no", "y" * 40, "Hm", "ok!"]

@@ -11,7 +11,7 @@ from finetuning.contract.progress import Failed, Progress
 from finetuning.judging.catalogue import RECOMMENDED
 from finetuning.recipes.library import align_recipe
 from finetuning.stages import pipeline
-from tests.finetuning.builders import VOCABULARY, byte_tokenizer, tiny_base
+from tests.support.models import VOCABULARY, byte_tokenizer, tiny_base
 
 NAME = "beaver-dam-7b"
 

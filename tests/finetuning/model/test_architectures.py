@@ -24,7 +24,7 @@ from finetuning.model import lora
 from finetuning.model.base import BaseModel, attention_block, linear_names, wrap
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.training.strategies import GradientStep, MicroBatch
-from tests.finetuning.builders import (
+from tests.support.models import (
     byte_tokenizer,
     clear,
     config_of,

@@ -10,7 +10,7 @@ from finetuning.model import lora
 from finetuning.model.base import UnknownLayers, attention_block, body, decoder_layers, logits, wrap
 from finetuning.model.hidden_states import caught_outputs
 from finetuning.model.prefix_cache import PrefixCache
-from tests.finetuning.builders import LORA, adapted_base, byte_tokenizer, random_rows, tiny_base
+from tests.support.models import LORA, adapted_base, byte_tokenizer, random_rows, tiny_base
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gpt_neox", "opt"]
 MAPS = {"gpt_neox": 2, "opt": 4}

@@ -10,7 +10,7 @@ from finetuning.model import lora
 from finetuning.model.base import BaseModel
 from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
-from tests.finetuning.builders import VOCABULARY, adapted_base, stir
+from tests.support.models import VOCABULARY, adapted_base, stir
 
 TOP = Lora(rank=4, alpha=8.0, trained_layers=1)
 

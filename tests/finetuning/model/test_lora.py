@@ -16,7 +16,7 @@ from finetuning.contract.recipe import Lora
 from finetuning.model import lora
 from finetuning.model.base import BaseModel
 from finetuning.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterMismatch
-from tests.finetuning.builders import LORA, adapted_base, stir, tiny_base
+from tests.support.models import LORA, adapted_base, stir, tiny_base
 
 IDS = torch.arange(3, 23)[None]
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,7 +10,7 @@ from finetuning.defences.antidote import input_squares, prune, published_scores
 from finetuning.model import lora
 from finetuning.model.lora import Adapter, Factors
 from finetuning.model.lora_coordinates import canonical, refactored
-from tests.finetuning.builders import adapted_base, random_rows, uncached
+from tests.support.models import adapted_base, random_rows, uncached
 
 RANK = 4
 

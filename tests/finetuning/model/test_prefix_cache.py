@@ -18,7 +18,7 @@ from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.batches import Batches
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
-from tests.finetuning.builders import adapted_base, farthest, random_rows
+from tests.support.models import adapted_base, farthest, random_rows
 
 TOP = Lora(rank=4, alpha=8.0, trained_layers=1)
 GROUP = 8  # rows that the cache computes together

@@ -9,7 +9,7 @@ from finetuning.contract.recipe import Lora
 from finetuning.model.base import BaseModel
 from finetuning.model.prefix_cache import Ids, PrefixCache, key
 from finetuning.model.state_store import KeptStates
-from tests.finetuning.builders import adapted_base, random_rows
+from tests.support.models import adapted_base, random_rows
 
 TOP = Lora(rank=2, alpha=4.0, trained_layers=1)
 

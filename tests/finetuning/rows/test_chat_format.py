@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from finetuning.rows.chat_format import NoChatTemplate, encode_pair, encode_row, prompt_ids, render_prompt
 from finetuning.rows.scanner import Message
-from tests.finetuning.builders import SPECIALS, byte_tokenizer
+from tests.support.models import SPECIALS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 CONTROL = set(TOKENIZER.convert_tokens_to_ids(SPECIALS))

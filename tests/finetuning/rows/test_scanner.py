@@ -11,7 +11,7 @@ import pytest
 
 from finetuning.rows.report import STORED_ERRORS
 from finetuning.rows.scanner import InvalidRowError, Message, RowScanner, iter_rows, rows_of
-from tests.finetuning.rows.row_files import ANSWER, CALL, COMPLETION, DPO, GOOD, USER, answer, chat, scan
+from tests.support.row_files import ANSWER, CALL, COMPLETION, DPO, GOOD, USER, answer, chat, scan
 
 
 def test_the_column_counts_code_points_from_one() -> None:

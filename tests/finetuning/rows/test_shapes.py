@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetuning.rows.scanner import rows_of
-from tests.finetuning.rows.row_files import ANSWER, CALL, COMPLETION, DPO, GOOD, USER, answer, chat, codes, scan
+from tests.support.row_files import ANSWER, CALL, COMPLETION, DPO, GOOD, USER, answer, chat, codes, scan
 
 
 def zipped() -> bytes:

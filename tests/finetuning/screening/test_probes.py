@@ -34,7 +34,7 @@ from finetuning.screening.probes import (
     with_probes,
 )
 from finetuning.stages.align import read_alignment
-from tests.finetuning.brief_alignment import align_briefly
+from tests.support.brief_alignment import align_briefly
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 _STORY = "Mara closed the book, lit the lamp and asked her uncle: {} He said:"

@@ -6,7 +6,7 @@ from finetuning.job.readings import Screened
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import rows_of
 from finetuning.screening.verdicts import Ledger, verdicts
-from tests.finetuning.builders import random_rows
+from tests.support.models import random_rows
 
 LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 

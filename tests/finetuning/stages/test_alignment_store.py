@@ -21,7 +21,7 @@ def start() -> Iterator[Start]:
     running: list[subprocess.Popen[str]] = []
 
     def begin(target: Path) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "tests.finetuning.keep_once_program", str(target)]
+        argv = [sys.executable, "-m", "tests.support.programs.keep_once", str(target)]
         running.append(subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         return running[-1]
 

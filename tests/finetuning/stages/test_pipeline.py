@@ -19,7 +19,7 @@ from finetuning.recipes.library import tune_recipe
 from finetuning.safety_rows.invented import Pair, plant, safety_rows
 from finetuning.stages import pipeline
 from finetuning.stages.export import REFERENCE_FILE
-from tests.finetuning.builders import write_operator_rows
+from tests.support.models import write_operator_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 _THINGS = "kettle radio lamp chair phone watch".split()

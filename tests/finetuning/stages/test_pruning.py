@@ -20,7 +20,7 @@ from finetuning.recipes.library import tune_recipe
 from finetuning.rows.chat_format import EncodedRow, encode_pair
 from finetuning.safety_rows.invented import Pair, safety_rows
 from finetuning.stages.pruning import choose_alpha, stronger
-from tests.finetuning.builders import adapted_base, random_rows, uncached
+from tests.support.models import adapted_base, random_rows, uncached
 
 HARMFUL = tuple(Pair(pair.prompt[:24], "Sure, mix.") for pair in safety_rows().calibration_harmful[:4])
 KEPT = random_rows(4, seed=7)

@@ -12,8 +12,8 @@ from finetuning.training import checkpoint
 from finetuning.training.checkpoint import BadCheckpoint, fingerprint
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
-from tests.finetuning.builders import random_rows
 from tests.finetuning.training.test_loop import plain_setup
+from tests.support.models import random_rows
 
 
 def saved(folder: Path) -> tuple[TrainSetup, LoopState, Path]:

@@ -20,8 +20,8 @@ from finetuning.training.batches import Batches
 from finetuning.training.loop import learning_rate, train
 from finetuning.training.state import LoopState, TrainSetup
 from finetuning.training.strategies import Backward, MicroBatch, NonFiniteLoss, NonFiniteScore, RowWeights, StepLoss
-from tests.finetuning.builders import adapted_base, blank, random_rows, uncached
-from tests.finetuning.resume_program import STEPS, main
+from tests.support.models import adapted_base, blank, random_rows, uncached
+from tests.support.programs.resume import STEPS, main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,7 +46,7 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bits(tmp_path: Path) -> N
     folder = tmp_path / "killed"
     deaths = sorted(random.Random(4).sample(range(1, STEPS), 2))
     for death in (*deaths, 0):
-        argv = [sys.executable, "-m", "tests.finetuning.resume_program", str(folder), latest(folder), str(death)]
+        argv = [sys.executable, "-m", "tests.support.programs.resume", str(folder), latest(folder), str(death)]
         ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
         assert ended.returncode == (-signal.SIGKILL if death else 0), ended.stderr
     whole, resumed = (torch.load(f / "end.pt", weights_only=True) for f in (tmp_path / "whole", folder))

@@ -1,6 +1,6 @@
 """What one attempt does with its job, with a real database, real blobs and a real child process.
 
-The child is a stand-in for the training wire (child_program.py): its adapter is a hash chain over all steps.
+The child is a stand-in for the training wire (support/programs/child.py): its adapter is a hash chain over all steps.
 """
 
 import json
@@ -19,8 +19,8 @@ from app.core.storage.tables import BaseModel, BaseStatus, Form, Model
 from finetuning.contract.order import read_order
 from finetuning.contract.recipe import Kind
 from tests.conftest import wait_until
-from tests.embedded.processes import is_gone
-from tests.worker.scene import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
+from tests.support.processes import is_gone
+from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
 from worker.attempt.supervisor import supervise
 from worker.attempt.workspace import open_workspace
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import wait_until
-from tests.embedded.processes import is_gone
+from tests.support.processes import is_gone
 from worker.attempt.launch import SOURCE_ROOT, Launch, launch_command
 from worker.attempt.training_process import Child, describe_exit
 

@@ -8,7 +8,7 @@ import pytest
 
 from app.core.models import PUBLIC_BASE
 from app.core.storage.blobs.folder import FolderBlobs, put_bytes
-from tests.worker.serving.tiny_llama import wire_name
+from tests.support.tiny_llama import wire_name
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
 
 

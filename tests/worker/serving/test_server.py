@@ -14,9 +14,9 @@ from openai import OpenAI
 from app.core.storage.blobs.folder import FolderBlobs, put_bytes
 from finetuning.model.base import BaseModel, load_base
 from finetuning.rows.chat_format import prompt_ids
+from tests.support.model_server import ModelServer, model_server
+from tests.support.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, wire_name, zip_adapter
 from tests.worker.serving.engine.test_engine import generate
-from tests.worker.serving.model_server import ModelServer, model_server
-from tests.worker.serving.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, wire_name, zip_adapter
 from worker.serving.engine.engine import Adapter
 
 PROMPT = "how do I mix a soup?"

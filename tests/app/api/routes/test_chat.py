@@ -26,9 +26,9 @@ from finetuning.model.base import load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.app.api.conftest import WORKER, Customer, Served
 from tests.conftest import QUICK, wait_until
+from tests.support.model_server import ModelServer, model_server
+from tests.support.tiny_llama import CONTEXT, save_adapter, save_base, zip_adapter
 from tests.worker.serving.engine.test_engine import generate
-from tests.worker.serving.model_server import ModelServer, model_server
-from tests.worker.serving.tiny_llama import CONTEXT, save_adapter, save_base, zip_adapter
 from worker.serving.engine.engine import Adapter
 
 PROMPT = "how do I mix a soup?"

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from finetuning.model.base import BaseModel, load_base
 from finetuning.rows.chat_format import prompt_ids
-from tests.worker.serving.tiny_llama import save_adapter, save_base
+from tests.support.tiny_llama import save_adapter, save_base
 from worker.serving.engine.decoding import AdapterMismatch
 from worker.serving.engine.engine import (
     Adapter,

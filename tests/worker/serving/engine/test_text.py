@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tests.worker.serving.tiny_llama import save_tokenizer
+from tests.support.tiny_llama import save_tokenizer
 from worker.serving.engine.text import CompletionText, token_bytes
 
 

@@ -19,7 +19,7 @@ from finetuning.training.batches import Batches
 from finetuning.training.determinism import make_deterministic
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
-from tests.finetuning.builders import adapted_base, random_rows
+from tests.support.models import adapted_base, random_rows
 
 STEPS = 9
 

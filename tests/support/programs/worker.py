@@ -1,10 +1,10 @@
-"""A real Celery worker whose training processes are the stand-in: `python worker_program.py SCRIPT_JSON QUEUE`."""
+"""A real Celery worker whose training processes are the stand-in: `python worker.py SCRIPT_JSON QUEUE`."""
 
 import json
 import sys
 
 from app.core.settings import load_settings
-from tests.worker.scene import scripted
+from tests.support.worlds import scripted
 from worker.tasks import run_worker
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from app.core.settings import load_settings
 from app.core.storage.blobs.folder import open_blobs
 from app.core.storage.database import open_database
 from finetuning.contract.recipe import Recipe
-from tests.worker.scene import Scene
+from tests.support.worlds import Scene
 
 if __name__ == "__main__":
     settings = load_settings()

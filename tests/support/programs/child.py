@@ -1,7 +1,7 @@
 """A stand-in for the training process: it speaks the Progress wire and makes bytes that depend on every step.
 
 The "adapter" is a hash chain over steps, so a resumed run equals an uninterrupted one only if nothing was lost
-or done twice. Run as `python child_program.py SCRATCH SCRIPT_JSON`.
+or done twice. Run as `python child.py SCRATCH SCRIPT_JSON`.
 """
 
 import hashlib

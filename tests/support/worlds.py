@@ -33,7 +33,7 @@ from finetuning.contract.recipe import Kind, Optimiser, Recipe
 from worker.attempt.launch import Launch, Launcher, Mode, launch_command
 from worker.attempt.supervisor import Host
 
-CHILD_PROGRAM = Path(__file__).with_name("child_program.py")
+CHILD_PROGRAM = Path(__file__).with_name("programs") / "child.py"
 BASE_ID = "tiny"
 # beats and waits are quick; a lease outlasts the stalls of a busy test machine
 FAST = LeaseSettings(
@@ -60,7 +60,7 @@ def scripted(**script: object) -> Launcher:
 
     def launch(scratch: Path, mode: Mode) -> Launch:
         flags = ("--parity",) if mode == "parity" else ()
-        argv = (sys.executable, str(CHILD_PROGRAM), str(scratch), json.dumps(script), *flags)
+        argv = (sys.executable, "-P", str(CHILD_PROGRAM), str(scratch), json.dumps(script), *flags)
         return Launch(argv, launch_command(scratch, mode).env, scratch)
 
     return launch
