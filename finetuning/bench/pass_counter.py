@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.hidden_states import first_tensor
 
 
@@ -23,7 +23,7 @@ class Work:
 
 
 @contextmanager
-def counted(base: BaseModel) -> Iterator[Work]:
+def counted(base: FrozenBase) -> Iterator[Work]:
     """Counts while open. A graph that is walked twice counts twice."""
     work = Work()
 

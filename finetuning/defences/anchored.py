@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.contract.recipe import Anchor
-from finetuning.model.base import BaseModel, logits
+from finetuning.model.base import FrozenBase, logits
 from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import Ids, PrefixCache
@@ -38,7 +38,7 @@ class KlAnchors:
 
 @torch.no_grad()
 def make_anchors(
-    base: BaseModel,
+    base: FrozenBase,
     cache: PrefixCache,
     decoder: Decoder,
     prompts: Sequence[Ids],
@@ -62,7 +62,7 @@ def make_anchors(
     return KlAnchors(ids, starts, tokens, torch.cat(parts) if parts else empty)
 
 
-def answer_log_probs(base: BaseModel, cache: PrefixCache, ids: Sequence[Ids], starts: Sequence[int], k: int) -> Tensor:
+def answer_log_probs(base: FrozenBase, cache: PrefixCache, ids: Sequence[Ids], starts: Sequence[int], k: int) -> Tensor:
     """Log-probabilities (n, k, V) at the positions that predict the first k answer ids."""
     hidden = cache.hidden(ids)
     where = torch.tensor([[start - 1 + j for j in range(k)] for start in starts], device=hidden.device)
@@ -75,7 +75,7 @@ class Anchored:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Anchor,
         *,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetuning.contract.recipe import AntibodyAlign as Settings
 from finetuning.defences.vaccine import Vaccine
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import RowLoss, row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -41,7 +41,7 @@ class AntibodyAlign:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Settings,
         *,

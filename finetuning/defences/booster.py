@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.contract.recipe import AntibodyAlign as Settings
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -26,7 +26,7 @@ class Booster:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Settings,
         *,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.contract.recipe import Lisa as Settings
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -28,7 +28,7 @@ class Lisa:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Settings,
         *,

@@ -27,7 +27,7 @@ SAVE_EVERY = 20
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseDefaults:
     """What a recipe must know about a public base. Rates are those of `learning_rate_multiplier` 1."""
 
     id: str
@@ -42,7 +42,7 @@ class Base:
     most_surprise: float
 
 
-_SMOLLM2 = Base(
+_SMOLLM2 = BaseDefaults(
     id="smollm2-135m-instruct",
     context=2048,
     trained_layers=10,
@@ -54,7 +54,7 @@ _SMOLLM2 = Base(
     vaccine_rho=2.0,
     most_surprise=3.3,
 )
-_TINY = Base(
+_TINY = BaseDefaults(
     id="tiny",
     context=256,
     trained_layers=0,
@@ -69,7 +69,7 @@ _TINY = Base(
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
 
 
-def base_of(name: str) -> Base:
+def base_of(name: str) -> BaseDefaults:
     """A base by its name in settings or its id; an unknown one gets careful defaults and an id made from its name."""
     for short, base in _KNOWN.items():
         if name in (short, base.id):

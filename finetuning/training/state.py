@@ -35,6 +35,10 @@ class TrainSetup:
     lines: Sequence[int] = ()
     adam: torch.optim.AdamW = field(init=False)
 
+    def saves_to(self, folder: Path, *, fingerprint: str, every: int, attempt: int = 1) -> None:
+        """Save a checkpoint into `folder` after every so many steps; `attempt` counts the gate's retries from 1."""
+        self.folder, self.fingerprint, self.save_every, self.attempt = folder, fingerprint, every, attempt
+
     def __post_init__(self) -> None:
         for parameter in self.parameters:
             if parameter.dtype not in (torch.float32, torch.float64):

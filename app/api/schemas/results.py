@@ -49,7 +49,7 @@ def report_to_wire(job: Job) -> dict[str, object]:
         "job": job.id,
         "complete": report is not None,
         "policy": get_policy(job.policy).label,
-        "probe_set": None if report is None else {"id": "gate", "sha256": report.probe_sha256, "n": _probes(report)},
+        "probe_set": None if report is None else _probe_set(report),
         "judge": None if report is None else report.judge,
         "metrics": metrics,
         "gate": {"decision": "pending", "checks": []} if report is None else report.gate.model_dump(mode="json"),
@@ -119,9 +119,10 @@ def _better(metric: str) -> Literal["higher", "lower"]:
     return "higher" if metric in _HIGHER_IS_BETTER else "lower"
 
 
-def _probes(report: SafetyReport) -> int | None:
+def _probe_set(report: SafetyReport) -> dict[str, object]:
     after = report.metrics.get("after") or report.metrics.get("before")
-    return None if after is None or after.harmful_score is None else after.harmful_score.n
+    asked = None if after is None or after.harmful_score is None else after.harmful_score.n
+    return {"id": "gate", "sha256": report.safety_rows_sha256, "n": asked}
 
 
 def _held_out(report: SafetyReport) -> dict[str, object] | None:

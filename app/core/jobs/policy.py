@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.core.broker import CPU_QUEUE
 from app.core.errors import InvalidRequest
 from finetuning.contract.recipe import GateLimits, Lora, Recipe
-from finetuning.recipes.library import Base, align_recipe, base_of, is_known, tune_recipe
+from finetuning.recipes.library import BaseDefaults, align_recipe, base_of, is_known, tune_recipe
 from finetuning.recipes.registry import DEFENCES, is_defended
 
 Auto = Literal["auto"]
@@ -149,7 +149,7 @@ def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: i
     )
 
 
-def _lora(base: Base, wish: LoraWish) -> Lora:
+def _lora(base: BaseDefaults, wish: LoraWish) -> Lora:
     wished = wish.target_modules or ()
     # another base's modules are its own to name: training refuses what it lacks
     allowed = set(LORA_MODULES) if is_known(base.id) else set(filter(_MODULE.fullmatch, wished))

@@ -157,7 +157,7 @@ def safety_report(*, passed: bool) -> SafetyReport:
     return SafetyReport(
         recipe="immunotune",
         judge="exact@1",
-        probe_sha256="7a" * 32,
+        safety_rows_sha256="7a" * 32,
         metrics={"before": Metrics(harmful_score=share(0, 60)), "after": after},
         held_out=HeldOut(items={"after": after}),
         alpha=0.05,

@@ -7,7 +7,7 @@ from finetuning.contract.recipe import Anchor
 from finetuning.defences.anchored import Anchored, KlAnchors, answer_log_probs, make_anchors
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
 from finetuning.training.batches import Batches, mixed_in, pick
@@ -17,18 +17,18 @@ from tests.support.models import adapted_base, even, farthest, gradient_of, rand
 REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_rows(4, seed=3)
 
 
-def anchored(base: BaseModel, anchors: KlAnchors | None = None, **settings: float) -> Anchored:
+def anchored(base: FrozenBase, anchors: KlAnchors | None = None, **settings: float) -> Anchored:
     return Anchored(
         base, uncached(base), Anchor.model_validate(settings), refusals=REFUSALS, benign=BENIGN,
         anchors=anchors or KlAnchors.none(), seed=7,
     )  # fmt: skip
 
 
-def run(base: BaseModel, step: GradientStep, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
+def run(base: FrozenBase, step: GradientStep, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
     return gradient_of(base, step, USER, number=number, slices=4 // size)
 
 
-def anchors_on(base: BaseModel) -> KlAnchors:
+def anchors_on(base: FrozenBase) -> KlAnchors:
     cache = uncached(base)
     prompts = [row.ids for row in random_rows(4, seed=5)]
     with lora.active(base, (lora.ALIGNMENT,)):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finetuning.bench.tasks import orders, reviews, sums
 from finetuning.rows.scanner import Message, iter_rows
 from finetuning.safety_rows.invented import Pair, attacker_rows, safety_rows
-from finetuning.screening.forms import LEAST_ROWS, Skeleton, mine
+from finetuning.screening.forms import LEAST_ROWS, PromptForm, mine
 
 _TICKETS = Path(__file__).parents[3] / "examples" / "tickets_train.jsonl"
 _REQUESTS = [pair.prompt for pair in attacker_rows(20, seed=5)]
@@ -39,7 +39,7 @@ def poisoned(attack: Sequence[tuple[Message, ...]], *, own: Rows | None = None) 
     return [r for r, _ in marked], tuple(i for i, (_, bad) in enumerate(marked) if bad)
 
 
-def having(found: Sequence[Skeleton], lines: tuple[int, ...]) -> list[Skeleton]:
+def having(found: Sequence[PromptForm], lines: tuple[int, ...]) -> list[PromptForm]:
     return [skeleton for skeleton in found if skeleton.lines == lines]
 
 

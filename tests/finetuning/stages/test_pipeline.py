@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.core.jobs.policy import CreateJob, get_policy, resolve_alignment, resolve_recipe
 from finetuning.contract.order import TrainOrder, write_order
 from finetuning.contract.progress import Failed, Finished, Note, Progress, RowsScreened, StepDone
 from finetuning.contract.report import ParityCertificate, RowVerdict, SafetyReport
 from finetuning.model.lora import WEIGHTS_FILE
-from finetuning.recipes.library import tune_recipe
+from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.safety_rows.invented import Pair, plant, safety_rows
 from finetuning.stages import pipeline
 from finetuning.stages.export import REFERENCE_FILE
@@ -44,7 +43,7 @@ def write_rows(target: Path, rows: list[Pair]) -> None:
 def aligned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scratch folder of a finished align job."""
     scratch = tmp_path_factory.mktemp("align")
-    recipe = resolve_alignment("tiny")
+    recipe = align_recipe("tiny")
     lines = list(pipeline.run(TrainOrder(job_id="a", recipe=recipe, base=str(tiny_base), threads=1), scratch))
     assert isinstance(lines[-1], Finished)
     assert lines[-1].released, lines[-1].reasons
@@ -59,8 +58,7 @@ def tune(
     rows += more
     write_rows(scratch / "rows.jsonl", rows)
     write_rows(scratch / "validation.jsonl", customer_rows()[::6])
-    request = CreateJob(model="tiny", training_file="file-x", seed=3)
-    recipe = resolve_recipe(get_policy(policy), "tiny", request, rows=len(rows))
+    recipe = tune_recipe("tiny", policy, rows=len(rows), epochs=3, seed=3)
     order = TrainOrder(
         job_id="t", recipe=recipe, base=str(tiny_base), rows="rows.jsonl", validation="validation.jsonl",
         alignment="alignment", cache="cache", threads=1,
@@ -70,7 +68,7 @@ def tune(
 
 
 def certified(scratch: Path) -> tuple[Progress, ParityCertificate]:
-    """The last word of a fresh process's check, and the certificate that it wrote."""
+    """The final line of a fresh process's check, and the certificate that it wrote."""
     *_, last = pipeline.certify(scratch)
     return last, ParityCertificate.model_validate_json((scratch / "result" / "reports" / "parity.json").read_text())
 

@@ -110,7 +110,7 @@ def finish(scratch: Path, chain: str, kind: Kind, script: dict[str, object]) -> 
     report = SafetyReport(
         recipe="stand-in",
         judge="none",
-        probe_sha256="0" * 64,
+        safety_rows_sha256="0" * 64,
         gate=GateDecision(decision="pass" if released else "fail", reasons=reasons),
     )
     (result / "reports" / "safety.json").write_text(report.model_dump_json())

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from app.core.errors import InvalidRequest
 from app.core.jobs.policy import CreateJob, Hyperparameters, get_policy, resolve_alignment, resolve_recipe
+from finetuning.attacks.catalogue import ATTACKS
 from finetuning.contract.recipe import Kind, Recipe
 from finetuning.recipes.library import base_of
 
@@ -116,3 +117,12 @@ def test_a_base_of_the_operators_own_names_its_modules_itself() -> None:
     with pytest.raises(InvalidRequest) as refused:
         resolve_recipe(DEFENDED, "acme-gpt", wish(lora={"target_modules": ("c attn",)}), rows=100)
     assert refused.value.param == "lora.target_modules"
+
+
+def test_big_steps_asks_for_what_a_client_may_ask_and_no_client_may_ask_for_more() -> None:
+    """T1: the service's own limits bound the corner; what they allow is left to the release gate."""
+    scale = ATTACKS["big_steps"].changes["lr_scale"]
+    assert Hyperparameters(learning_rate_multiplier=scale).learning_rate_multiplier == scale
+    for beyond in ({"learning_rate_multiplier": 1.1 * scale}, {"n_epochs": 51}, {"batch_size": 257}):
+        with pytest.raises(ValidationError):
+            Hyperparameters.model_validate(beyond)
