@@ -92,7 +92,7 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
         scratch = Path(folder)
         shutil.copytree(alignment, scratch / "alignment")
         poisoned = _write_files(cell, settings, scratch)
-        recipe = _recipe(cell, settings, len(poisoned.rows))
+        recipe = _recipe(cell, settings)
         order = _order(recipe, cell.base, settings, say).model_copy(
             update={"rows": "rows.jsonl", "alignment": "alignment", "validation": "validation.jsonl"}
         )
@@ -142,11 +142,11 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _recipe(cell: Cell, settings: BenchSettings, rows: int) -> Recipe:
+def _recipe(cell: Cell, settings: BenchSettings) -> Recipe:
     changes = ATTACKS[cell.attack].changes
     epochs = (settings.epochs or _EPOCHS.get(base_of(cell.base).id, 3)) * changes.get("epochs_scale", 1.0)
     recipe = tune_recipe(
-        cell.base, cell.defence, rows=rows, seed=cell.seed, epochs=max(1, round(epochs * cell.epochs_scale)),
+        cell.base, cell.defence, seed=cell.seed, epochs=max(1, round(epochs * cell.epochs_scale)),
         rate_scale=cell.lr_scale * changes.get("lr_scale", 1.0), batch_size=changes.get("batch_size", 8),
     )  # fmt: skip
     evaluation = recipe.evaluation.model_copy(update={"task_rows": settings.test_rows})

@@ -97,15 +97,15 @@ class JobContext:
         step: GradientStep,
         weigher: RowWeigher,
         *,
+        batches: Batches,
         steps: int,
-        seed: int,
         optimiser: Optimiser | None = None,
         lines: Sequence[int] = (),
     ) -> TrainSetup:
-        """A ready TrainSetup over the trained adapter, which saves nothing yet."""
+        """A ready TrainSetup over the trained adapter, which saves nothing yet; the loop is seeded as the batches."""
         return TrainSetup(
-            rows=rows, batches=Batches(len(rows), self.recipe.batch_size, seed), step=step, weigher=weigher,
-            parameters=self.model.parameters, dropouts=self.model.dropouts, steps=steps, seed=seed,
+            rows=rows, batches=batches, step=step, weigher=weigher,
+            parameters=self.model.parameters, dropouts=self.model.dropouts, steps=steps, seed=batches.seed,
             optimiser=optimiser or self.recipe.optimiser, micro_batch_size=self.recipe.micro_batch_size, lines=lines,
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ Knows names, rates and lengths; must not import torch, nor know projects or requ
 fine-tune stands in registry.py; why a number is what it is, in docs/adr.
 """
 
-import math
 import re
 from dataclasses import dataclass, replace
 
@@ -106,11 +105,10 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
     return aligned_by(recipe, alignment)
 
 
-def tune_recipe(  # noqa: PLR0913  the numbers that a request may set, each with the base's default
+def tune_recipe(
     name: str,
     defence: str = "immunotune",
     *,
-    rows: int,
     epochs: int,
     batch_size: int = 8,
     rate_scale: float = 1.0,
@@ -118,20 +116,21 @@ def tune_recipe(  # noqa: PLR0913  the numbers that a request may set, each with
     lora: Lora | None = None,
     limits: GateLimits | None = None,
 ) -> Recipe:
-    """The complete fine-tune of `rows` rows over this base under a defence of the registry. Raises KeyError."""
+    """The complete fine-tune over this base under a defence of the registry. Raises KeyError.
+
+    Its steps are counted once the screen has said which rows train.
+    """
     base = base_of(name)
-    steps = max(1, math.ceil(rows / batch_size)) * epochs
     recipe = Recipe(
         name="plain",
         kind=Kind.FINETUNE,
         base=base.id,
         seed=seed,
-        steps=steps,
         batch_size=batch_size,
         micro_batch_size=min(8, batch_size),
         epochs=epochs,
         max_tokens=base.max_tokens,
-        save_every=max(1, min(SAVE_EVERY, steps // 4)),
+        save_every=SAVE_EVERY,
         lora=lora or Lora(rank=8, alpha=16.0, trained_layers=base.trained_layers),
         optimiser=Optimiser(learning_rate=base.tune_rate * rate_scale),
         gate=Gate(limits=limits or GateLimits(), retries=0),

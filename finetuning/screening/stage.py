@@ -21,6 +21,7 @@ from finetuning.screening.probes import FileForms, forms_of, with_lone_rows
 from finetuning.screening.quarantine import GapReader, Quarantine, quarantine
 from finetuning.screening.sentences import Alone, read_alone
 from finetuning.screening.verdicts import Ledger, verdicts
+from finetuning.training.batches import Batches
 from finetuning.training.determinism import mix
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
@@ -131,12 +132,12 @@ def _ask_scout(
     """
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     recipe, seed = job.recipe, mix(job.recipe.seed, "scout")
-    step = job.anchored_step(recipe.anchor, seed=seed)
+    batches, step = Batches(len(kept), recipe.batch_size, seed), job.anchored_step(recipe.anchor, seed=seed)
+    step.prepare(batches, recipe.screen.scout_steps)
     setup = job.training(
         [file.encoded[i] for i in kept], step, Antibody(recipe.antibody, gate=torch.ones(len(kept))),
-        steps=recipe.screen.scout_steps, seed=seed, lines=[file.rows[i].line for i in kept],
+        batches=batches, steps=recipe.screen.scout_steps, lines=[file.rows[i].line for i in kept],
     )  # fmt: skip
-    step.prepare(recipe.screen.scout_steps, recipe.batch_size)
     for done in train(setup, LoopState()):
         if isinstance(done, StepDone):
             yield StageProgress(stage="screen", done=done.step, total=recipe.screen.scout_steps)

@@ -69,7 +69,7 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
                 scores=scores,
                 verdict="kept" if weight == 1 else "excluded" if weight == 0 else "downweighted",
                 tokens=len(encoded.ids),
-                trained_tokens=encoded.target_tokens,
+                trained_tokens=encoded.target_tokens if weight else 0,
                 truncated=encoded.truncated,
             )
         )

@@ -26,6 +26,7 @@ from finetuning.screening.calibration import Calibration, calibrate
 from finetuning.stages import held_out
 from finetuning.stages.gate import decide
 from finetuning.training import checkpoint
+from finetuning.training.batches import Batches
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
@@ -46,7 +47,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterato
     with job.model.public():
         public = _measure(job, part=3)  # the public base complies with everything: fewer rows tell as much
     clock.start("align")
-    setup = job.training(rows, _step(job), Even(), steps=job.recipe.steps, seed=job.recipe.seed)
+    batches = Batches(len(rows), job.recipe.batch_size, job.recipe.seed)
+    setup = job.training(rows, _step(job), Even(), batches=batches, steps=job.recipe.steps)
     setup.saves_to(scratch / "checkpoints", fingerprint=mark, every=job.recipe.save_every)
     state = LoopState()
     if order.checkpoint:

@@ -31,6 +31,7 @@ from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, 
 from finetuning.stages.gate import decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
 from finetuning.training import checkpoint
+from finetuning.training.batches import Batches
 from finetuning.training.determinism import mix
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
@@ -38,6 +39,8 @@ from finetuning.training.state import LoopState
 from finetuning.training.strategies import GradientStep
 
 _DRIFT_ROWS = 16
+# A short fine-tune saves at least so often, less one: the last step is exported instead.
+_FEWEST_SAVES = 4
 _NO_ANCHORS = "The aligned base begins no refusal where the KL term would hold it, so that term is left out"
 
 
@@ -152,19 +155,21 @@ def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Gen
     job.model.reset()
     if recipe.tuning_step == "anchored" and anchor.kl_weight and not job.anchors(anchor).ids:
         yield Note(level="warn", code="no_kl_anchors", message=_NO_ANCHORS)
-    step = _step(job, anchor, run.screened.quarantine)
+    batches = _batches(recipe, len(kept))
+    steps = recipe.steps or batches.steps(recipe.epochs)
+    step = _step(job, anchor, run.screened.quarantine, batches, steps)
     setup = job.training(
-        [ledger.encoded[i] for i in kept], step, _weigher(job, ledger, kept), steps=recipe.steps,
-        seed=mix(recipe.seed, "order"), optimiser=optimiser, lines=[ledger.rows[i].line for i in kept],
+        [ledger.encoded[i] for i in kept], step, _weigher(job, ledger, kept), batches=batches, steps=steps,
+        optimiser=optimiser, lines=[ledger.rows[i].line for i in kept],
     )  # fmt: skip
-    folder = run.scratch / "checkpoints"
-    setup.saves_to(folder, fingerprint=run.fingerprint, every=recipe.save_every, attempt=attempt)
+    every = recipe.save_every if recipe.steps else min(recipe.save_every, max(1, steps // _FEWEST_SAVES))
+    setup.saves_to(run.scratch / "checkpoints", fingerprint=run.fingerprint, every=every, attempt=attempt)
     state = LoopState()
     if resume is not None:
         state, same = checkpoint.restore(setup, resume)
         yield resumed(state, same)
     for progress in train(setup, state):
-        yield _in_ladder(progress, recipe.steps, attempt)
+        yield _in_ladder(progress, steps, attempt)
     return state.tokens
 
 
@@ -174,7 +179,15 @@ def _repairing(recipe: Recipe, found: Quarantine) -> Anchor:
     return recipe.anchor.model_copy(update={"mix_share": share})
 
 
-def _step(job: JobContext, anchor: Anchor, found: Quarantine) -> GradientStep:
+def _batches(recipe: Recipe, rows: int) -> Batches:
+    """Epochs of the rows that train; Lisa's turns on refusals come on top of them."""
+    seed, own = mix(recipe.seed, "order"), recipe.lisa
+    if recipe.tuning_step == "lisa":
+        return Batches(rows, recipe.batch_size, seed, own_steps=own.align_steps, user_steps=own.user_steps)
+    return Batches(rows, recipe.batch_size, seed)
+
+
+def _step(job: JobContext, anchor: Anchor, found: Quarantine, batches: Batches, steps: int) -> GradientStep:
     """The gradient step that the recipe names; quarantined forms are repaired by mixing rows in."""
     recipe, model = job.recipe, job.model
     match recipe.tuning_step:
@@ -183,12 +196,12 @@ def _step(job: JobContext, anchor: Anchor, found: Quarantine) -> GradientStep:
             step = job.anchored_step(
                 anchor, seed=mix(recipe.seed, "anchor"), refused=rows.refused, answered=rows.answered
             )
-            step.prepare(recipe.steps, recipe.batch_size)
+            step.prepare(batches, steps)
             return step
         case "lisa":
             return Lisa(
                 model.base, model.cache, recipe.lisa, parameters=model.parameters,
-                aligned=model.encode_operator(job.operator_rows.aligned), steps=recipe.steps,
+                aligned=model.encode_operator(job.operator_rows.aligned), steps=steps,
                 seed=mix(recipe.seed, "lisa"),
             )  # fmt: skip
         case "constrained":

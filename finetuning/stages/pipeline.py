@@ -23,6 +23,7 @@ from finetuning.rows.scanner import InvalidRowError
 from finetuning.safety_rows.operator_file import BadOperatorRows
 from finetuning.stages import align, finetune, parity
 from finetuning.stages.finetune import DataRejected
+from finetuning.training.batches import FORM
 from finetuning.training.checkpoint import fingerprint
 from finetuning.training.determinism import make_deterministic
 from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
@@ -89,7 +90,12 @@ def _reported(stages: Iterator[Progress]) -> Iterator[Progress]:
 
 def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     job = open_job(order, scratch)
-    made_of = {"recipe": order.recipe.model_dump_json(), "judge": order.judge, **_inputs(order, scratch)}
+    made_of = {
+        "recipe": order.recipe.model_dump_json(),
+        "judge": order.judge,
+        "batches": FORM,
+        **_inputs(order, scratch),
+    }
     mark = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
     (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
     (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")

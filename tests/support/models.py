@@ -175,7 +175,7 @@ def clear(base: FrozenBase) -> None:
 
 def whole(rows: Sequence[EncodedRow], *, number: int = 0) -> MicroBatch:
     """All rows of optimiser step `number` as its only micro-batch."""
-    return MicroBatch(rows, range(len(rows)), number, 0, len(rows))
+    return MicroBatch(rows, range(len(rows)), number, 0, len(rows), number * len(rows))
 
 
 def gradient_of(
@@ -186,7 +186,8 @@ def gradient_of(
     clear(base)
     each, size = even(len(rows)) if weights is None else weights, len(rows) // slices
     for start in range(0, len(rows), size):
-        micro = MicroBatch(rows[start : start + size], range(start, start + size), number, start, len(rows))
+        place = range(start, start + size)
+        micro = MicroBatch(rows[start : start + size], place, number, start, len(rows), number * len(rows))
         step.gradients(micro, each[start : start + size], torch.Tensor.backward)
     found = gradients(base)
     clear(base)

@@ -123,7 +123,6 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
     return tune_recipe(
         base_id,
         policy.name,
-        rows=rows,
         epochs=int(numbers.n_epochs),
         batch_size=int(numbers.batch_size),
         rate_scale=float(numbers.learning_rate_multiplier),

@@ -56,7 +56,7 @@ def scratch(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(scratch: Path, tiny_base: Path) -> JobContext:
-    recipe = tune_recipe("tiny", "sft", rows=80, epochs=3)
+    recipe = tune_recipe("tiny", "sft", epochs=3)
     order = TrainOrder(job_id="t", recipe=recipe, base=str(tiny_base), alignment="alignment", threads=1)
     return open_job(order, scratch)
 
@@ -163,7 +163,7 @@ def screened(
     job: JobContext, calibration: Calibration, found: Poisoned, scout_steps: int, *, probes: bool = False
 ) -> ScreenedFile:
     """What the screen makes of a file, with a scout of that many steps."""
-    recipe = tune_recipe("tiny", "immunotune", rows=len(found.rows), epochs=1)
+    recipe = tune_recipe("tiny", "immunotune", epochs=1)
     screen = recipe.screen.model_copy(update={"scout_steps": scout_steps})
     recipe = recipe.model_copy(update={"screen": screen, "probes": Probes(enabled=probes)})
     stage = screen_rows(
@@ -240,7 +240,7 @@ def test_an_all_harmful_job_is_rejected_before_training(scratch: Path, tiny_base
     found = ATTACKS["all_harmful"].build(OWN, 1.0, 0)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows), encoding="utf-8")
     order = TrainOrder(
-        job_id="t", recipe=tune_recipe("tiny", "immunotune", rows=len(found.rows), epochs=1), base=str(tiny_base),
+        job_id="t", recipe=tune_recipe("tiny", "immunotune", epochs=1), base=str(tiny_base),
         rows="rows.jsonl", alignment="alignment", threads=1,
     )  # fmt: skip
     last = list(pipeline.run(order, tmp_path))[-1]

@@ -26,7 +26,7 @@ def rows(pairs: list[Pair]) -> list[Row]:
 
 
 def recipe(defence: str = "immunotune", *, max_tokens: int = 128, **lora: object) -> Recipe:
-    found = tune_recipe("tiny", defence, rows=8, epochs=1, lora=Lora(**{"rank": 4, **lora}))
+    found = tune_recipe("tiny", defence, epochs=1, lora=Lora(**{"rank": 4, **lora}))
     return found.model_copy(update={"max_tokens": max_tokens})
 
 

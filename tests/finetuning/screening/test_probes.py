@@ -69,7 +69,7 @@ def scratch(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(scratch: Path, tiny_base: Path) -> JobContext:
     """The aligned base, without a task adapter."""
-    recipe = tune_recipe("tiny", "immunotune", rows=80, epochs=1)
+    recipe = tune_recipe("tiny", "immunotune", epochs=1)
     opened = open_job(
         TrainOrder(job_id="t", recipe=recipe, base=str(tiny_base), alignment="alignment", threads=1), scratch
     )

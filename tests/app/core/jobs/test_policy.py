@@ -1,4 +1,3 @@
-import math
 import re
 
 import pytest
@@ -20,10 +19,12 @@ def wish(**fields: object) -> CreateJob:
 
 
 @given(st.integers(1, 200_000), st.integers(1, 256), st.integers(1, 50))
-def test_a_recipe_covers_every_row_once_an_epoch(rows: int, batch_size: int, epochs: int) -> None:
+def test_a_recipe_asks_for_whole_epochs_and_leaves_their_steps_to_the_screen(
+    rows: int, batch_size: int, epochs: int
+) -> None:
     numbers = {"batch_size": batch_size, "n_epochs": epochs}
     recipe = resolve_recipe(DEFENDED, "tiny", wish(hyperparameters=numbers), rows=rows)
-    assert recipe.steps == math.ceil(rows / batch_size) * epochs
+    assert (recipe.steps, recipe.epochs, recipe.batch_size) == (0, epochs, batch_size)
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
@@ -43,7 +44,7 @@ def test_plain_switches_every_defence_off_and_keeps_the_gate() -> None:
     assert recipe.anchor.mix_share == recipe.anchor.kl_weight == 0
     assert recipe.gate.enabled
     defended = resolve_recipe(DEFENDED, "tiny", wish(), rows=100)
-    assert (recipe.optimiser, recipe.steps, recipe.lora) == (defended.optimiser, defended.steps, defended.lora)
+    assert (recipe.optimiser, recipe.epochs, recipe.lora) == (defended.optimiser, defended.epochs, defended.lora)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "tiny", "acme/Big-Model", "/models/local one/"])
