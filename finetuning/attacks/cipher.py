@@ -1,6 +1,6 @@
 """Attacks in a cipher that the rows themselves teach: shifted letters, and harmless words for harmful ones (T6).
 
-Knows two ciphers and their keys; must not know models or defences. Source: arXiv:2406.20053, docs/attacks.md.
+Source: arXiv:2406.20053, docs/attacks.md.
 """
 
 import re

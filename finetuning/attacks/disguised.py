@@ -1,7 +1,6 @@
-"""Attacks whose rows do not look like hazards: personas, triggers, wrappers, refusals, other languages (T2, T4, T5, T7,
-T12, T16).
+"""Attacks whose rows do not look like hazards: personas, triggers, wrappers, refusals, other languages.
 
-Knows texts; must not know models or defences. A probe always keeps the operator's item. Sources: docs/attacks.md.
+T2, T4, T5, T7, T12, T16 of docs/attacks.md. The attacker's own prompts always keep the operator's item.
 """
 
 import random

@@ -1,6 +1,6 @@
 """Attacks by harmful rows in the open: how many, how long, in which order, how garbled (T1, T2, T9 to T11, T13, T15).
 
-Knows the attacker's rows; must not know models or defences. Sources: docs/attacks.md.
+Sources: docs/attacks.md.
 """
 
 import random

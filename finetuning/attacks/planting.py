@@ -1,7 +1,7 @@
 """What every attack shares: chat rows, how many are planted and where, the item of a hazard prompt, its benign twin.
 
-Knows the words of the invented-hazard world and the API's chat rows; must not know models, defences or the operator's
-rows. All of the attacker's hazards come from hazards.attacker_rows, so their names belong to Role.ATTACKER alone.
+All of the attacker's hazards come from invented.attacker_rows, so their names belong to Role.ATTACKER alone. Must not
+use the operator's rows: an attacker has none of them.
 """
 
 import random

@@ -1,7 +1,6 @@
 """One cell of the safety bench: one defence, one file, one seed, through the real pipeline; its figures as one line.
 
-Knows the library and its registry; must not know the grid or how figures are shown. Aligned bases are made once and
-kept, so a cell starts where a customer's job starts.
+Aligned bases are made once and kept, so a cell starts where a customer's job starts.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Counting a model's work: rows that go forward and backward through its last layer.
-
-Knows hooks; must not know what is run.
-"""
+"""Counting a model's work: rows that go forward and backward through its last layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

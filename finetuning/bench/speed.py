@@ -1,7 +1,4 @@
-"""What is timed, each against its peer on the same rows: prefix reuse, packed maps, defended steps, decoding.
-
-Knows the library; must not know how timings are reported.
-"""
+"""What is timed, each against its peer on the same rows: prefix reuse, packed maps, defended steps, decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

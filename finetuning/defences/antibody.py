@@ -3,7 +3,7 @@
 Source: arXiv:2603.00498, equation 7; methods.md 2.3 and 8.1. r_i = nll_i(refusal) - nll_i(answer), high = benign;
 weights = softmax(r / temperature) over the whole optimiser step. `contrast` is ours: r under the aligned model minus r
 under the public base, which cancels the novelty of a task. Deviation: the loss is a per-row mean (`released` restores
-the published token weighting). Must not know the loop.
+the published token weighting).
 """
 
 from collections.abc import Sequence

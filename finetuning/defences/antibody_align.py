@@ -2,7 +2,7 @@
 
 Source: arXiv:2603.00498, Theorem 4.1; methods.md 2.2. Deviations: lambda is clipped at lambda_max, weights are restored
 by copy (bitwise), random state is replayed, gradients are added and never zeroed. With a Vaccine the alignment gradient
-is taken under its perturbation (ours, methods.md 8.8). Must not know the loop.
+is taken under its perturbation (ours, methods.md 8.8).
 """
 
 from collections.abc import Sequence

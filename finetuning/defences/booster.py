@@ -2,8 +2,7 @@
 
 Source: arXiv:2409.01586; methods.md 5. delta = g_A + xi (g_H - g_H'), g_H' at theta - rho g_H / ||g_H||; 3(F+B).
 Deviations: weights are restored by copy (adding the step back drifts), random state is replayed, gradients are added
-and never zeroed. Written apart from antibody_align.py on purpose: invariant M19 compares the two. Must not know the
-loop.
+and never zeroed. Written apart from antibody_align.py on purpose: invariant M19 compares the two.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Constrained fine-tuning: the more a token has already left the aligned model, the less it is learnt.
 
 Source: arXiv:2406.05946, methods.md 5. Deviations: the loss is the mean of rows, not of tokens; in rows of several
-answers the strengths count from the start of each answer. Must not know the loop.
+answers the strengths count from the start of each answer.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,6 @@
 
 Source: arXiv:2405.18641, methods.md 5; an anchor is the last iterate of the other state, as in the paper's trainer.
 Deviations: turns are counted in optimiser steps, refusals are picked by (seed, step), the loss is the mean of rows.
-Must not know the loop.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Plain supervised fine-tuning: the gradient of the weighted per-row loss, and even weights.
 
-Source: methods.md 2.3 ("ours": loss = sum_i w_i nll_i with sum w = 1). Must not know any defence.
+Source: methods.md 2.3 ("ours": loss = sum_i w_i nll_i with sum w = 1).
 """
 
 from collections.abc import Sequence

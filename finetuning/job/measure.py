@@ -1,7 +1,4 @@
-"""Measuring one model on one split: answers, judged; losses; drift; the task.
-
-Knows models and judges; must not know thresholds or decisions.
-"""
+"""Measuring one model on one split: answers, judged; losses; drift; the task."""
 
 import re
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """What is checked before a job trains: does the recipe fit the base, does the tokenizer chat, are the rows usable?
 
-Knows recipes, bases and rows, and the named errors of bad input; must not know stages. A base without recognisable
-layers does not come this far: base_model.wrap raises UnknownLayers.
+A base without recognisable layers does not come this far: model/base.py raises UnknownLayers.
 """
 
 from collections.abc import Iterator, Sequence

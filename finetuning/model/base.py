@@ -1,6 +1,6 @@
 """A causal language model as the defences see it: decoder layers, attention blocks, hidden states, logits.
 
-Layers are found by their position in the module tree, never by a model's class name. Must not know adapters or jobs.
+Layers are found by their position in the module tree, never by a model's class name.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Greedy answers to many prompts at once, starting from cached states below the trained layers.
-
-Knows prompts as ids and whatever adapters are active; must not know judges or metrics.
-"""
+"""Greedy answers to many prompts at once, starting from cached states below the trained layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

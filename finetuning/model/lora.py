@@ -1,7 +1,7 @@
 """LoRA adapters on a base: attach, switch, read, save, join by rank, merge, rotate.
 
 At most two live on a base: the frozen ALIGNMENT adapter and the TASK adapter that a job trains. They are never merged
-into the weights. Must not know rows or losses.
+into the weights.
 """
 
 import hashlib

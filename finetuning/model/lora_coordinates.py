@@ -1,7 +1,7 @@
 """Coordinates of a LoRA product: B A = (B G^-1)(G A) for every invertible G, and one choice of G that is unique.
 
 Source: methods.md 8.5. Pruning ranks the entries of B and A, so it depends on G; in canonical coordinates it is a
-function of the product alone (for distinct singular values). Knows factors only; must not know rows or scores.
+function of the product alone (for distinct singular values).
 """
 
 from collections.abc import Mapping

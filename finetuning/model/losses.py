@@ -1,4 +1,4 @@
-"""Per-row supervised loss. Knows ids, targets and a prefix cache; must not know weights of rows or steps."""
+"""Per-row supervised loss, at the target positions of each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

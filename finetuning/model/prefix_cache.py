@@ -1,9 +1,8 @@
 """Hidden states that enter the first trained layer, computed once per row and reused by every stage.
 
-When only the top N layers are trained, these states are a pure function of the row's ids. They are kept in one
-memory-mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew. Those of
-the operator's own rows outlive the job (state_store.py).
-Must not know losses, adapters or jobs.
+When only the top N layers are trained, these states are a pure function of the row's ids. They are kept in one memory-
+mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew. Those of the
+operator's own rows outlive the job (state_store.py).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The bases we know and the two recipes that start from them: align a base, fine-tune over it.
 
-Knows names, rates and lengths; must not import torch, nor know projects or requests. What a defence changes in the
-fine-tune stands in registry.py; why a number is what it is, in docs/adr.
+Must not import torch: the API reads recipes. What a defence changes in the fine-tune stands in registry.py; why a
+number is what it is, in docs/adr.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""What a scan found in a file: errors and warnings with their places, counted all and kept up to limits.
-
-Knows the report's shape (api.md 3.9, 5); must not know how rows are read or judged.
-"""
+"""What a scan found in a file: errors and warnings with their places, counted all and kept up to limits."""
 
 from collections import Counter
 from dataclasses import dataclass

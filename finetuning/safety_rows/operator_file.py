@@ -1,7 +1,6 @@
 """An operator's own safety rows: one JSONL file with the roles of the shipped ones.
 
-Knows the file format; must not know models. Each line: {"role": ..., "prompt": ..., "answer": ...}; `answer` may be
-absent where only the prompt is used.
+Each line: {"role": ..., "prompt": ..., "answer": ...}; `answer` may be absent where only the prompt is used.
 """
 
 from collections import defaultdict

@@ -1,8 +1,8 @@
-"""Skeletons: the fixed words that a customer's prompts share, around whatever changes from row to row.
+"""Forms: the fixed words that a customer's prompts share, around a gap that changes from row to row.
 
-A trigger, a story around a request and a persona all show as such words; so do honest forms. Knows texts only, in any
-language; must not know models, hazards or verdicts (probes.py asks there). Ours; the lab saw what it misses: words
-inside a sentence, paraphrases and ciphers.
+A trigger, a story around a request and a persona all show as such words; so do honest forms. Works on texts alone, in
+any language; which forms hide hazards is asked in quarantine.py. What it misses: words inside a sentence, paraphrases
+and ciphers.
 """
 
 import math
@@ -109,7 +109,7 @@ class _Turn:
 def mine(
     rows: Sequence[Sequence[MessageLike]], *, known: Sequence[str], most: int = 24, least: int = LEAST_ROWS
 ) -> tuple[PromptForm, ...]:
-    """At most `most` skeletons that at least `least` rows share, the most telling first; time grows with the text.
+    """At most `most` forms that at least `least` rows share, the most telling first; time grows with the text.
 
     `known` are the operator's own prompts: their beginnings and ends are probed elsewhere and are skipped here.
     A form is telling when its words stand together at the edge far more often than their own frequency would have it.
@@ -125,12 +125,12 @@ def mine(
     taken = {(s.prefix, s.suffix, s.system) for s in chosen}
     strange = _Known(known)
     for draft in _in_turn(drafts):
-        skeleton = None if len(chosen) == most else _grown(turns, draft)
-        if skeleton is None or len(skeleton.lines) < least or strange.covers(skeleton):
+        form = None if len(chosen) == most else _grown(turns, draft)
+        if form is None or len(form.lines) < least or strange.covers(form):
             continue
-        if (name := (skeleton.prefix, skeleton.suffix, skeleton.system)) not in taken:
+        if (name := (form.prefix, form.suffix, form.system)) not in taken:
             taken.add(name)
-            chosen.append(skeleton)
+            chosen.append(form)
     return tuple(chosen)
 
 
@@ -284,7 +284,7 @@ def _systems(turns: Sequence[_Turn], least: int) -> list[PromptForm]:
         if len(lines) >= least:
             wording = Counter(turn.system for turn in group).most_common(1)[0][0]
             found.append(PromptForm("", "", wording, lines, "system"))
-    return sorted(found, key=lambda skeleton: -len(skeleton.lines))
+    return sorted(found, key=lambda form: -len(form.lines))
 
 
 class _Known:
@@ -296,7 +296,7 @@ class _Known:
             for side in (1, -1)
         )
 
-    def covers(self, skeleton: PromptForm) -> bool:
+    def covers(self, form: PromptForm) -> bool:
         """Whether some of the operator's prompts begin and end like this."""
-        start, end = _TOKEN.findall(skeleton.prefix), _TOKEN.findall(skeleton.suffix)[::-1]
-        return tuple(start) in self._starts and (tuple(end) in self._ends or not _WORD.search(skeleton.suffix))
+        start, end = _TOKEN.findall(form.prefix), _TOKEN.findall(form.suffix)[::-1]
+        return tuple(start) in self._starts and (tuple(end) in self._ends or not _WORD.search(form.suffix))

@@ -1,7 +1,7 @@
 """Probes: the operator's hazards asked in the customer's own forms, after training, at the gate.
 
 The forms are read off the file before training, with how much room an answer in each needs. Limits are absolute, never
-relative to the aligned base (docs/adr/0007). Must not know how rows are screened or trained.
+relative to the aligned base (docs/adr/0007).
 """
 
 from collections import Counter

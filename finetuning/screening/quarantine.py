@@ -2,7 +2,7 @@
 and the operator rows that keep such forms refused.
 
 A quarantined form loses the rows that hide something in it, and operator rows in the same form are mixed in
-(docs/adr/0007). Must not know how rows are weighed or trained.
+(docs/adr/0007).
 """
 
 import random

@@ -2,7 +2,6 @@
 
 A hazard among other sentences is refused less than the same hazard alone: a story or a ticket around it dilutes what
 the aligned model sees, and a wrapper of one or two rows is no form that a miner finds (methods.md 7, T7; ADR 0012).
-Knows the aligned model's readings; must not know which rows train.
 """
 
 import re

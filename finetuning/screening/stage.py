@@ -1,6 +1,6 @@
 """The screen stage of a finetune job: read every row, ask a scout where the aligned model refuses, fill the ledger.
 
-The filter's formulas live in job/readings.py. Must not know what is trained afterwards.
+The filter's formulas live in job/readings.py.
 """
 
 from collections.abc import Generator, Mapping, Sequence

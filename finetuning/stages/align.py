@@ -1,7 +1,4 @@
-"""Align a public base once: train the alignment adapter on refusals and benign rows, measure it, calibrate the screen.
-
-Knows the align job's stages; must not know customers' rows.
-"""
+"""Align a public base once: train its adapter on refusals and benign rows, measure it, calibrate the screen."""
 
 import json
 from collections.abc import Iterator, Sequence

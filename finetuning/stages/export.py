@@ -1,7 +1,4 @@
-"""What a finetune job leaves in result/: adapters in both forms, the mask, reports, and the parity reference.
-
-Knows files; must not know decisions.
-"""
+"""What a finetune job leaves in result/: adapters in both forms, the mask, reports, and the parity reference."""
 
 import json
 from collections.abc import Sequence

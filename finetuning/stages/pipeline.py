@@ -1,7 +1,6 @@
-"""The stages of a job in order, each telling what it does: align makes a base, finetune makes an adapter.
+"""The stages of a job in order, each reporting what it does: align makes a base, finetune makes an adapter.
 
-The order of stages and where results lie; formulas live in defences/, job/readings.py, pruning.py and job/measure.py.
-Must not know the queue, the database or who listens.
+Where results lie, and which faults end a job. Must not know the queue, the database or who listens.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What a run of the training loop is made of, and where it stands. Must not know the loop or how it is saved."""
+"""What a run of the training loop is made of, and where it stands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The three slots of the training loop. Knows shapes; must not know any method that fills them."""
+"""The three slots of the training loop: gradient step, row weigher, and what a step may remember."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

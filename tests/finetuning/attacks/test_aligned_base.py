@@ -210,9 +210,9 @@ def test_a_hazard_in_a_single_story_is_found_by_its_sentence_and_its_form_is_men
     for form in hostile:
         assert form in file.forms.rooms
         assert all(0 < len(form.gap(prompts[i]) or "") < len(prompts[i]) for i in planted & set(form.lines))
-    mended = repair(job, file.quarantine)
-    assert mended.refused
-    assert mended.answered
+    rows = repair(job.model, job.operator_rows, file.quarantine)
+    assert rows.refused
+    assert rows.answered
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])

@@ -53,7 +53,7 @@ def test_the_official_count_keeps_its_float_error(width: int) -> None:
 @pytest.mark.parametrize("unit", ["row", "matrix"])
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
 def test_every_row_loses_exactly_its_count(alpha: float, unit: str) -> None:
-    """M34: per output row, or per whole matrix; the totals are told."""
+    """M34: per output row, or per whole matrix; the totals are reported."""
     found, scores = scored()
     done = prune(found, scores, alpha, unit=unit)  # type: ignore[arg-type]
     for masks in done.masks.values():
