@@ -1,6 +1,6 @@
 """docs/invariants.md, made from the docstrings of the tests that hold an invariant.
 
-    python -m tests.invariants_document      # writes it anew
+python -m tests.invariants_document      # writes it anew
 """
 
 import ast

@@ -1,6 +1,7 @@
 """Every document that code or a page of the repository names exists, with the section that is named, and so does every
 place in the code that a page of docs/ names."""
 
+import ast
 import re
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 READ = (".py", ".md", ".toml", ".yml", ".yaml", ".ipynb")
 # Names of files that are written or fetched elsewhere, not documents of this repository: tests write them.
 FOREIGN = re.compile(r"safety-quick\.md|mine\.md")
-_NAMED = re.compile(r"(?<![\w*{}])((?:\.{0,2}/)?[\w./-]*[\w-]\.md)\b(?:[`)\]]*)(?:,? (\d+(?:\.\d+)*))?((?:,| and)? ?[^.;]{0,40})")
+_NAMED = re.compile(
+    r"(?<![\w*{}])((?:\.{0,2}/)?[\w./-]*[\w-]\.md)\b(?:[`)\]]*)(?:,? (\d+(?:\.\d+)*))?((?:,| and)? ?[^.;]{0,40})"
+)
 _ADR = re.compile(r"\b(?:ADR|docs/adr/)[ -]?(\d{1,4})")
 _QUALIFIER = re.compile(r"^,? ?(T\d+|F\d\w?|J\d|rule \d|step \d|[a-g])\b")
 _HEADING = re.compile(r"^#+ (\d+(?:\.\d+)*)\b(.*?)(?=^#+ \d|\Z)", re.MULTILINE | re.DOTALL)
@@ -23,7 +26,9 @@ _PLACE = re.compile(r"`?((?:app|demo|embedded|finetuning|tests|worker)/[\w/]+\.p
 @cache
 def tracked() -> tuple[Path, ...]:
     """The files of the repository; without git, those that lie where they would."""
-    found = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     names = found.stdout.splitlines() if found.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
     return tuple(ROOT / name for name in names if (ROOT / name).is_file() and not name.startswith((".venv", "var/")))
 
@@ -111,6 +116,24 @@ def test_every_place_in_the_code_that_a_page_names_exists() -> None:
                 continue
             missing = [name for name in re.findall(r"\w+", names) if not re.search(rf"\b{name}\b", source)]
             found += [f"{page.relative_to(ROOT)}: {file} has no {name}" for name in missing]
+    assert not found, "\n".join(found)
+
+
+def test_what_a_page_imports_is_there() -> None:
+    """Examples in pages are not all run; their imports at least are followed."""
+    found = []
+    for page in (path for path in tracked() if path.suffix == ".md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "finetuning":
+                place = ROOT / node.module.replace(".", "/")
+                source = place.with_suffix(".py").read_text(encoding="utf-8") if not place.is_dir() else ""
+                missing = [a.name for a in node.names if not re.search(rf"\b{a.name}\b", source)]
+                found += [
+                    f"{page.name}: {node.module} has no {name}"
+                    for name in missing
+                    if not (place / f"{name}.py").is_file()
+                ]
     assert not found, "\n".join(found)
 
 

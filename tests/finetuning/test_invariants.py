@@ -16,6 +16,7 @@ from finetuning.training.strategies import MicroBatch
 from tests.invariants_document import DOCUMENT, held, text
 from tests.support.models import adapted_base, blank, clear, farthest, gradients, random_rows, uncached
 
+
 def test_every_invariant_is_a_test() -> None:
     assert {invariant.number for invariant in held()} == set(range(1, 46))
 
