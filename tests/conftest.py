@@ -294,16 +294,22 @@ def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -
     return lease.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
 
 
-def add_file(database: Database, project: Project, settings: Settings, *, rows: int | None = 100) -> File:
-    """A file of this project, checked to have `rows` rows, or unchecked."""
+def add_file(
+    database: Database,
+    project: Project,
+    settings: Settings,
+    *,
+    rows: int = 100,
+    status: FileStatus = FileStatus.PROCESSED,
+    **found: object,
+) -> File:
+    """A file of this project that was found to have `rows` rows, and whatever else is said of it."""
     file_id = new_id(Prefix.FILE)
     with database.writing() as session:
         blob = put_bytes(ObjectBlobs(MemoryStore()), files.blob_key(project.id, file_id), file_id.encode())
-        files.add_file(session, project.id, file_id, blob, filename="train.jsonl", limits=settings.limits)
-        if rows is not None:
-            files.set_validation(session, file_id, FileStatus.PROCESSED, validation={"format": "chat", "rows": rows})
+        new = files.NewFile(file_id, blob, "train.jsonl", status, {"format": "chat", "rows": rows, **found})
+        files.add_file(session, project.id, new, limits=settings.limits)
         session.commit()
-        session.expire_all()
         return files.get_file(session, project.id, file_id)
 
 

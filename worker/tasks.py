@@ -13,7 +13,7 @@ from celery import Celery
 from celery.signals import worker_init, worker_process_init, worker_shutting_down
 
 from app.core import broker
-from app.core.broker import CHECK_FILE, CHECK_JOB, RUN_JOB, Wake
+from app.core.broker import CHECK_JOB, RUN_JOB, Wake
 from app.core.jobs import lease
 from app.core.settings import Settings
 from app.core.storage.blobs.folder import open_blobs
@@ -64,13 +64,10 @@ def build_worker(settings: Settings, *, launcher: Launcher = launch_command) -> 
     def run_job(job_id: str) -> None:
         _guarded(lambda: supervise(process.opened, job_id))
 
-    def check_file(file_id: str) -> None:
-        _guarded(lambda: checks.check_file(process.opened, file_id))
-
     def check_job(job_id: str) -> None:
         _guarded(lambda: checks.check_job(process.opened, job_id))
 
-    for name, body in ((RUN_JOB, run_job), (CHECK_FILE, check_file), (CHECK_JOB, check_job)):
+    for name, body in ((RUN_JOB, run_job), (CHECK_JOB, check_job)):
         celery.task(body, name=name)
     return celery
 

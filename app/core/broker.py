@@ -19,9 +19,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 BROKER_DOWN = (OperationalError, RedisError, OSError)
 
-TaskName = Literal["immunotune.check_file", "immunotune.check_job", "immunotune.run_job"]
+TaskName = Literal["immunotune.check_job", "immunotune.run_job"]
 
-CHECK_FILE: TaskName = "immunotune.check_file"
 CHECK_JOB: TaskName = "immunotune.check_job"
 RUN_JOB: TaskName = "immunotune.run_job"
 CHECKS_QUEUE = "checks"

@@ -6,7 +6,6 @@ Knows requests and replies; must not know SQL, multipart or row formats.
 import base64
 import hashlib
 from functools import partial
-from typing import Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -22,6 +21,7 @@ from app.api.http.uploads import Upload, receive_upload
 from app.api.schemas.files import deleted_to_wire, file_to_wire
 from app.core import files, idempotency
 from app.core.errors import ImmunotuneError, InvalidRequest
+from app.core.files import NewFile
 from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs
 from app.core.storage.blobs.folder import read_bytes
@@ -55,29 +55,29 @@ def _create_file(request: Request, caller: Caller, desk: Desk) -> Response:
 
 def _add_file(request: Request, caller: Caller, desk: Desk, upload: Upload, file_id: str) -> tuple[Response, bool]:
     meaning = [FilePurpose.FINE_TUNE, upload.filename, upload.expires_after_seconds, upload.blob.sha256]
-    repeat, limits, report = repeat_of(request, caller, meaning), desk.settings.limits, upload.report
+    repeat = repeat_of(request, caller, meaning)
     with desk.database.writing() as session:
         stored = idempotency.lookup(session, repeat)
         if stored is not None:
             return replay(stored), False
-        file = files.add_file(
-            session,
-            caller.project_id,
-            file_id,
-            upload.blob,
-            filename=upload.filename,
-            limits=limits,
-            expires_after_seconds=upload.expires_after_seconds,
-        )
-        status: Literal[FileStatus.PROCESSED, FileStatus.ERROR]
-        status = FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR
-        found = report.to_json(SHOWN_ERRORS)
-        files.set_validation(session, file_id, status, validation=found, details=report.message or None)
-        session.refresh(file)
+        file = files.add_file(session, caller.project_id, _new_file(upload, file_id), limits=desk.settings.limits)
         body = file_to_wire(file)
         idempotency.store(session, repeat, status=200, body=body)
         session.commit()
     return JSONResponse(body), True
+
+
+def _new_file(upload: Upload, file_id: str) -> NewFile:
+    report = upload.report
+    return NewFile(
+        id=file_id,
+        blob=upload.blob,
+        filename=upload.filename,
+        status=FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR,
+        validation=report.to_json(SHOWN_ERRORS),
+        status_details=report.message or None,
+        expires_after_seconds=upload.expires_after_seconds,
+    )
 
 
 @router.get("")

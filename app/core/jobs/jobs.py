@@ -7,6 +7,7 @@ Every move is one conditional UPDATE and one event in the same transaction.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
@@ -81,8 +82,12 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         _readable_file(session, project, request.validation_file, "validation_file")
     policy = get_policy(project.policy, queue=settings.train_queue)
     rows = count_rows(training)
-    if rows is not None:
-        check_row_count(rows, settings.limits.rows_min)
+    if rows < settings.limits.rows_min:
+        raise InvalidRequest(
+            f"Training file has {rows} examples, but must have at least {settings.limits.rows_min}.",
+            code="invalid_n_examples",
+            param="training_file",
+        )
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -90,7 +95,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         base_id=base.id,
         policy=policy.name,
         request=request.model_dump(mode="json"),
-        recipe=resolve_recipe(policy, base.id, request, rows=rows or policy.auto_rows_seen).model_dump(mode="json"),
+        recipe=resolve_recipe(policy, base.id, request, rows=rows).model_dump(mode="json"),
         queue=policy.queue,
         training_file=request.training_file,
         validation_file=request.validation_file,
@@ -298,20 +303,9 @@ def _will_not_come() -> ColumnElement[bool]:
     return BaseModel.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
 
 
-def count_rows(file: File) -> int | None:
-    """How many rows a checked file has; None before its check."""
-    rows = (file.validation or {}).get("rows")
-    return rows if isinstance(rows, int) and file.status == FileStatus.PROCESSED else None
-
-
-def check_row_count(rows: int, rows_min: int) -> None:
-    """Raises InvalidRequest `invalid_n_examples`."""
-    if rows < rows_min:
-        raise InvalidRequest(
-            f"Training file has {rows} examples, but must have at least {rows_min}.",
-            code="invalid_n_examples",
-            param="training_file",
-        )
+def count_rows(file: File) -> int:
+    """How many rows a valid file has."""
+    return cast(int, (file.validation or {})["rows"])
 
 
 def _leave_room(session: Session, project: Project, live_jobs: int) -> None:
@@ -360,7 +354,7 @@ def _readable_file(session: Session, project: Project, file_id: str, param: str)
         raise InvalidRequest(error.message, code=code, param=param) from error
     if file.purpose != FilePurpose.FINE_TUNE:
         raise InvalidRequest("Name a file of purpose 'fine-tune'; this one is a job's result.", code=code, param=param)
-    if file.status == FileStatus.ERROR:
+    if file.status != FileStatus.PROCESSED:
         found = file.validation or {}
         details = {key: found.get(key) for key in ("errors_total", "truncated", "errors")}
         reason = file.status_details or "it is not valid"

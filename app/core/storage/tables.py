@@ -50,9 +50,8 @@ class FilePurpose(StrEnum):
 
 
 class FileStatus(StrEnum):
-    """The wire's `status` of a file."""
+    """The API's `status` of a file, settled while it is uploaded."""
 
-    UPLOADED = "uploaded"
     PROCESSED = "processed"
     ERROR = "error"
 
@@ -71,7 +70,7 @@ class File(Row):
     size_bytes: Mapped[int]
     validation: Mapped[JsonObject | None]
     expires_at: Mapped[float | None]
-    woken_at: Mapped[float | None] = mapped_column(default=db_now())
+    woken_at: Mapped[float | None] = mapped_column(default=db_now())  # no longer read
     deleted_at: Mapped[float | None]
     erased_at: Mapped[float | None]
 

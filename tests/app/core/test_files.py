@@ -4,7 +4,6 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from app.core import files
-from app.core.broker import Wake
 from app.core.errors import InvalidRequest, NotFound, QuotaExceeded
 from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs, lease
@@ -30,37 +29,22 @@ def test_a_file_is_seen_by_its_project_alone(
     assert foreign.value.message.replace(file.id, "") == absent.value.message.replace(file.id[:-1] + "-", "")
 
 
-def test_an_added_file_waits_for_one_check(database: Database, settings: Settings, project: Project) -> None:
-    file = add_file(database, project, settings, rows=None)
-    assert files.wake_for(file) == Wake("immunotune.check_file", file.id, "checks")
+def test_an_added_file_holds_what_its_scan_found(database: Database, settings: Settings, project: Project) -> None:
+    new = files.NewFile("file-x", Blob("files/x", 1, "0"), "a/b", FileStatus.ERROR, {"rows": 3}, "x" * 600)
     with database.writing() as session:
-        assert files.find_unchecked(session, file.id) is not None
-        files.set_validation(session, file.id, FileStatus.ERROR, validation={"rows": 3}, details="x" * 600)
-        files.set_validation(session, file.id, FileStatus.PROCESSED, validation={"rows": 4})
-        assert files.find_unchecked(session, file.id) is None
+        files.add_file(session, project.id, new, limits=settings.limits)
         session.commit()
-        session.expire_all()
-        checked = files.get_file(session, project.id, file.id)
-    assert (checked.status, checked.validation, len(checked.status_details or "")) == ("error", {"rows": 3}, 512)
-
-
-def test_a_check_wakes_the_jobs_that_wait_for_it(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
-    file = add_file(database, project, settings, rows=None)
-    job = add_job(database, project, settings, queued=False, training_file=file.id)
-    with database.writing() as session:
-        wakes = files.set_validation(session, file.id, FileStatus.PROCESSED, validation={"rows": 100})
-    assert wakes == (Wake("immunotune.check_job", job.id, "checks"),)
+    with database.reading() as session:
+        file = files.get_file(session, project.id, new.id)
+    assert (file.filename, file.status, file.validation, file.status_details) == ("b", "error", {"rows": 3}, "x" * 512)
 
 
 def test_expiry_counts_from_the_database_clock(database: Database, settings: Settings, project: Project) -> None:
     file_id = new_id(Prefix.FILE)
+    blob = Blob(files.blob_key(project.id, file_id), 1, "0" * 64)
+    new = files.NewFile(file_id, blob, "a", FileStatus.PROCESSED, {}, expires_after_seconds=3600)
     with database.writing() as session:
-        blob = Blob(files.blob_key(project.id, file_id), 1, "0" * 64)
-        file = files.add_file(
-            session, project.id, file_id, blob, filename="a", limits=settings.limits, expires_after_seconds=3600
-        )
+        file = files.add_file(session, project.id, new, limits=settings.limits)
         assert file.expires_at == pytest.approx(file.created_at + 3600, abs=60)
         assert files.hide_expired(session) == 0
         session.execute(update(File).values(expires_at=File.expires_at - 7200))
@@ -72,7 +56,8 @@ def test_a_project_cannot_store_more_than_it_may(database: Database, settings: S
     with database.writing() as session, pytest.raises(QuotaExceeded) as caught:
         for _ in range(2):
             file_id = new_id(Prefix.FILE)
-            files.add_file(session, project.id, file_id, Blob(f"files/{file_id}", 6, "0"), filename="a", limits=limits)
+            new = files.NewFile(file_id, Blob(f"files/{file_id}", 6, "0"), "a", FileStatus.PROCESSED, {})
+            files.add_file(session, project.id, new, limits=limits)
     assert caught.value.code == "storage_quota_exceeded"
 
 

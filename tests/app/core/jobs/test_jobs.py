@@ -3,7 +3,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import update
 
-from app.core import files
 from app.core.broker import Wake
 from app.core.errors import Forbidden, ImmunotuneError, InvalidRequest, NotFound, QuotaExceeded
 from app.core.jobs import jobs, lease
@@ -12,7 +11,7 @@ from app.core.jobs.policy import CreateJob, get_policy, resolve_recipe
 from app.core.settings import Settings
 from app.core.storage.database import Database, Page
 from app.core.storage.job_states import FINAL, JobState
-from app.core.storage.tables import BaseModel, BaseStatus, FileStatus, Form, Job, Project
+from app.core.storage.tables import BaseModel, BaseStatus, File, FileStatus, Form, Job, Project
 from finetuning.contract.recipe import Recipe
 from tests.conftest import SUCCESS, add_file, add_job, published
 
@@ -147,15 +146,30 @@ def test_too_few_rows_are_refused_with_both_numbers(
 def test_a_file_with_bad_rows_is_refused_with_its_lines(
     database: Database, settings: Settings, project: Project, base: BaseModel
 ) -> None:
-    file = add_file(database, project, settings, rows=None)
-    bad = {"rows": 1, "errors_total": 1, "errors": [{"line": 7, "code": "invalid_json", "message": "..."}]}
-    with database.writing() as session:
-        files.set_validation(session, file.id, FileStatus.ERROR, validation=dict(bad), details="line 7")
-        session.commit()
+    errors = [{"line": 7, "code": "invalid_json", "message": "..."}]
+    file = add_file(database, project, settings, status=FileStatus.ERROR, errors_total=1, errors=errors)
     error = refused(database, settings, project, training_file=file.id)
     assert error.code == "invalid_training_file"
     assert error.details is not None
-    assert error.details["errors"] == bad["errors"]
+    assert error.details["errors"] == errors
+
+
+def test_a_file_that_an_older_release_left_unchecked_is_refused(
+    database: Database, settings: Settings, project: Project, base: BaseModel
+) -> None:
+    file = add_file(database, project, settings)
+    with database.writing() as session:
+        session.execute(update(File).where(File.id == file.id).values(status="uploaded", validation=None))
+        session.commit()
+    assert refused(database, settings, project, training_file=file.id).code == "invalid_training_file"
+
+
+def test_preference_pairs_do_not_train_a_supervised_job(
+    database: Database, settings: Settings, project: Project, base: BaseModel
+) -> None:
+    file = add_file(database, project, settings, format="dpo")
+    error = refused(database, settings, project, training_file=file.id)
+    assert (error.code, error.param) == ("format_method_mismatch", "training_file")
 
 
 def test_a_project_may_queue_only_so_many(
