@@ -1,6 +1,6 @@
 """The API process: builds the app from settings and holds its resources open while it serves.
 
-Knows every part of the front desk; only the server that runs it imports this. The schema must be there already:
+Knows every part of the API; only the server that runs it imports this. The schema must be there already:
 one runner migrates before any API starts.
 """
 
@@ -13,14 +13,14 @@ from fastapi import FastAPI
 from app.api.gateway.client import Gateway
 from app.api.http import exception_handlers
 from app.api.http.middleware import Guards, Requests
-from app.api.http.resources import Desk
+from app.api.http.resources import Resources
 from app.api.routes import chat, files, health, jobs, models, results
 from app.core import projects
 from app.core.broker import make_celery, wake
 from app.core.jobs.reaper import Reaper
 from app.core.models import ensure_base
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.storage.database import open_database
 from app.core.telemetry import configure_logging
 
@@ -35,9 +35,9 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging("api", settings.log_level)
         async with AsyncExitStack() as stack:
-            app.state.desk = desk = await to_thread.run_sync(_open_desk, settings, stack)
-            stack.push_async_callback(desk.gateway.close)
-            reaper = Reaper(desk.database, desk.celery, desk.blobs, settings)
+            app.state.resources = resources = await to_thread.run_sync(_open_resources, settings, stack)
+            stack.push_async_callback(resources.gateway.close)
+            reaper = Reaper(resources.database, resources.celery, resources.blobs, settings)
             reaper.start()
             stack.callback(reaper.stop)
             yield
@@ -52,7 +52,7 @@ def build_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _open_desk(settings: Settings, stack: AsyncExitStack) -> Desk:
+def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
     database = open_database(settings)
     stack.callback(database.close)
     celery = make_celery(settings)
@@ -69,4 +69,4 @@ def _open_desk(settings: Settings, stack: AsyncExitStack) -> Desk:
         ping_seconds=settings.serving.ping_seconds,
     )
     uploads = CapacityLimiter(_UPLOADS_AT_ONCE)
-    return Desk(settings, database, open_blobs(settings), celery, pepper, uploads, gateway)
+    return Resources(settings, database, open_blobs(settings), celery, pepper, uploads, gateway)

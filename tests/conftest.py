@@ -27,10 +27,11 @@ from app.core.broker import make_celery
 from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs, lease, policy
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import BlobStore, FolderBlobs, put_bytes
+from app.core.storage.blobs import BlobStore, put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.blobs.objects import ObjectBlobs
-from app.core.storage.database import Database, Row, migrate, open_database
-from app.core.storage.tables import BaseModel, File, FileStatus, Form, Job, Project
+from app.core.storage.database import Database, TableRow, migrate, open_database
+from app.core.storage.tables import BaseRow, File, FileStatus, Form, Job, Project
 from embedded import valkey
 from embedded.children import Child, start, stop
 from worker.attempt.launch import die_with_parent
@@ -85,7 +86,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         return
     url = request.getfixturevalue("migrated_postgres")
     # far quicker than TRUNCATE or CREATE DATABASE for tables that hold a few rows
-    _admin(make_url(url), "; ".join(f"DELETE FROM {table.name}" for table in reversed(Row.metadata.sorted_tables)))
+    _admin(make_url(url), "; ".join(f"DELETE FROM {table.name}" for table in reversed(TableRow.metadata.sorted_tables)))
     yield url
 
 
@@ -272,7 +273,7 @@ def baseline(database: Database, keys: projects.BootstrapKeys, pepper: bytes) ->
 
 
 @pytest.fixture
-def base(database: Database, settings: Settings) -> BaseModel:
+def base(database: Database, settings: Settings) -> BaseRow:
     """The tiny base, ready: its alignment went through a claim and a finish."""
     with database.writing() as session:
         (due,) = models.ensure_base(session, settings)

@@ -18,7 +18,7 @@ from app.core.jobs import jobs
 from app.core.jobs.jobs import JobError, NewEvent
 from app.core.models import get_base
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import BlobMissing
+from app.core.storage.blobs import BlobMissing
 from app.core.storage.database import JsonObject
 from app.core.storage.tables import File, Job
 from finetuning.contract.recipe import Recipe

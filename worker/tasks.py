@@ -16,7 +16,7 @@ from app.core import broker
 from app.core.broker import CHECK_JOB, RUN_JOB, Wake
 from app.core.jobs import lease
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
 from worker import checks

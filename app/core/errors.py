@@ -109,6 +109,15 @@ def not_found(what: str, value: str) -> NotFound:
     return NotFound(f"No {what} with id '{value[:80]}' in this project. List them to see the ids you can use.")
 
 
+def invalid_cursor() -> InvalidRequest:
+    """The answer to a cursor that is unknown, foreign, or of another list."""
+    return InvalidRequest(
+        "after is not the id of an item of this list. Use the last id of the page before, or leave it out.",
+        code="invalid_cursor",
+        param="after",
+    )
+
+
 def model_not_found(model: str) -> NotFound:
     """The answer to any model name that this project cannot use."""
     return NotFound(

@@ -12,10 +12,10 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.core.errors import InvalidRequest, QuotaExceeded, not_found
 from app.core.settings import Limits
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from app.core.storage.database import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
 from app.core.storage.job_states import LIVE
-from app.core.storage.tables import Artifact, BaseModel, File, FilePurpose, FileStatus, Job, Model
+from app.core.storage.tables import Artifact, BaseRow, File, FilePurpose, FileStatus, Job, Model
 
 SHOWN = File.deleted_at.is_(None)
 _DETAILS_CHARS = 512
@@ -136,5 +136,5 @@ def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
     read = select(Job.id).where(Job.state.in_(LIVE), reads)
     of_model = select(Model.id).join(Artifact, Artifact.id == Model.artifact_id)
     served = of_model.where(Model.deleted_at.is_(None), Artifact.file_id == file_id)
-    of_base = select(BaseModel.id).where(BaseModel.alignment_file == file_id)
+    of_base = select(BaseRow.id).where(BaseRow.alignment_file == file_id)
     return or_(read.exists(), served.exists(), of_base.exists())

@@ -15,9 +15,10 @@ from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs
 from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import FolderBlobs, put_bytes
+from app.core.storage.blobs import put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database, Page
-from app.core.storage.tables import BaseModel, Event, FileStatus, Job, Project
+from app.core.storage.tables import BaseRow, Event, FileStatus, Job, Project
 from finetuning.bases.fetch import CHATML_TEMPLATE
 from finetuning.rows.chat_format import encode_row, render_prompt
 from finetuning.rows.report import SHOWN_ERRORS
@@ -96,7 +97,7 @@ class Shop:
 
 
 @pytest.fixture
-def shop(settings: Settings, database: Database, project: Project, base: BaseModel, tmp_path: Path) -> Shop:
+def shop(settings: Settings, database: Database, project: Project, base: BaseRow, tmp_path: Path) -> Shop:
     make_base(settings.data / "bases" / base.id)
     woken: list[Wake] = []
     return Shop(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app.core.jobs.jobs import JobError
 from app.core.jobs.lease import Lease, Published, PublishedFile
-from app.core.storage.blobs.folder import BlobStore, put_file
+from app.core.storage.blobs import BlobStore, put_file
 from app.core.storage.database import JsonObject
 from app.core.storage.tables import Form
 from finetuning.contract.progress import Finished, RowsScreened, StepDone

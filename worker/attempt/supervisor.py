@@ -22,7 +22,7 @@ from app.core.jobs import lease as leases
 from app.core.jobs.jobs import JobError
 from app.core.jobs.lease import Beat, Lease, News, Published, ReleaseCause
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import BlobStore
+from app.core.storage.blobs import BlobStore
 from app.core.storage.database import DATABASE_DOWN, Database
 from finetuning.contract.progress import CheckpointSaved, Failed, Finished, Note, Progress, StepDone, from_line
 from finetuning.contract.recipe import Kind

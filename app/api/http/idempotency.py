@@ -9,8 +9,8 @@ import json
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from app.api.http.auth import Caller
 from app.core.idempotency import Repeat
+from app.core.projects import Caller
 from app.core.storage.tables import Reply
 
 

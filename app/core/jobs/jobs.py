@@ -1,6 +1,6 @@
 """Job rows outside an attempt: add, checks, reads, cancel.
 
-Knows the moves that the front desk and the checks pool make; the moves of an attempt are in lease.py.
+Knows the moves that the API and the checks pool make; the moves of an attempt are in lease.py.
 Every move is one conditional UPDATE and one event in the same transaction.
 """
 
@@ -22,7 +22,7 @@ from app.core.storage.database import JsonObject, Listing, Page, db_now, fetch_p
 from app.core.storage.job_states import FINAL, JobState, sources_of
 from app.core.storage.tables import (
     Artifact,
-    BaseModel,
+    BaseRow,
     BaseStatus,
     Checkpoint,
     Event,
@@ -224,7 +224,7 @@ def pass_checks(session: Session, job_id: str, recipe: Recipe) -> tuple[Wake, ..
     job = move(session, job_id, JobState.QUEUED, Job.state == JobState.VALIDATING, event=event, **ready)
     if job is None:
         return ()
-    base = session.scalars(select(BaseModel).where(BaseModel.id == job.base_id)).one()
+    base = session.scalars(select(BaseRow).where(BaseRow.id == job.base_id)).one()
     if base.status != BaseStatus.READY:
         append_events(session, job_id, [NewEvent(f"Waiting until the base {base.id} is aligned")])
         return ()
@@ -270,8 +270,8 @@ def move(
     if target in FINAL:
         JOBS_ENDED.labels(state=target).inc()
         if job.kind == Kind.ALIGN and target != JobState.SUCCEEDED:
-            left = BaseModel.id == job.base_id, BaseModel.status == BaseStatus.ALIGNING
-            session.execute(update(BaseModel).where(*left).values(status=BaseStatus.FAILED))
+            left = BaseRow.id == job.base_id, BaseRow.status == BaseStatus.ALIGNING
+            session.execute(update(BaseRow).where(*left).values(status=BaseStatus.FAILED))
             fail_baseless(session)
     return job
 
@@ -279,7 +279,7 @@ def move(
 def fail_baseless(session: Session) -> None:
     """validating_files or queued -> failed `base_retired` for jobs whose base will not come: nothing waits for ever."""
     waiting = Job.kind == Kind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
-    lost = select(Job.id, BaseModel).join(BaseModel, BaseModel.id == Job.base_id).where(*waiting, _will_not_come())
+    lost = select(Job.id, BaseRow).join(BaseRow, BaseRow.id == Job.base_id).where(*waiting, _will_not_come())
     for job_id, base in session.execute(lost.order_by(Job.seq).limit(_AT_ONCE)).all():
         error = JobError("base_retired", base_trouble(base) or "", "model")
         event = NewEvent(error.message, level="error", data={"code": error.code})
@@ -287,7 +287,7 @@ def fail_baseless(session: Session) -> None:
         move(session, job_id, JobState.FAILED, *waiting, event=event, **ended)
 
 
-def base_trouble(base: BaseModel) -> str | None:
+def base_trouble(base: BaseRow) -> str | None:
     """Why nothing can be asked of this base, and what to do; None while it is ready or being aligned."""
     if base.status == BaseStatus.FAILED:
         return (
@@ -300,7 +300,7 @@ def base_trouble(base: BaseModel) -> str | None:
 
 
 def _will_not_come() -> ColumnElement[bool]:
-    return BaseModel.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
+    return BaseRow.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
 
 
 def count_rows(file: File) -> int:
@@ -319,8 +319,8 @@ def _leave_room(session: Session, project: Project, live_jobs: int) -> None:
         )
 
 
-def _base_to_tune(session: Session, model: str) -> BaseModel:
-    base = session.scalars(select(BaseModel).where(BaseModel.id == model)).one_or_none()
+def _base_to_tune(session: Session, model: str) -> BaseRow:
+    base = session.scalars(select(BaseRow).where(BaseRow.id == model)).one_or_none()
     if base is not None:
         trouble = base_trouble(base)
         if trouble is not None:

@@ -16,13 +16,13 @@ from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
 from app.core.jobs.jobs import JobError, NewEvent, append_events, model_name, move, wake_for
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from app.core.storage.database import JsonObject, change, db_now
 from app.core.storage.job_states import JobState, after_loss, backoff_seconds
 from app.core.storage.tables import (
     WEIGHT_FORMS,
     Artifact,
-    BaseModel,
+    BaseRow,
     BaseStatus,
     Checkpoint,
     File,
@@ -150,9 +150,9 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
 
 def base_is_ready() -> ColumnElement[bool]:
     """Whether the job's base can be used yet; an align job makes it so, but not while another base is served."""
-    may_align = and_(Job.kind == Kind.ALIGN, BaseModel.status != BaseStatus.RETIRED)
-    usable = or_(may_align, BaseModel.status == BaseStatus.READY)
-    return select(BaseModel.id).where(BaseModel.id == Job.base_id, usable).correlate(Job).exists()
+    may_align = and_(Job.kind == Kind.ALIGN, BaseRow.status != BaseStatus.RETIRED)
+    usable = or_(may_align, BaseRow.status == BaseStatus.READY)
+    return select(BaseRow.id).where(BaseRow.id == Job.base_id, usable).correlate(Job).exists()
 
 
 def beat(session: Session, timings: LeaseSettings, lease: Lease, worker_id: str, news: News) -> Beat:
@@ -314,7 +314,7 @@ def _ended(published: Published | None) -> dict[str, object]:
 
 
 def _lease_of(session: Session, job: Job) -> Lease:
-    base = session.scalars(select(BaseModel).where(BaseModel.id == job.base_id)).one()
+    base = session.scalars(select(BaseRow).where(BaseRow.id == job.base_id)).one()
     newest = (
         select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step.desc(), Checkpoint.seq.desc())
     )
@@ -382,11 +382,11 @@ def _model_name(session: Session, lease: Lease) -> str:
 
 def _open_base(session: Session, job: Job, alignment: Artifact, published: Published) -> None:
     session.execute(
-        update(BaseModel)
-        .where(BaseModel.id == job.base_id)
+        update(BaseRow)
+        .where(BaseRow.id == job.base_id)
         .values(
             # its alignment is kept also when another base is served by now
-            status=case((BaseModel.status == BaseStatus.RETIRED, BaseStatus.RETIRED), else_=BaseStatus.READY),
+            status=case((BaseRow.status == BaseStatus.RETIRED, BaseStatus.RETIRED), else_=BaseStatus.READY),
             alignment_job=job.id,
             alignment_file=alignment.file_id,
             report=published.summary.get("safety"),

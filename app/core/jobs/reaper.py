@@ -18,7 +18,7 @@ from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, qu
 from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
 from app.core.jobs.lease import base_is_ready, lose
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import BlobStore
+from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import File, Job

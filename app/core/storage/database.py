@@ -42,7 +42,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapp
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from app.core.errors import InvalidRequest
+from app.core.errors import invalid_cursor
 from app.core.settings import Settings
 
 JsonObject = dict[str, object]
@@ -92,7 +92,7 @@ def _postgres_text(element: json_text, compiler: SQLCompiler, **options: Any) ->
     return f"({column} ->> {key})"
 
 
-class Row(DeclarativeBase):
+class TableRow(DeclarativeBase):
     """What every table has: an order, an id and a birth. (created_at, seq) is the order of every list."""
 
     metadata = MetaData(
@@ -127,7 +127,7 @@ class Row(DeclarativeBase):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=TableRow)
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,7 @@ def fetch_page(
     if page.after is not None:
         cursor = session.scalars(scope.where(table.id == page.after)).one_or_none()
         if cursor is None:
-            raise InvalidRequest(
-                "The cursor is not the id of an item of this list. Pass the id of the last item you received.",
-                code="invalid_cursor",
-                param="after",
-            )
+            raise invalid_cursor()
         rows = rows.where(forwards(place, tuple_(cursor.created_at, cursor.seq)))
     order = (table.created_at.desc(), table.seq.desc()) if page.descending else (table.created_at, table.seq)
     found = session.scalars(rows.order_by(*order).limit(page.limit + 1)).all()

@@ -9,12 +9,12 @@ from enum import StrEnum
 from sqlalchemy import ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.core.storage.database import JsonObject, Row, db_now
+from app.core.storage.database import JsonObject, TableRow, db_now
 from app.core.storage.job_states import JobState
 from finetuning.contract.recipe import Kind
 
 
-class Org(Row):
+class Org(TableRow):
     """A group of projects; `slug` is its word in model names."""
 
     __tablename__ = "orgs"
@@ -22,7 +22,7 @@ class Org(Row):
     slug: Mapped[str] = mapped_column(unique=True)
 
 
-class Project(Row):
+class Project(TableRow):
     """A tenant. `policy` names an entry of `policy.POLICIES`."""
 
     __tablename__ = "projects"
@@ -31,7 +31,7 @@ class Project(Row):
     policy: Mapped[str]
 
 
-class ApiKey(Row):
+class ApiKey(TableRow):
     """A key's keyed hash, the hint that people see, and what it may do."""
 
     __tablename__ = "api_keys"
@@ -56,7 +56,7 @@ class FileStatus(StrEnum):
     ERROR = "error"
 
 
-class File(Row):
+class File(TableRow):
     """Immutable bytes with their sha256. `deleted_at` hides the row; it stays so that cursors keep their meaning."""
 
     __tablename__ = "files"
@@ -79,7 +79,7 @@ class File(Row):
         return (Index(None, "project_id", "created_at", "seq"), Index(None, "status", "created_at"))
 
 
-class Job(Row):
+class Job(TableRow):
     """A request to train, its recipe, and the lease of the attempt that works on it.
 
     `request` is what the client asked (policy.CreateJob, "auto" included), `recipe` what it resolved to.
@@ -124,7 +124,7 @@ class Job(Row):
         )
 
 
-class Event(Row):
+class Event(TableRow):
     """One line of a job's story. Never row text, prompts or keys."""
 
     __tablename__ = "events"
@@ -139,7 +139,7 @@ class Event(Row):
         return (Index(None, "job_id", "created_at", "seq"),)
 
 
-class Checkpoint(Row):
+class Checkpoint(TableRow):
     """A complete checkpoint under `prefix` in the blob store: a live job's exists if and only if this row does.
 
     Once the job has ended nobody resumes from it: its bytes go, the row stays for its metrics.
@@ -172,7 +172,7 @@ class Form(StrEnum):
 WEIGHT_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.ALIGNMENT})
 
 
-class Artifact(Row):
+class Artifact(TableRow):
     """One downloadable result of a job: a File, its form, and whether the gate holds it back."""
 
     __tablename__ = "artifacts"
@@ -198,7 +198,7 @@ class BaseStatus(StrEnum):
     RETIRED = "retired"
 
 
-class BaseModel(Row):
+class BaseRow(TableRow):
     """A public base (`source`: local folder or hub id) and the frozen alignment adapter that goes with it.
 
     `alignment_file` is the File of the alignment artifact; `report` the align job's safety report.
@@ -213,7 +213,7 @@ class BaseModel(Row):
     report: Mapped[JsonObject | None]
 
 
-class Model(Row):
+class Model(TableRow):
     """A fine-tuned model; its `id` is the wire name. Registered only when the gate let it pass."""
 
     __tablename__ = "models"
@@ -228,7 +228,7 @@ class Model(Row):
         return (Index(None, "project_id", "created_at", "seq"),)
 
 
-class Worker(Row):
+class Worker(TableRow):
     """A Celery process that takes jobs; `draining` tells its supervisor to save and hand back."""
 
     __tablename__ = "workers"
@@ -238,7 +238,7 @@ class Worker(Row):
     seen_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class Reply(Row):
+class Reply(TableRow):
     """A POST's stored answer, so that a repeated request has one effect. `id` is internal."""
 
     __tablename__ = "replies"

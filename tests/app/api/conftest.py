@@ -17,7 +17,7 @@ import uvicorn
 from app.core import models, projects
 from app.core.jobs import jobs, lease, policy
 from app.core.settings import Limits, Settings
-from app.core.storage.blobs.folder import BlobStore, open_blobs, put_bytes
+from app.core.storage.blobs import BlobStore, open_blobs, put_bytes
 from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.tables import Form, Job, Project
 from app.main import build_app

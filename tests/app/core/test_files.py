@@ -9,9 +9,9 @@ from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs, lease
 from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from app.core.storage.database import Database, Page
-from app.core.storage.tables import BaseModel, File, FilePurpose, FileStatus, Form, Project
+from app.core.storage.tables import BaseRow, File, FilePurpose, FileStatus, Form, Project
 from tests.conftest import SUCCESS, add_file, add_job, published
 
 
@@ -78,7 +78,7 @@ def test_a_deleted_file_is_gone_but_still_says_where_a_list_goes_on(
 
 
 def test_a_file_in_use_cannot_be_deleted(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     assert job.training_file is not None
@@ -94,7 +94,7 @@ def test_a_file_in_use_cannot_be_deleted(
 
 
 def test_a_served_adapter_cannot_be_deleted_before_its_model(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with database.writing() as session:
@@ -107,9 +107,7 @@ def test_a_served_adapter_cannot_be_deleted_before_its_model(
             files.delete_file(session, project.id, by_form[Form.ADAPTER_STOCK].id)
 
 
-def test_results_are_listed_by_purpose(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
+def test_results_are_listed_by_purpose(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     uploaded = add_file(database, project, settings)
     with database.reading() as session:
         own = files.list_files(session, project.id, Page(), purpose=FilePurpose.FINE_TUNE)
@@ -119,7 +117,7 @@ def test_results_are_listed_by_purpose(
 
 
 def test_a_job_cannot_read_a_file_that_is_gone(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     file = add_file(database, project, settings)
     request = CreateJob(model="tiny", training_file=file.id)

@@ -16,9 +16,9 @@ import uvicorn
 from app.core import models, projects
 from app.core.jobs import lease
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import open_blobs, put_bytes
+from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
-from app.core.storage.tables import BaseModel, BaseStatus, Form
+from app.core.storage.tables import BaseRow, BaseStatus, Form
 from app.main import build_app
 from embedded import valkey
 from embedded.children import Child
@@ -229,7 +229,7 @@ def test_a_job_that_failed_its_gate_answers_nothing(customer: Customer) -> None:
 
 def test_a_base_that_is_being_aligned_asks_to_come_back(customer: Customer, served: Served) -> None:
     with served.database.writing() as session:
-        session.merge(BaseModel(id="newbase", source="newbase", context=64, status=BaseStatus.ALIGNING))
+        session.merge(BaseRow(id="newbase", source="newbase", context=64, status=BaseStatus.ALIGNING))
         session.commit()
     reply = ask(customer, model="newbase")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_loading")

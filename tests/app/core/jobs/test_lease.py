@@ -11,7 +11,7 @@ from app.core.jobs.jobs import JobError, NewEvent
 from app.core.jobs.lease import Lease, News, ReleaseCause, SavedCheckpoint
 from app.core.settings import Settings
 from app.core.storage.database import Database, Page, read_clock
-from app.core.storage.tables import BaseModel, Checkpoint, File, Form, Job, Model, Project
+from app.core.storage.tables import BaseRow, Checkpoint, File, Form, Job, Model, Project
 from tests.conftest import SUCCESS, add_job, patient, published
 
 
@@ -57,7 +57,7 @@ def saved(held: Lease, step: int) -> SavedCheckpoint:
 
 
 def test_a_claim_gives_all_that_an_attempt_needs(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -74,16 +74,14 @@ def test_a_claim_gives_all_that_an_attempt_needs(
     assert held.prefix == f"jobs/{job.id}/1"
 
 
-def test_a_claim_refuses_a_live_lease(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
+def test_a_claim_refuses_a_live_lease(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
     assert claim(database, settings, job) is None
 
 
 def test_of_many_claims_at_once_one_wins(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with ThreadPoolExecutor(8) as pool:
@@ -93,7 +91,7 @@ def test_of_many_claims_at_once_one_wins(
 
 
 def test_a_project_runs_no_more_than_its_cap_however_many_claim(
-    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseRow
 ) -> None:
     own = [add_job(database, project, settings) for _ in range(5)]
     other = add_job(database, baseline, settings)
@@ -104,7 +102,7 @@ def test_a_project_runs_no_more_than_its_cap_however_many_claim(
 
 
 def test_jobs_that_are_unchecked_final_or_resting_are_not_claimed(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     unchecked = add_job(database, project, settings, queued=False)
     cancelled = add_job(database, project, settings)
@@ -135,7 +133,7 @@ def test_a_fine_tune_waits_for_its_base_and_alignment_wakes_it(
 
 
 def test_a_beat_renews_the_lease_and_stores_the_news(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -158,7 +156,7 @@ def test_a_beat_renews_the_lease_and_stores_the_news(
 
 
 def test_a_draining_worker_learns_it_from_its_beat(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     with database.writing() as session:
         worker_id = lease.enrol_worker(session, host="here", devices="cpu")
@@ -178,7 +176,7 @@ def test_a_draining_worker_learns_it_from_its_beat(
 
 
 def test_the_next_attempt_starts_from_the_newest_checkpoint(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     first = claimed(database, settings, job)
@@ -190,7 +188,7 @@ def test_the_next_attempt_starts_from_the_newest_checkpoint(
 
 @pytest.mark.parametrize("way", ["cancel", "released", "reclaimed"])
 def test_a_lost_lease_can_write_nothing(
-    database: Database, settings: Settings, project: Project, base: BaseModel, way: str
+    database: Database, settings: Settings, project: Project, base: BaseRow, way: str
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -223,7 +221,7 @@ def test_a_lost_lease_can_write_nothing(
 
 
 def test_a_fault_counts_rests_and_fails_the_third_time(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     slow = settings.model_copy(update={"lease": settings.lease.model_copy(update={"backoff_seconds": 30.0})})
     job = add_job(database, project, settings)
@@ -241,9 +239,7 @@ def test_a_fault_counts_rests_and_fails_the_third_time(
     assert (found.state, (found.error or {})["code"]) == ("failed", "worker_crashed")
 
 
-def test_a_checkpoint_forgives_losses(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
+def test_a_checkpoint_forgives_losses(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings)
     for step in (20, 40, 60, 80):
         with database.writing() as session:
@@ -256,7 +252,7 @@ def test_a_checkpoint_forgives_losses(
 
 
 def test_a_full_disk_rests_without_counting(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     release(database, settings, claimed(database, settings, job), ReleaseCause.STORAGE)
@@ -266,7 +262,7 @@ def test_a_full_disk_rests_without_counting(
 
 
 def test_success_is_downloadable_and_servable_at_once(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job, waiting = add_job(database, project, settings, suffix="support"), add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -284,7 +280,7 @@ def test_success_is_downloadable_and_servable_at_once(
 
 
 def test_a_result_without_its_adapter_is_no_success(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -294,7 +290,7 @@ def test_a_result_without_its_adapter_is_no_success(
 
 
 def test_a_refused_result_keeps_its_reports_and_never_becomes_a_model(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)

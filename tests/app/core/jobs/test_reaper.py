@@ -9,10 +9,11 @@ from app.core import files
 from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
 from app.core.jobs import jobs, lease, reaper
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import BlobMissing, BlobStore, FolderBlobs, put_bytes
+from app.core.storage.blobs import BlobMissing, BlobStore, put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import BaseModel, File, Job, Project
+from app.core.storage.tables import BaseRow, File, Job, Project
 from tests.conftest import SUCCESS, add_file, add_job, patient, published, wait_until
 
 
@@ -49,7 +50,7 @@ def now_of(database: Database, job: Job) -> Job:
         return session.scalars(select(Job).where(Job.id == job.id)).one()
 
 
-def test_a_live_lease_is_left_alone(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+def test_a_live_lease_is_left_alone(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
     assert expire(database, settings) == ()
@@ -57,7 +58,7 @@ def test_a_live_lease_is_left_alone(database: Database, settings: Settings, proj
 
 
 def test_a_lost_worker_gives_its_job_back_until_the_third_loss(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     for losses in (1, 2):
@@ -74,7 +75,7 @@ def test_a_lost_worker_gives_its_job_back_until_the_third_loss(
 
 
 def test_a_job_that_saves_nothing_for_hours_is_ended_though_it_beats(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -85,7 +86,7 @@ def test_a_job_that_saves_nothing_for_hours_is_ended_though_it_beats(
 
 
 def test_a_lost_wake_up_is_sent_again(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     add_job(database, project, settings)
     add_job(database, project, settings, queued=False)
@@ -97,7 +98,7 @@ def test_a_lost_wake_up_is_sent_again(
 
 
 def test_messages_never_outnumber_what_waits(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     made = [add_job(database, project, settings) for _ in range(3)]
     wake(broker, *(jobs.wake_for(job) for job in made[:2]))
@@ -108,12 +109,12 @@ def test_messages_never_outnumber_what_waits(
 
 
 def test_resting_jobs_and_jobs_without_their_base_are_not_woken(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     resting, waiting = add_job(database, project, settings), add_job(database, project, settings)
     with database.writing() as session:
         session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 600))
-        session.execute(update(BaseModel).values(status="aligning"))
+        session.execute(update(BaseRow).values(status="aligning"))
         session.commit()
     age(database, woken_at=600)
     reaper.rewake(database, broker, settings)
@@ -121,7 +122,7 @@ def test_resting_jobs_and_jobs_without_their_base_are_not_woken(
     assert now_of(database, waiting).state == "queued"
 
 
-def test_no_check_takes_for_ever(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+def test_no_check_takes_for_ever(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings, queued=False)
     age(database, created_at=901)
     with database.writing() as session:
@@ -148,7 +149,7 @@ def test_a_deleted_file_loses_its_bytes_and_keeps_its_row(
 
 
 def test_only_blobs_that_no_row_needs_are_swept(
-    database: Database, settings: Settings, project: Project, base: BaseModel, blobs: BlobStore
+    database: Database, settings: Settings, project: Project, base: BaseRow, blobs: BlobStore
 ) -> None:
     running, ended = add_job(database, project, settings), add_job(database, project, settings)
     held = claimed(database, settings, ended)
@@ -182,7 +183,7 @@ def test_only_blobs_that_no_row_needs_are_swept(
 
 
 def test_what_a_cancelled_job_stored_goes_soon(
-    database: Database, settings: Settings, project: Project, base: BaseModel, blobs: BlobStore
+    database: Database, settings: Settings, project: Project, base: BaseRow, blobs: BlobStore
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -208,7 +209,7 @@ def test_cut_off_uploads_are_removed_when_old(database: Database, tmp_path: Path
 
 
 def test_the_thread_takes_a_job_back_and_wakes_it(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
@@ -223,7 +224,7 @@ def test_the_thread_takes_a_job_back_and_wakes_it(
 
 
 def test_the_thread_outlives_a_bad_tick(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     with database.writing() as session:
         file = add_file(database, project, settings)
