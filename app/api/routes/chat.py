@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.gateway.client import AnswerStream, Json, Question
+from app.api.gateway.client import Question
+from app.api.gateway.stream import AnswerStream, Json
 from app.api.http.auth import ModelsUser
 from app.api.http.json_bodies import body_of
 from app.api.http.path_params import MAX_MODEL_CHARS
