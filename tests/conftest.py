@@ -25,7 +25,7 @@ from sqlalchemy import create_engine, make_url, text
 from app.core import files, models, projects
 from app.core.broker import make_celery
 from app.core.ids import Prefix, new_id
-from app.core.jobs import jobs, lease, policy
+from app.core.jobs import ended, jobs, lease, policy
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import BlobStore, put_bytes
 from app.core.storage.blobs.folder import FolderBlobs
@@ -279,20 +279,20 @@ def base(database: Database, settings: Settings) -> BaseRow:
         (due,) = models.ensure_base(session, settings)
         held = lease.claim(session, settings, due.id, "worker_of_fixture")
         assert held is not None
-        lease.finish(session, held, published(held, Form.ALIGNMENT))
+        ended.finish(session, held, published(held, Form.ALIGNMENT))
         session.commit()
         return models.get_base(session, held.base_id)
 
 
-def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -> lease.Published:
+def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -> ended.Published:
     """What an attempt would have uploaded in these forms; without a store the blobs are only named."""
     prefix = f"{held.prefix}/result"
-    results: list[lease.PublishedFile] = []
+    results: list[ended.PublishedFile] = []
     for form in forms:
         key, data = f"{prefix}/{form}.zip", f"{form} of {held.job_id}".encode()
         blob = put_bytes(blobs or ObjectBlobs(MemoryStore()), key, data)
-        results.append(lease.PublishedFile(form, f"{form}.zip", blob))
-    return lease.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
+        results.append(ended.PublishedFile(form, f"{form}.zip", blob))
+    return ended.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
 
 
 def add_file(

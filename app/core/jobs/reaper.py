@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.jobs.ended import lose
 from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
-from app.core.jobs.lease import base_is_ready, lose
+from app.core.jobs.lease import base_is_ready
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now

@@ -6,7 +6,7 @@ from sqlalchemy import update
 from app.core import files
 from app.core.errors import InvalidRequest, NotFound, QuotaExceeded
 from app.core.ids import Prefix, new_id
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
 from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
 from app.core.storage.blobs import Blob
@@ -100,7 +100,7 @@ def test_a_served_adapter_cannot_be_deleted_before_its_model(
     with database.writing() as session:
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
-        lease.finish(session, held, published(held, *SUCCESS))
+        ended.finish(session, held, published(held, *SUCCESS))
         by_form = {result.artifact.form: result.file for result in jobs.list_artifacts(session, project.id, job.id)}
         files.delete_file(session, project.id, by_form[Form.REPORTS].id)
         with pytest.raises(InvalidRequest, match="delete the model"):

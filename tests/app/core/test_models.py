@@ -5,7 +5,7 @@ from sqlalchemy import select
 
 from app.core import files, models
 from app.core.errors import Forbidden, InvalidRequest, NotFound, ServiceBusy
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
 from app.core.jobs.jobs import JobError
 from app.core.settings import Settings
 from app.core.storage.database import Database
@@ -20,7 +20,7 @@ def tuned(database: Database, settings: Settings, project: Project, base: BaseRo
     with database.writing() as session:
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
-        lease.finish(session, held, published(held, *SUCCESS))
+        ended.finish(session, held, published(held, *SUCCESS))
         session.commit()
         return jobs.get_job(session, project.id, job.id)
 
@@ -47,7 +47,7 @@ def test_a_failed_alignment_is_tried_again_at_the_next_start(database: Database,
         (first,) = models.ensure_base(session, settings)
         held = lease.claim(session, settings, first.id, "w")
         assert held is not None
-        lease.fail(session, held, JobError("non_finite_loss", "..."))
+        ended.fail(session, held, JobError("non_finite_loss", "..."))
         session.commit()
     with database.writing() as session:
         assert models.get_base(session, "tiny").status == "failed"
@@ -68,7 +68,7 @@ def test_a_failed_alignment_ends_what_waits_and_refuses_what_comes(
     with database.writing() as session:
         held = lease.claim(session, settings, due.id, "w")
         assert held is not None
-        lease.fail(session, held, JobError("non_finite_loss", "..."))
+        ended.fail(session, held, JobError("non_finite_loss", "..."))
         session.commit()
     with database.reading() as session:
         for job in (jobs.get_job(session, project.id, job.id) for job in waiting):
@@ -141,7 +141,7 @@ def test_a_base_answers_once_it_is_ready(database: Database, settings: Settings,
         held = lease.claim(session, settings, due.id, "w")
         assert held is not None
         result = published(held, Form.ALIGNMENT)
-        lease.finish(session, held, result)
+        ended.finish(session, held, result)
         session.commit()
     with database.reading() as session:
         target = models.resolve(session, project.id, "tiny")

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from app.core import models, projects
-from app.core.jobs import lease
+from app.core.jobs import ended, lease
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
@@ -90,7 +90,7 @@ def served(
         assert job is not None
         held = lease.claim(session, settings, job.id, WORKER)
         assert held is not None
-        lease.finish(session, held, published(opened, held, {Form.ALIGNMENT: zips["alignment"]}))
+        ended.finish(session, held, published(opened, held, {Form.ALIGNMENT: zips["alignment"]}))
         session.commit()
     yield opened
     api.should_exit = True
@@ -98,13 +98,13 @@ def served(
     database.close()
 
 
-def published(served: Served, held: lease.Lease, contents: dict[Form, bytes]) -> lease.Published:
+def published(served: Served, held: lease.Lease, contents: dict[Form, bytes]) -> ended.Published:
     prefix = f"{held.prefix}/result"
     files = [
-        lease.PublishedFile(form, f"{form}.zip", put_bytes(served.blobs, f"{prefix}/{form}.zip", content))
+        ended.PublishedFile(form, f"{form}.zip", put_bytes(served.blobs, f"{prefix}/{form}.zip", content))
         for form, content in contents.items()
     ]
-    return lease.Published(prefix, tuple(files), {}, 0)
+    return ended.Published(prefix, tuple(files), {}, 0)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def tuned(customer: Customer, zips: dict[str, bytes]) -> str:
     held = customer.claim(customer.job())
     contents = {Form.METRICS: b"", Form.REPORTS: b"", Form.ADAPTER: b"", Form.ADAPTER_STOCK: zips["adapter_stock"]}
     with customer.served.database.writing() as session:
-        lease.finish(session, held, published(customer.served, held, contents))
+        ended.finish(session, held, published(customer.served, held, contents))
         session.commit()
     name = customer.sdk.fine_tuning.jobs.retrieve(held.job_id).fine_tuned_model
     assert name is not None

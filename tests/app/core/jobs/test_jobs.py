@@ -5,7 +5,7 @@ from sqlalchemy import update
 
 from app.core.broker import Wake
 from app.core.errors import Forbidden, ImmunotuneError, InvalidRequest, NotFound, QuotaExceeded
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
 from app.core.jobs.jobs import JobError, NewEvent
 from app.core.jobs.policy import CreateJob, get_policy, resolve_recipe
 from app.core.settings import Settings
@@ -228,7 +228,7 @@ def test_of_two_cancels_and_a_finish_at_once_exactly_one_ends_the_job(
         with database.writing() as session:
             try:
                 if way == "finish":
-                    lease.finish(session, held, published(held, *SUCCESS))
+                    ended.finish(session, held, published(held, *SUCCESS))
                 else:
                     jobs.cancel(session, project.id, job.id)
             except (ImmunotuneError, lease.LeaseLost):
@@ -237,11 +237,11 @@ def test_of_two_cancels_and_a_finish_at_once_exactly_one_ends_the_job(
             return True
 
     with ThreadPoolExecutor(3) as pool:
-        ended = list(pool.map(end, ["cancel", "finish", "cancel"]))
+        won = list(pool.map(end, ["cancel", "finish", "cancel"]))
     with database.reading() as session:
         state = jobs.get_job(session, project.id, job.id).state
     assert state in FINAL
-    assert ended[1] == (state == JobState.SUCCEEDED)
+    assert won[1] == (state == JobState.SUCCEEDED)
     endings = [m for m in story(database, project, job) if "cancelled" in m or "completed" in m]
     assert len(endings) == 1
 
@@ -293,7 +293,7 @@ def test_the_csv_comes_first_and_quarantined_weights_cannot_be_had(
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
         result = published(held, Form.ADAPTER, Form.REPORTS, Form.MASK, Form.METRICS)
-        lease.fail(session, held, JobError("safety_gate_failed", "..."), published=result, quarantine=True)
+        ended.fail(session, held, JobError("safety_gate_failed", "..."), published=result, quarantine=True)
         session.commit()
     with database.reading() as session:
         assert jobs.list_artifacts(session, project.id, job.id)[0].artifact.form == Form.METRICS

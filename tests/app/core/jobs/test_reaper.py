@@ -7,7 +7,7 @@ from sqlalchemy import select, update
 
 from app.core import files
 from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
-from app.core.jobs import jobs, lease, reaper
+from app.core.jobs import ended, jobs, lease, reaper
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobMissing, BlobStore, put_bytes
 from app.core.storage.blobs.folder import FolderBlobs
@@ -151,13 +151,13 @@ def test_a_deleted_file_loses_its_bytes_and_keeps_its_row(
 def test_only_blobs_that_no_row_needs_are_swept(
     database: Database, settings: Settings, project: Project, base: BaseRow, blobs: BlobStore
 ) -> None:
-    running, ended = add_job(database, project, settings), add_job(database, project, settings)
-    held = claimed(database, settings, ended)
+    running, done = add_job(database, project, settings), add_job(database, project, settings)
+    held = claimed(database, settings, done)
     saved = lease.SavedCheckpoint(20, f"{held.prefix}/checkpoints/20", "print", {})
     result = published(held, *SUCCESS, blobs=blobs)
     with database.writing() as session:
-        lease.beat(session, settings.lease, held, "w", lease.News(checkpoints=(saved,)))
-        lease.finish(session, held, result)
+        lease.beat(session, settings.lease, held, lease.Beat(checkpoints=(saved,)), worker_id="w")
+        ended.finish(session, held, result)
         session.commit()
     file = add_file(database, project, settings)
     needed = {
@@ -169,7 +169,7 @@ def test_only_blobs_that_no_row_needs_are_swept(
         f"{saved.prefix}/adapter.safetensors",  # nobody resumes from the checkpoint of an ended job
         "files/proj_x/file-absent",
         "jobs/ftjob-absent/1/result/adapter.zip",
-        f"jobs/{ended.id}/0/result/adapter.zip",
+        f"jobs/{done.id}/0/result/adapter.zip",
         f"{held.prefix}/checkpoints/2/loop.json",
     }
     for key in needed | orphans:
