@@ -1,7 +1,6 @@
 """The API process: builds the app from settings and holds its resources open while it serves.
 
-Knows every part of the API; only the server that runs it imports this. The schema must be there already:
-one runner migrates before any API starts.
+The schema must be there already: one runner migrates before any API starts.
 """
 
 from collections.abc import AsyncIterator
@@ -12,7 +11,7 @@ from fastapi import FastAPI
 
 from app.api.gateway.client import Gateway
 from app.api.http import exception_handlers
-from app.api.http.middleware import Guards, Requests
+from app.api.http.middleware import RequestGuard, RequestLog
 from app.api.http.resources import Resources
 from app.api.routes import chat, files, health, jobs, models, results
 from app.core import projects
@@ -42,13 +41,13 @@ def build_app(settings: Settings) -> FastAPI:
             stack.callback(reaper.stop)
             yield
 
-    # no schema pages: the wire's description is the OpenAI SDK, and a redirect would make its clients loop
+    # no schema pages: clients know the API from the OpenAI SDK, and a redirect would make them loop
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     for router in ROUTERS:
         app.include_router(router)
     exception_handlers.install(app, ROUTERS)
-    app.add_middleware(Guards, limits=settings.limits)
-    app.add_middleware(Requests)
+    app.add_middleware(RequestGuard, limits=settings.limits)
+    app.add_middleware(RequestLog)
     return app
 
 

@@ -1,7 +1,7 @@
 """The Celery side of a worker: tasks by name, what each process opens, and the drain signal.
 
-Knows Celery; must not import torch or decide anything about a job. A message only says "look": the database is the
-truth, so a lost or doubled message costs one reminder or one refused claim.
+A message only says "look": the database is the truth, so a lost or doubled message costs one reminder or one refused
+claim. No torch: training runs in a process of its own.
 """
 
 import socket

@@ -1,7 +1,7 @@
 """The broker: the Celery object, its queues, and wake-ups.
 
-Knows task names, queues and the wire to the broker; must not know what tasks do (they are sent by name).
-A message carries one id and nothing else, and only wakes: the database is the truth, the reaper sends again.
+A message carries one id and nothing else, and only wakes: the database is the truth, the reaper sends again. Must not
+import tasks: they are sent by name, so that the API loads none of them.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""File rows: add, check result, read, list, hide.
-
-Knows who may see a file and when it may go; must not know how rows are parsed or bytes are stored.
-"""
+"""File rows: add, read, list, hide; who may see a file and when it may go."""
 
 import re
 import unicodedata

@@ -1,7 +1,4 @@
-"""Bases with their alignments, and fine-tuned models.
-
-Knows which names a project may use and what a model server needs to answer for them; must not know HTTP.
-"""
+"""Bases with their alignments, and fine-tuned models: which names a project may use, and what answers for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +36,7 @@ class Target:
 
     @property
     def served(self) -> str:
-        """The name on the model server's wire, from which it pulls the adapter by itself."""
+        """The name by which a model server is asked, and from which it finds the adapter by itself."""
         if self.adapter is None:
             return PUBLIC_BASE
         return f"{self.adapter.key}@{self.adapter.sha256}:{self.adapter.size_bytes}"
@@ -53,7 +50,7 @@ class BaseTaken(RuntimeError):
 
 
 def base_id_of(name: str) -> str:
-    """The wire id of a base from its name in settings: `smollm2`, `tiny`, a hub id or a local folder."""
+    """The id of a base from its name in settings: `smollm2`, `tiny`, a hub id or a local folder."""
     return base_of(name).id
 
 

@@ -1,7 +1,4 @@
-"""Orgs, projects and API keys.
-
-Knows how keys are made, stored (keyed BLAKE2b and a 6-character hint) and found; must not know HTTP headers.
-"""
+"""Orgs, projects and API keys: how keys are made, stored (keyed BLAKE2b and a 6-character hint) and found."""
 
 import hashlib
 import os

@@ -1,7 +1,4 @@
-"""Who asks: a bearer key becomes a Caller with its project and scopes.
-
-Knows the authorization headers and scopes; must not know how keys are stored.
-"""
+"""Who asks: the bearer key of a request becomes a Caller, who must hold the route's scope."""
 
 from collections.abc import Callable
 from typing import Annotated

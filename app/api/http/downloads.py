@@ -1,6 +1,6 @@
 """Downloads: a blob as an HTTP reply with a strong ETag, ranges and conditions (RFC 9110).
 
-Knows headers; must not know what the bytes are or who may have them.
+Must not know who may have the bytes: the route has asked before.
 """
 
 import base64

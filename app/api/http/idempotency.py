@@ -1,7 +1,4 @@
-"""Repeated POSTs: what makes two requests the same, and the reply that a repeat gets.
-
-Knows the headers that clients repeat with; must not know what a route does.
-"""
+"""Repeated POSTs: the headers that clients repeat with, and the stored reply that a repeat gets."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """Reads a multipart form as it arrives: one part after another, each part's data in pieces.
 
-Knows the format and its bounds; must not know which fields a route wants. A form holds one piece in memory.
+A form holds one piece in memory.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,4 @@
-"""Lists on the wire: `after`, `limit`, `order`, and the page envelope.
-
-Knows the query words and their faults; must not know what is listed.
-"""
+"""Lists: their query parameters `after`, `limit` and `order`, and the page envelope."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,7 +1,4 @@
-"""What the API opened at start, handed to every handler.
-
-Knows the open resources of this process; must not know requests beyond finding them.
-"""
+"""What the API opened at start, handed to every handler."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,7 +1,7 @@
 """Receives one multipart upload: the file's bytes go to the blob store while they are hashed and scanned.
 
-Knows multipart forms and the fields of an upload; must not know the database. Runs in a worker thread and pulls
-the body from the event loop piece by piece, so a slow client fills no memory.
+Runs in a worker thread and pulls the body from the event loop piece by piece, so a slow client fills no memory. Must
+not know the database: nothing of a file stands there before all its bytes are stored.
 """
 
 from collections.abc import Iterator

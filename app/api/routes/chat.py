@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: who may ask which model, then whole answers and streams from the gateway.
 
-Knows requests and replies; must not know SQL or model servers. Whatever can be refused is refused before the
-first byte; a client that leaves stops its answer.
+Whatever can be refused is refused before the first byte; a client that leaves stops its answer.
 """
 
 import asyncio
@@ -46,7 +45,7 @@ async def create_chat_completion(
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that let go of their source however they end; a client that stops reading is cut off."""
+    """Server-sent events that close their source however they end; a client that stops reading is cut off."""
 
     def __init__(self, stream: AnswerStream) -> None:
         super().__init__(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})

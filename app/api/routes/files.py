@@ -1,7 +1,4 @@
-"""Routes of /v1/files.
-
-Knows requests and replies; must not know SQL, multipart or row formats.
-"""
+"""Routes of /v1/files."""
 
 import base64
 import hashlib
@@ -44,7 +41,7 @@ def _create_file(request: Request, caller: Caller, resources: Resources) -> Resp
     key = files.blob_key(caller.project_id, file_id)
     upload = receive_upload(request, resources.blobs, resources.settings.limits, key)
     try:
-        reply, is_new = _add_file(request, caller, resources, upload, file_id)
+        reply, is_new = _add_file(request, caller, resources, _new_file(upload, file_id))
     except ImmunotuneError:  # after any other fault the commit may have happened; the sweep knows
         resources.blobs.delete(key)
         raise
@@ -53,16 +50,14 @@ def _create_file(request: Request, caller: Caller, resources: Resources) -> Resp
     return reply
 
 
-def _add_file(
-    request: Request, caller: Caller, resources: Resources, upload: Upload, file_id: str
-) -> tuple[Response, bool]:
-    meaning = [FilePurpose.FINE_TUNE, upload.filename, upload.expires_after_seconds, upload.blob.sha256]
+def _add_file(request: Request, caller: Caller, resources: Resources, new: NewFile) -> tuple[Response, bool]:
+    meaning = [FilePurpose.FINE_TUNE, new.filename, new.expires_after_seconds, new.blob.sha256]
     repeat = repeat_of(request, caller, meaning)
     with resources.database.writing() as session:
         stored = idempotency.lookup(session, repeat)
         if stored is not None:
             return replay(stored), False
-        file = files.add_file(session, caller.project_id, _new_file(upload, file_id), limits=resources.settings.limits)
+        file = files.add_file(session, caller.project_id, new, limits=resources.settings.limits)
         body = file_to_body(file)
         idempotency.store(session, repeat, status=200, body=body)
         session.commit()

@@ -1,7 +1,4 @@
-"""Is this process alive, and can it serve.
-
-Knows what a request needs to be answered; tells nothing about tenants.
-"""
+"""Is this process alive, and can it serve. These routes ask for no key, so they say nothing about tenants."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse

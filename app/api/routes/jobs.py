@@ -1,7 +1,4 @@
-"""Routes of /v1/fine_tuning/jobs.
-
-Knows requests and replies; must not know SQL or training.
-"""
+"""Routes of /v1/fine_tuning/jobs."""
 
 import hashlib
 import json

@@ -1,7 +1,4 @@
-"""Routes of /v1/models.
-
-Knows requests and replies; must not know SQL or model servers.
-"""
+"""Routes of /v1/models."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse

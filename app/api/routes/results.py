@@ -1,7 +1,4 @@
-"""Routes of what a job leaves: artifacts, safety report, row ledger, parity certificate.
-
-Knows requests and replies; must not know SQL or how anything was measured.
-"""
+"""Routes of what a job leaves: artifacts, safety report, row ledger, parity certificate."""
 
 import csv
 import io
@@ -49,7 +46,7 @@ def list_artifacts(job_id: JobId, caller: ArtifactsReader, resources: ResourcesD
 
 @router.api_route("/artifacts/{form}", methods=["GET", "HEAD"])
 def get_artifact(
-    job_id: JobId, form: str, request: Request, caller: ArtifactsReader, resources: ResourcesDep
+    job_id: JobId, form: str, *, request: Request, caller: ArtifactsReader, resources: ResourcesDep
 ) -> Response:
     """One artifact as a zip."""
     if form not in OFFERED_FORMS:

@@ -1,7 +1,7 @@
-"""Job rows outside an attempt: add, checks, reads, cancel.
+"""Job rows outside an attempt: add, check, read, cancel.
 
-Knows the moves that the API and the checks pool make; the moves of an attempt are in lease.py.
-Every move is one conditional UPDATE and one event in the same transaction.
+Every move is one conditional UPDATE and one event in the same transaction. The moves of an attempt are in lease.py and
+ended.py.
 """
 
 import re
@@ -42,7 +42,7 @@ _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class JobError:
-    """The wire's `error` of a failed job."""
+    """The `error` of a failed job, as the API shows it."""
 
     code: str
     message: str
@@ -129,7 +129,7 @@ def find_unchecked(session: Session, job_id: str) -> Job | None:
 
 
 def model_name(base_id: str, org_slug: str, suffix: str | None, job_id: str) -> str:
-    """The wire name of the model that a job makes; an empty suffix keeps its colons."""
+    """The name by which clients call the model that a job makes; an empty suffix keeps its colons."""
     return f"ft:{base_id}:{org_slug}:{suffix or ''}:{job_id[-8:]}"
 
 

@@ -1,7 +1,6 @@
 """The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, sweeps blobs.
 
 Every statement is conditional and may run in any number of processes at once, so there is no leader.
-Knows what is overdue; must not know how work is done. The composition root owns the thread.
 """
 
 import threading
@@ -164,7 +163,7 @@ def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float) ->
 
 
 def is_needed(session: Session, key: str) -> bool:
-    """Whether a row still speaks for this blob: its file, its job's result, or its live job."""
+    """Whether a row still needs this blob: its file, its job's result, or its live job."""
     of_file = select(File.id).where(File.blob_key == key, File.deleted_at.is_(None))
     parts = key.split("/")
     if parts[0] != "jobs" or len(parts) < 4:

@@ -1,7 +1,7 @@
-"""The database: engine, sessions, the database clock, the row base, keyset pages, migrations.
+"""The database: engine, sessions, the database clock, the base of all rows, keyset pages, migrations.
 
-Knows SQLite and Postgres and where they differ; must not know any one table.
-Every core function takes a session and never commits: its caller does, in plain sight, and wakes afterwards.
+SQLite and Postgres differ here and nowhere else. Every function of app.core takes a session and never commits: its
+caller does, in plain sight, and wakes afterwards.
 """
 
 import operator
@@ -210,7 +210,7 @@ def read_clock(session: Session) -> float:
 
 
 def change(session: Session, statement: Update) -> int:
-    """Run an UPDATE and say how many rows it changed: the count is how a conditional change knows that it won."""
+    """Run an UPDATE and say how many rows it changed: the count tells a conditional change whether it won."""
     return cast("CursorResult[object]", session.execute(statement)).rowcount
 
 
@@ -260,7 +260,7 @@ def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
     engine = create_engine(url, pool_size=10, max_overflow=30, pool_timeout=seconds)
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
-        connection.isolation_level = None  # the begin event below speaks for itself
+        connection.isolation_level = None  # the driver begins nothing by itself: the begin event below does
         connection.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")

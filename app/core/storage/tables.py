@@ -1,7 +1,6 @@
 """Every row class, once. Rows are the domain objects: there is no second layer of entities.
 
-Knows columns, keys and indexes; must not know queries or the wire. Times are unix seconds by the database clock
-(`db.db_now`).
+Times are unix seconds by the database's clock (`database.db_now`).
 """
 
 from enum import StrEnum
@@ -23,7 +22,7 @@ class Org(TableRow):
 
 
 class Project(TableRow):
-    """A tenant. `policy` names an entry of `policy.POLICIES`."""
+    """A tenant. `policy` names the defence that its jobs get (`jobs.policy.get_policy`)."""
 
     __tablename__ = "projects"
     org_id: Mapped[str] = mapped_column(ForeignKey("orgs.id"))
@@ -50,7 +49,7 @@ class FilePurpose(StrEnum):
 
 
 class FileStatus(StrEnum):
-    """The API's `status` of a file, settled while it is uploaded."""
+    """The `status` of a file, as the API shows it; known once its last byte is scanned."""
 
     PROCESSED = "processed"
     ERROR = "error"
@@ -82,7 +81,7 @@ class File(TableRow):
 class Job(TableRow):
     """A request to train, its recipe, and the lease of the attempt that works on it.
 
-    `request` is what the client asked (policy.CreateJob, "auto" included), `recipe` what it resolved to.
+    `request` is what the client asked (jobs.policy.CreateJob, "auto" included), `recipe` what it resolved to.
     `progress` holds step, total_steps and the like for people; `result` the published summary.
     """
 
@@ -214,7 +213,7 @@ class BaseRow(TableRow):
 
 
 class Model(TableRow):
-    """A fine-tuned model; its `id` is the wire name. Registered only when the gate let it pass."""
+    """A fine-tuned model; its `id` is the name that clients use. Registered only when the gate let it pass."""
 
     __tablename__ = "models"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
