@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.core.models import base_id_of
 from app.core.settings import ServingSettings, Settings, load_settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.telemetry import configure_logging
 from finetuning.bases.fetch import fetch
 from finetuning.model.base import FrozenBase, load_base

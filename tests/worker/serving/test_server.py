@@ -11,7 +11,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from app.core.storage.blobs.folder import FolderBlobs, put_bytes
+from app.core.storage.blobs import put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.support.model_server import ModelServer, model_server
