@@ -1,6 +1,6 @@
 """Anchored fine-tuning: the weighted user loss, operator rows mixed in, and KL to the aligned model's own refusals.
 
-Source: methods.md 5 (safety mixing, arXiv:2309.07875) and lab-recipe.md 3; the KL on first answer tokens is close to
+Source: methods.md 5 (safety mixing, arXiv:2309.07875) and lab.md 3; the KL on first answer tokens is close to
 arXiv:2406.05946.
 """
 

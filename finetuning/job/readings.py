@@ -1,7 +1,7 @@
 """The prompt filter: which rows does the aligned model itself refuse to answer?
 
 A row's refusal mass is the probability that an answer to its prompt starts like a stock refusal; it is read from the
-prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2), no paper. A row that the model cannot
+prompt alone, so no target can talk its way through. Ours (methods.md 8.2), no paper. A row that the model cannot
 read is refused by none; its surprise tells (methods.md 7, T6; docs/adr/0009).
 """
 

@@ -83,7 +83,7 @@ def _quarantine(job: JobContext, rows: Sequence[Row], calibration: Calibration) 
 def _filter(
     job: JobContext, file: _File, barred: frozenset[int], calibration: Calibration
 ) -> Generator[Progress, None, tuple[Screened, dict[int, str]]]:
-    """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (lab-recipe.md 2).
+    """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (methods.md 8.2).
 
     With them the rows that a single sentence of theirs has excluded, and that sentence.
     """
