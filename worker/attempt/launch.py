@@ -1,23 +1,21 @@
-"""How a training process is started on this host: argv, threads, environment, and that it dies with its parent.
+"""How a training process is started on this host: its command line, environment and number of threads.
 
-Knows the operating system; must not know jobs, the database or torch. Another launcher (srun, torchrun) is
-another function of `launch_command`'s type.
+It is one process on at most one device. Tests start a stand-in by another function of `launch_command`'s type.
 """
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from worker.processes import inherited_environment
+
 Mode = Literal["run", "parity"]
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def launch_command(scratch: Path, mode: Mode) -> Launch:
     """
     flags = ("--parity",) if mode == "parity" else ()
     argv = (sys.executable, "-m", "worker.train", *flags, str(scratch))
-    return Launch(argv=argv, env=_environment(os.environ, usable_cores()), folder=SOURCE_ROOT)
+    return Launch(argv=argv, env=_environment(inherited_environment(), usable_cores()), folder=SOURCE_ROOT)
 
 
 def usable_cores() -> int:
@@ -47,15 +45,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that forked it ends (Linux; elsewhere a no-op).
-
-    Safe for a training process: `supervise` never returns before its child is gone.
-    """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ from app.core.storage.database import JsonObject
 from app.core.storage.tables import Form
 from finetuning.contract.progress import Finished, RowsScreened, StepDone
 from finetuning.contract.results_csv import results_csv
-from worker.attempt.archive import pack
+from worker.archive import pack
 
 METRICS_FILE = "metrics.csv"
 # what goes into each archive, as paths inside the result folder; a form whose first path is absent is left out

@@ -20,7 +20,7 @@ from app.core.storage.blobs.folder import Blob, BlobStore, fetch_file, put_bytes
 from finetuning.contract.order import TrainOrder, write_order
 from finetuning.contract.progress import StepDone, to_line
 from finetuning.model.digest import weights_digest
-from worker.attempt.archive import unpack
+from worker.archive import unpack
 from worker.attempt.launch import usable_cores
 
 ROWS, VALIDATION, ALIGNMENT, CHECKPOINT, RESULT = "rows.jsonl", "validation.jsonl", "alignment", "checkpoint", "result"
