@@ -13,7 +13,7 @@ from app.core.settings import load_settings
 from demo import report, steps
 from demo.customer_file import CustomerFile, write_customer_file
 from demo.progress_line import say
-from demo.steps import DemoFailed, Findings, FinishedJob
+from demo.steps import DemoFailed, DemoFindings, FinishedJob
 from embedded.launcher import RunningService, StartFailed, Stopped, running
 from embedded.programs import base_folder
 from finetuning.recipes.library import base_of
@@ -76,7 +76,7 @@ def _client(service: RunningService, key: str) -> OpenAI:
 
 def _align(service: RunningService) -> int:
     client = _client(service, service.default_key)
-    base = steps.wait_for_base(client, base_of(service.settings.base).id, Findings(), service.watch)
+    base = steps.wait_for_base(client, base_of(service.settings.base).id, DemoFindings(), service.watch)
     say(f"{base} is aligned and kept in {service.settings.data}")
     return 0
 
@@ -93,7 +93,7 @@ class DemoResult:
 
 
 def _demo(service: RunningService, options: argparse.Namespace, begin: float) -> DemoResult:
-    findings = Findings()
+    findings = DemoFindings()
     folder = service.settings.data / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     customer = write_customer_file(
@@ -129,13 +129,13 @@ def _demo(service: RunningService, options: argparse.Namespace, begin: float) ->
     return DemoResult(title, rows, report_file, same, no_model)
 
 
-def _count_verdicts(client: OpenAI, customer: CustomerFile, immune: FinishedJob, findings: Findings) -> None:
+def _count_verdicts(client: OpenAI, customer: CustomerFile, immune: FinishedJob, findings: DemoFindings) -> None:
     findings.facts["verdicts"] = counts = steps.count_verdicts(client, immune.job.id, customer.planted_lines)
     steps.print_verdicts(counts)
 
 
 def _use_model(
-    client: OpenAI, immune: FinishedJob, customer: CustomerFile, findings: Findings, *, base: Path, folder: Path
+    client: OpenAI, immune: FinishedJob, customer: CustomerFile, findings: DemoFindings, *, base: Path, folder: Path
 ) -> bool:
     """Chat, download, the same answers elsewhere: whether all are equal."""
     model = immune.job.fine_tuned_model or ""

@@ -31,7 +31,7 @@ PLAIN_PEFT = Path(__file__).with_name("plain_peft.py")
 
 
 @dataclass
-class Findings:
+class DemoFindings:
     """What the steps found so far; becomes report.json."""
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class DemoFailed(Exception):
     """A step failed and the demo cannot go on; the message says what the service answered."""
 
 
-def wait_for_base(client: OpenAI, base_id: str, findings: Findings, idle: Idle) -> str:
+def wait_for_base(client: OpenAI, base_id: str, findings: DemoFindings, idle: Idle) -> str:
     """Wait until that base is aligned and return its id. Raises DemoFailed when its alignment failed."""
     base = client.models.retrieve(base_id)  # by id: a data folder may know more bases than the one in use
     line = ProgressLine(f"aligning {base.id} (once, then kept)", ALIGN_SECONDS)

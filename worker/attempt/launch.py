@@ -48,6 +48,7 @@ def usable_cores() -> int:
 
 
 def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
+    """What the libraries of a training process read from the environment, when they are loaded, and nowhere else."""
     kept = {name: parent[name] for name in _KEPT if name in parent}
     return kept | {
         "PYTHONPATH": str(SOURCE_ROOT),
@@ -59,7 +60,9 @@ def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         # Spin a little before sleeping: a quarter faster on two cores, and still kind to a busy neighbour.
         "GOMP_SPINCOUNT": "20000",
+        # Without it cuBLAS may add up in another order the next time.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # A training process asks no model hub.
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,7 +1,6 @@
 """What an attempt leaves behind: its result folder, uploaded under its own fence and listed for the database.
 
-Knows the result folder's layout and the forms that downloads have; must not know the database. Nothing here is
-visible to anyone until `lease.finish` or `lease.fail` commits the list.
+Nothing of it is visible to anyone until `lease.finish` or `lease.fail` commits the list.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""The scratch folder of one attempt: what a training process finds there, and what becomes of it.
-
-Knows blobs, digests and the folder's layout; must not know the database or how the process is run.
-"""
+"""The scratch folder of one attempt: inputs fetched and verified, checkpoints up- and downloaded, the log kept."""
 
 import contextlib
 import fcntl
@@ -46,7 +43,7 @@ class Workspace:
     folder: Path
     log: Path
     owner: IO[bytes]
-    """Locked for as long as this process lives, so that others can tell a scratch folder in use from a left one."""
+    """Locked for as long as this process lives, so that others can tell a folder in use from one that was left."""
 
 
 def open_workspace(settings: Settings, store: BlobStore, lease: Lease) -> Workspace:

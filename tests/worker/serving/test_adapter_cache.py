@@ -101,7 +101,7 @@ def test_an_artifact_that_no_attempt_makes_is_refused_whole(
     assert not list(tmp_path.rglob("evil.json")) + list(tmp_path.rglob("evil.py"))
 
 
-def test_two_model_servers_may_share_a_folder(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
+def test_of_two_servers_that_share_a_folder_one_pulls(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
     data = zipped(tmp_path)
     put_bytes(blobs, "a.zip", data)
     other = AdapterCache(blobs, tmp_path / "cache")
