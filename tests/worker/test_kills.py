@@ -172,8 +172,8 @@ def test_a_running_job_does_not_notice_that_the_broker_dies(service: Running) ->
     service.start_worker()
     job_id = service.submit()
     service.wait_for_checkpoint(job_id)
-    service.children[0].process.kill()
-    service.children[0].process.wait()
+    service.started[0].process.kill()
+    service.started[0].process.wait()
     second = service.submit()  # its wake-up is lost, its row is not
     service.wait_for_state(job_id, JobState.SUCCEEDED)
     assert service.scene.job(job_id).fence == 1
