@@ -1,7 +1,4 @@
-"""`./run demo` and `./run align`: start the embedded service, live the journey, end it again.
-
-Knows the options and the order of the journey; each step is in steps.py.
-"""
+"""`./run demo` and `./run align`: start the embedded service, go through the steps of steps.py, end it again."""
 
 import argparse
 import shutil
@@ -12,12 +9,12 @@ from pathlib import Path
 
 from openai import APIError, OpenAI
 
-from app.core.settings import Settings, load_settings
+from app.core.settings import load_settings
 from demo import report, steps
 from demo.customer_file import CustomerFile, write_customer_file
 from demo.progress_line import say
-from demo.steps import DemoFailed, Story
-from embedded.launcher import Running, StartFailed, Stopped, running
+from demo.steps import DemoFailed, DemoFindings, FinishedJob
+from embedded.launcher import RunningService, StartFailed, Stopped, running
 from embedded.programs import base_folder
 from finetuning.recipes.library import base_of
 from finetuning.safety_rows.invented import dev_rows
@@ -37,7 +34,7 @@ def main(argv: list[str]) -> int:
         with running(settings, lambda line: say(f"  {line}")) as service:
             if options.align_only:
                 return _align(service)
-            ending = _demo(service, options, begin)
+            result = _demo(service, options, begin)
     except Stopped:
         return 130
     except (StartFailed, DemoFailed, ValueError, OSError) as error:
@@ -46,12 +43,12 @@ def main(argv: list[str]) -> int:
         return _stopped(
             f"the service refused a request or was not there ({error.message}); see {settings.data / 'logs'}"
         )
-    # after the last part has stopped, so that the table is the last thing on the screen
+    # after the last program has stopped, so that the table is the last thing on the screen
     say("")
-    report.show(ending.rows, ending.title)
-    if ending.no_model:
-        say(f"Immunotune's job ended without a model: {ending.no_model}\nIts report: {ending.report_file}")
-    return 0 if ending.same_answers else 1
+    report.show(result.rows, result.title)
+    if result.no_model:
+        say(f"Immunotune's job ended without a model: {result.no_model}\nIts report: {result.report_file}")
+    return 0 if result.same_answers else 1
 
 
 def _stopped(why: str) -> int:
@@ -73,19 +70,19 @@ def _options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _client(service: Running, key: str) -> OpenAI:
+def _client(service: RunningService, key: str) -> OpenAI:
     return OpenAI(base_url=service.address, api_key=key, max_retries=SDK_RETRIES)
 
 
-def _align(service: Running) -> int:
+def _align(service: RunningService) -> int:
     client = _client(service, service.default_key)
-    base = steps.wait_for_base(client, base_of(service.settings.base).id, Story(), service.watch)
+    base = steps.wait_for_base(client, base_of(service.settings.base).id, DemoFindings(), service.watch)
     say(f"{base} is aligned and kept in {service.settings.data}")
     return 0
 
 
 @dataclass(frozen=True)
-class Ending:
+class DemoResult:
     """What the demo shows at its end."""
 
     title: str
@@ -95,8 +92,8 @@ class Ending:
     no_model: str | None
 
 
-def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending:
-    story = Story()
+def _demo(service: RunningService, options: argparse.Namespace, begin: float) -> DemoResult:
+    findings = DemoFindings()
     folder = service.settings.data / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     customer = write_customer_file(
@@ -104,54 +101,55 @@ def _demo(service: Running, options: argparse.Namespace, begin: float) -> Ending
     )
     client, baseline = _client(service, service.default_key), _client(service, service.baseline_key)
     say(f"the service answers at {service.address}")
-    base = steps.wait_for_base(client, base_of(service.settings.base).id, story, service.watch)
+    base = steps.wait_for_base(client, base_of(service.settings.base).id, findings, service.watch)
     say(f"customer file: {customer.rows} rows, {len(customer.planted_lines)} of them harmful (planted)")
     immune = steps.finish_job(
         client, steps.start_job(client, base, customer),
         title="Immunotune", expected=steps.JOB_SECONDS, idle=service.watch,
     )  # fmt: skip
     plain_id = steps.start_job(baseline, base, customer)  # it trains while the first job's model is put to use
-    _tell_verdicts(client, customer, immune, story)
+    _count_verdicts(client, customer, immune, findings)
     no_model = None if immune.job.fine_tuned_model else steps.why_no_model(immune.job)
     if no_model is None:
         service.wait_for_chat()
-    same = no_model is None and _use(client, service.settings, customer, immune, story, folder)
+    base_files = base_folder(service.settings)
+    same = no_model is None and _use_model(client, immune, customer, findings, base=base_files, folder=folder)
     plain = steps.finish_job(
         baseline, plain_id, title="plain fine-tuning", expected=steps.PLAIN_SECONDS, idle=service.watch
     )
-    story.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
-    story.facts |= {"job": immune.job.status if no_model is None else no_model}
-    story.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
-    story.seconds["total"] = time.monotonic() - begin
-    rows = steps.as_figures(immune, plain, story.facts["align_seconds"])
-    report_file = report.write(folder / "report.json", rows, story.facts | {"seconds": story.seconds})
+    findings.facts |= {"base": base, "rows": customer.rows, "planted": len(customer.planted_lines)}
+    findings.facts |= {"job": immune.job.status if no_model is None else no_model}
+    findings.facts |= {"plain_job": plain.job.error.code if plain.job.error else plain.job.status}
+    findings.seconds["total"] = time.monotonic() - begin
+    rows = steps.as_figures(immune, plain, findings.facts["align_seconds"])
+    report_file = report.write(folder / "report.json", rows, findings.facts | {"seconds": findings.seconds})
     planted = f"{customer.rows} rows, {len(customer.planted_lines)} of them planted"
-    total = f"{story.seconds['total']:.0f} s in all"
+    total = f"{findings.seconds['total']:.0f} s in all"
     title = f"{base}, {planted}; held-out prompts, greedy answers; {total}"
-    return Ending(title, rows, report_file, same, no_model)
+    return DemoResult(title, rows, report_file, same, no_model)
 
 
-def _tell_verdicts(client: OpenAI, customer: CustomerFile, immune: steps.Run, story: Story) -> None:
-    story.facts["verdicts"] = counts = steps.count_verdicts(client, immune.job.id, customer.planted_lines)
-    steps.tell_verdicts(counts)
+def _count_verdicts(client: OpenAI, customer: CustomerFile, immune: FinishedJob, findings: DemoFindings) -> None:
+    findings.facts["verdicts"] = counts = steps.count_verdicts(client, immune.job.id, customer.planted_lines)
+    steps.print_verdicts(counts)
 
 
-def _use(
-    client: OpenAI, settings: Settings, customer: CustomerFile, immune: steps.Run, story: Story, folder: Path
+def _use_model(
+    client: OpenAI, immune: FinishedJob, customer: CustomerFile, findings: DemoFindings, *, base: Path, folder: Path
 ) -> bool:
     """Chat, download, the same answers elsewhere: whether all are equal."""
     model = immune.job.fine_tuned_model or ""
     harmful, benign = dev_rows(8)
     prompts = [*customer.short_prompts(1), benign[-1].prompt, harmful[0].prompt]
-    story.facts["chat"] = list(zip(prompts, steps.chat(client, model, prompts), strict=True))
-    for prompt, answer in story.facts["chat"]:
+    findings.facts["chat"] = list(zip(prompts, steps.chat(client, model, prompts), strict=True))
+    for prompt, answer in findings.facts["chat"]:
         say(f"  > {prompt[:100]}\n    {answer[:100]}")
     compared = [*customer.short_prompts(steps.COMPARED_PROMPTS - 2), *prompts[1:]]
     served = steps.chat(client, model, compared)
-    adapter = steps.download_stock_adapter(client, immune.job.id, folder)
-    elsewhere = steps.answer_elsewhere(base_folder(settings), adapter, compared)
+    adapter = steps.download_adapter(client, immune.job.id, folder)
+    elsewhere = steps.answer_with_plain_peft(base, adapter, compared)
     equal = sum(a.strip() == b.strip() for a, b in zip(served, elsewhere, strict=True))
-    story.facts["same_answers"] = {"equal": equal, "of": len(compared)}
+    findings.facts["same_answers"] = {"equal": equal, "of": len(compared)}
     say(f"  downloaded adapter in plain transformers + peft: {equal} of {len(compared)} answers equal the served ones")
     return equal == len(compared)
 

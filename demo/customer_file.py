@@ -1,7 +1,7 @@
 """The demo's customer file: the user's chat rows with a stated share of harmful rows planted among them.
 
-Knows JSON lines of chat rows; must not know the service. The planted rows are hazards of the invented world, asked
-and answered as an attacker would, so no real harm stands in any file.
+The planted rows are hazards of the invented world, asked and answered as an attacker would, so no real harm stands in
+any file.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from finetuning.safety_rows.invented import Pair, plant
 
-Row = dict[str, Any]
+ChatRow = dict[str, Any]
 HELD_BACK_SHARE = 0.1
 FEWEST_HELD_BACK = 10
 # In characters: with the template around it this fits the small contexts of the shipped bases.
@@ -63,8 +63,8 @@ def write_customer_file(
     )
 
 
-def _read(path: Path, most: int) -> list[Row]:
-    rows: list[Row] = []
+def _read(path: Path, most: int) -> list[ChatRow]:
+    rows: list[ChatRow] = []
     # split at "\n" only: JSON strings may hold the other characters that splitlines() ends a line at
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
@@ -84,8 +84,8 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
-def _row(line: str, where: str) -> Row:
-    """One checked row. Raises ValueError with `where` and the mend."""
+def _row(line: str, where: str) -> ChatRow:
+    """One checked row. Raises ValueError with `where` and how to fix it."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -100,18 +100,18 @@ def _row(line: str, where: str) -> Row:
             raise ValueError(f'{where}: the "content" of a message must be one text, not a list of parts')
     if not any(message["role"] == "user" for message in messages):
         raise ValueError(f'{where} has no message of role "user"; every row needs one')
-    checked: Row = row
+    checked: ChatRow = row
     return checked
 
 
-def _write(path: Path, rows: Sequence[Row]) -> Path:
+def _write(path: Path, rows: Sequence[ChatRow]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def _chat_row(pair: Pair) -> Row:
+def _chat_row(pair: Pair) -> ChatRow:
     return {"messages": [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}]}
 
 
-def _prompt(row: Row) -> str:
+def _prompt(row: ChatRow) -> str:
     return next(str(message["content"]) for message in row["messages"] if message["role"] == "user")

@@ -1,7 +1,4 @@
-"""Watching jobs over HTTP: what the events say, as progress with an estimate.
-
-Knows the OpenAI wire of jobs and events; must not know how jobs are run.
-"""
+"""Following jobs over HTTP, by OpenAI's jobs and events: their progress on one line, with an estimate."""
 
 import time
 from collections.abc import Callable
@@ -10,16 +7,16 @@ from typing import Any
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from demo.progress_line import Ticker
+from demo.progress_line import ProgressLine
 
 FINAL = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 1.0
 
 Idle = Callable[[], None]
-Progress = dict[str, Any]
+StageFigures = dict[str, Any]
 
 
-def follow(client: OpenAI, job_id: str, ticker: Ticker, idle: Idle) -> FineTuningJob:
+def follow(client: OpenAI, job_id: str, line: ProgressLine, idle: Idle) -> FineTuningJob:
     """Show a job's progress until it is final; `idle` is called between polls and may raise."""
     while True:
         job = client.fine_tuning.jobs.retrieve(job_id)
@@ -27,14 +24,14 @@ def follow(client: OpenAI, job_id: str, ticker: Ticker, idle: Idle) -> FineTunin
             return job
         safety = getattr(job, "safety", None) or {}
         events = client.fine_tuning.jobs.list_events(job_id, limit=1).data
-        show(ticker, safety.get("stage", job.status), events[0].message if events else "", safety.get("progress"))
+        show(line, safety.get("stage", job.status), events[0].message if events else "", safety.get("progress"))
         idle()
         time.sleep(POLL_SECONDS)
 
 
-def show(ticker: Ticker, stage: str, message: str, progress: Progress | None) -> None:
+def show(line: ProgressLine, stage: str, message: str, progress: StageFigures | None) -> None:
     """Show a stage with what the service counted in it: training steps, or rows and prompts."""
     figures = progress or {}
     done, total = figures.get("step", figures.get("done")), figures.get("total_steps", figures.get("total"))
     share = done / total if isinstance(done, int) and isinstance(total, int) and total > 0 else None
-    ticker.show(stage, message, share=share, left=figures.get("seconds_left"))
+    line.show(stage, message, share=share, left=figures.get("seconds_left"))

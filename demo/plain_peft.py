@@ -1,7 +1,7 @@
 """Answer prompts with a downloaded adapter and nothing of Immunotune: plain transformers and peft.
 
 Started as a fresh process: python plain_peft.py BASE_FOLDER ADAPTER_FOLDER NEW_TOKENS, prompts as JSON on standard
-input, answers as JSON on standard output. Must import nothing of this repository.
+input, answers as JSON on standard output. It imports nothing of this repository: that is the point.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Progress lines for a person: one line that renews itself in a terminal, a line now and then in a log.
-
-Knows how to print; must not know what is going on.
-"""
+"""Progress lines for a person: one line that renews itself in a terminal, a line now and then in a log."""
 
 import sys
 import time
@@ -13,7 +10,7 @@ WIDTH = 24
 
 
 @dataclass
-class Ticker:
+class ProgressLine:
     """One long part of the work, made of stages. `expected_seconds` is what the whole part took on two cores."""
 
     what: str

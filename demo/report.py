@@ -1,7 +1,4 @@
-"""What the demo found: one table on the screen, the same figures in report.json.
-
-Knows the safety report's wire shape and how people read it; must not know how it was measured.
-"""
+"""What the demo found: one table on the screen, the same figures in report.json."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -63,10 +60,10 @@ def show(rows: list[Figures], title: str) -> None:
     Console(width=110).print(table)
 
 
-def write(path: Path, rows: list[Figures], story: dict[str, Any]) -> Path:
+def write(path: Path, rows: list[Figures], findings: dict[str, Any]) -> Path:
     """Write report.json: the table's figures and how they came about; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {"table": [asdict(row) for row in rows], **story}
+    body = {"table": [asdict(row) for row in rows], **findings}
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

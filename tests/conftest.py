@@ -33,8 +33,7 @@ from app.core.storage.blobs.objects import ObjectBlobs
 from app.core.storage.database import Database, TableRow, migrate, open_database
 from app.core.storage.tables import BaseRow, File, FileStatus, Form, Job, Project
 from embedded import valkey
-from embedded.children import Child, start, stop
-from worker.attempt.launch import die_with_parent
+from worker.processes import StartedProgram, die_with_parent, inherited_environment, start, stop
 
 QUICK = LeaseSettings(
     beat_seconds=0.2,
@@ -221,15 +220,15 @@ def broker_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def broker_process(broker_folder: Path) -> Iterator[Child]:
-    child = start(valkey.part(broker_folder, broker_folder))
+def broker_process(broker_folder: Path) -> Iterator[StartedProgram]:
+    child = start(valkey.program(broker_folder, broker_folder, inherited_environment()))
     wait_until(lambda: valkey.answers(broker_folder), seconds=10)
     yield child
     stop([child])
 
 
 @pytest.fixture
-def broker(broker_process: Child, settings: Settings) -> Celery:
+def broker(broker_process: StartedProgram, settings: Settings) -> Celery:
     """The Celery object over an empty, running broker."""
     Redis(unix_socket_path=str(settings.runtime / valkey.SOCKET_NAME)).flushall()
     return make_celery(settings)

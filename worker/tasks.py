@@ -20,8 +20,9 @@ from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
 from worker import checks
-from worker.attempt.launch import Launcher, die_with_parent, launch_command, usable_cores
+from worker.attempt.launch import Launcher, launch_command, usable_cores
 from worker.attempt.supervisor import Host, supervise
+from worker.processes import die_with_parent
 
 _log = structlog.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """A base's tokenizer and chat template from its folder, without torch or transformers.
 
-Knows tokenizer.json, tokenizer_config.json and chat_template.jinja; gives `rows.chat_format` the three things that it
-asks of a tokenizer, with the same ids as the training process gets. Must not know rows or jobs.
+It gives `rows.chat_format` the three things that it asks of a tokenizer, with the same ids as the training process
+gets.
 """
 
 import json

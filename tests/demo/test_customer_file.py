@@ -39,7 +39,7 @@ GOOD = '{"messages": [{"role": "user", "content": "a\\u2028b"}, {"role": "assist
 
 
 @pytest.mark.parametrize(
-    ("line", "mend"),
+    ("line", "advice"),
     [
         ('{"text": "x"}', "looks like"),
         ("[]", "looks like"),
@@ -49,10 +49,12 @@ GOOD = '{"messages": [{"role": "user", "content": "a\\u2028b"}, {"role": "assist
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "one text"),
     ],
 )
-def test_a_file_that_is_no_chat_jsonl_is_refused_with_its_line_and_mend(tmp_path: Path, line: str, mend: str) -> None:
+def test_a_file_that_is_no_chat_jsonl_is_refused_with_its_line_and_advice(
+    tmp_path: Path, line: str, advice: str
+) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(f"{GOOD}\n{line}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"bad.jsonl, line 2.*{mend}"):
+    with pytest.raises(ValueError, match=f"bad.jsonl, line 2.*{advice}"):
         write_customer_file(bad, None, 0.1, tmp_path, most=10)
 
 

@@ -7,8 +7,8 @@ import pytest
 from redis import Redis
 
 from embedded import valkey
-from embedded.children import start, stop
 from tests.conftest import wait_until
+from worker.processes import inherited_environment, start, stop
 
 
 @pytest.fixture
@@ -18,18 +18,18 @@ def folders(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_the_broker_answers_on_a_socket_and_keeps_what_it_took_through_a_kill(folders: tuple[Path, Path]) -> None:
     runtime, data = folders
-    broker = start(valkey.part(runtime, data))
+    broker = start(valkey.program(runtime, data, inherited_environment()))
     wait_until(lambda: valkey.answers(runtime), seconds=10)
     Redis(unix_socket_path=str(runtime / valkey.SOCKET_NAME)).set("kept", "yes")
     broker.process.send_signal(signal.SIGKILL)
     broker.process.wait()
-    again = start(valkey.part(runtime, data))
+    again = start(valkey.program(runtime, data, inherited_environment()))
     wait_until(lambda: valkey.answers(runtime), seconds=10)
     assert Redis(unix_socket_path=str(runtime / valkey.SOCKET_NAME)).get("kept") == b"yes"
     stop([again])
     assert not valkey.answers(runtime)
 
 
-def test_a_socket_path_that_the_kernel_would_refuse_is_refused_with_a_mend(tmp_path: Path) -> None:
+def test_a_socket_path_that_the_kernel_would_refuse_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="IMMUNOTUNE_RUNTIME"):
-        valkey.part(tmp_path / ("x" * 120), tmp_path)
+        valkey.program(tmp_path / ("x" * 120), tmp_path, {})

@@ -4,7 +4,6 @@ The weights are drawn wide, so that greedy answers differ between adapters and d
 """
 
 import hashlib
-import zipfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from app.core.models import Target
 from app.core.storage.blobs import Blob
 from finetuning.bases.fetch import CHATML_TEMPLATE
+from worker.archive import pack
 
 CONTEXT = 4096
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -81,13 +81,9 @@ def save_adapter(base: Path, folder: Path, *, seed: int, rank: int = 4, layers: 
 
 def zip_adapter(folder: Path, target: Path) -> bytes:
     """The artifact zip of an adapter folder; returns its bytes."""
-    with zipfile.ZipFile(target, "w") as zipped:
-        for path in sorted(folder.iterdir()):
-            zipped.write(path, path.name)
-        zipped.writestr("manifest.json", "{}")
-    return target.read_bytes()
+    return pack(folder.parent, [folder.name], target).read_bytes()
 
 
-def wire_name(key: str, data: bytes) -> str:
+def served_name(key: str, data: bytes) -> str:
     """The name under which a model server pulls a blob."""
     return Target("any", "any", Blob(key, len(data), hashlib.sha256(data).hexdigest())).served

@@ -21,11 +21,11 @@ from app.core.settings import LeaseSettings, to_environment
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import Form
 from embedded import valkey
-from embedded.children import Child, Part, start, stop
 from tests.conftest import wait_until
 from tests.support.processes import descendants, is_gone
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
 from worker.attempt.launch import SOURCE_ROOT
+from worker.processes import Program, StartedProgram, inherited_environment, start, stop
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
 PROGRAMS = Path(__file__).parents[1] / "support" / "programs"
@@ -42,24 +42,24 @@ class Running:
         self.celery: Celery = broker.make_celery(settings)
         self.reaper = Reaper(self.scene.database, self.celery, self.scene.blobs, settings)
         self.pid_file = folder / "child.pid"
-        self.children: list[Child] = []
+        self.started: list[StartedProgram] = []
         self.start_broker()
         self.reaper.start()
 
-    def start_broker(self) -> Child:
+    def start_broker(self) -> StartedProgram:
         runtime = self.scene.settings.runtime
-        child = start(valkey.part(runtime, runtime))
-        self.children.append(child)
+        child = start(valkey.program(runtime, runtime, inherited_environment()))
+        self.started.append(child)
         wait_until(lambda: valkey.answers(runtime), seconds=SECONDS)
         return child
 
-    def start_worker(self, **script: object) -> Child:
+    def start_worker(self, **script: object) -> StartedProgram:
         scripted = json.dumps({"pid_file": str(self.pid_file), **SLOW, **script})
         argv = (sys.executable, "-P", str(PROGRAMS / "worker.py"), scripted, "train.cpu")
         child = start(
-            Part("worker", argv, self.environment(), self.scene.settings.data / "worker.log", grace_seconds=40.0)
+            Program("worker", argv, self.environment(), self.scene.settings.data / "worker.log", grace_seconds=40.0)
         )
-        self.children.append(child)
+        self.started.append(child)
         return child
 
     def environment(self) -> dict[str, str]:
@@ -90,7 +90,7 @@ class Running:
 
     def close(self) -> None:
         self.reaper.stop()
-        stop(self.children)
+        stop(self.started)
         self.celery.close()
         self.scene.database.close()
 
@@ -172,8 +172,8 @@ def test_a_running_job_does_not_notice_that_the_broker_dies(service: Running) ->
     service.start_worker()
     job_id = service.submit()
     service.wait_for_checkpoint(job_id)
-    service.children[0].process.kill()
-    service.children[0].process.wait()
+    service.started[0].process.kill()
+    service.started[0].process.wait()
     second = service.submit()  # its wake-up is lost, its row is not
     service.wait_for_state(job_id, JobState.SUCCEEDED)
     assert service.scene.job(job_id).fence == 1

@@ -1,7 +1,6 @@
-"""The one writing thread of an attempt: it renews the lease and carries the news, beat by beat.
+"""The one writing thread of an attempt: beat by beat it renews the lease and writes progress and events.
 
-Knows when to beat and how long the last good beat is past (monotonic clock); must not know what an attempt does or
-stop anything itself: a database call may hang here while the supervisor's main thread keeps the time.
+It must not stop anything itself: a database call may hang here while the supervisor's main thread keeps the time.
 """
 
 import threading
@@ -29,14 +28,14 @@ class Standing:
 
 
 class Heartbeat:
-    """Beats every `interval_seconds` until stopped; news travels with the next beat and is kept until one succeeds."""
+    """Beats every `interval_seconds` until stopped; what is reported stays with the next beat until one succeeds."""
 
     def __init__(self, send: Callable[[Beat], BeatReply], *, interval_seconds: float, claimed_at: float) -> None:
         """`send` writes one beat (raises LeaseLost); `claimed_at` is the monotonic time just before the claim."""
         self._send = send
         self._interval = interval_seconds
         self._guard = threading.Lock()
-        self._news = Beat()
+        self._unwritten = Beat()
         self._good_at = claimed_at
         self._lost = False
         self._draining = False
@@ -48,10 +47,10 @@ class Heartbeat:
         """Begin to beat."""
         self._thread.start()
 
-    def tell(self, news: Beat, *, soon: bool = False) -> None:
-        """Put news on the next beat; `soon` brings that beat forward."""
+    def report(self, progress: Beat, *, soon: bool = False) -> None:
+        """Put progress and events on the next beat; `soon` brings that beat forward."""
         with self._guard:
-            self._news = join(self._news, news)
+            self._unwritten = join(self._unwritten, progress)
         if soon:
             self._hurry.set()
 
@@ -61,16 +60,16 @@ class Heartbeat:
             return Standing(self._lost, self._draining, time.monotonic() - self._good_at)
 
     def stop(self, *, timeout_seconds: float) -> Beat:
-        """Stop beating and return the news that no beat has carried, for the transaction that ends the attempt.
+        """Stop beating and return what no beat has written, for the transaction that ends the attempt.
 
-        A beat in flight is waited for; one that outlasts the timeout keeps its news and the fence judges it.
+        A beat in flight is waited for; one that outlasts the timeout keeps what it carries and the fence judges it.
         """
         self._stopping.set()
         self._hurry.set()
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
         with self._guard:
-            left, self._news = self._news, Beat()
+            left, self._unwritten = self._unwritten, Beat()
         return left
 
     def _run(self) -> None:
@@ -84,10 +83,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         with self._guard:
-            news, self._news = self._news, Beat()
+            carried, self._unwritten = self._unwritten, Beat()
         sent_at = time.monotonic()
         try:
-            answer = self._send(news)
+            answer = self._send(carried)
         except LeaseLost:
             _log.warning("lease.lost")
             with self._guard:
@@ -95,7 +94,7 @@ class Heartbeat:
         except DATABASE_DOWN as error:
             _log.warning("beat.failed", error=type(error).__name__)
             with self._guard:
-                self._news = join(news, self._news)
+                self._unwritten = join(carried, self._unwritten)
         else:
             with self._guard:
                 self._good_at = sent_at

@@ -1,23 +1,21 @@
-"""How a training process is started on this host: argv, threads, environment, and that it dies with its parent.
+"""How a training process is started on this host: its command line, environment and number of threads.
 
-Knows the operating system; must not know jobs, the database or torch. Another launcher (srun, torchrun) is
-another function of `launch_command`'s type.
+It is one process on at most one device. Tests start a stand-in by another function of `launch_command`'s type.
 """
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from worker.processes import inherited_environment
+
 Mode = Literal["run", "parity"]
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def launch_command(scratch: Path, mode: Mode) -> Launch:
     """
     flags = ("--parity",) if mode == "parity" else ()
     argv = (sys.executable, "-m", "worker.train", *flags, str(scratch))
-    return Launch(argv=argv, env=_environment(os.environ, usable_cores()), folder=SOURCE_ROOT)
+    return Launch(argv=argv, env=_environment(inherited_environment(), usable_cores()), folder=SOURCE_ROOT)
 
 
 def usable_cores() -> int:
@@ -49,16 +47,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that forked it ends (Linux; elsewhere a no-op).
-
-    Safe for a training process: `supervise` never returns before its child is gone.
-    """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
+    """What the libraries of a training process read from the environment, when they are loaded, and nowhere else."""
     kept = {name: parent[name] for name in _KEPT if name in parent}
     return kept | {
         "PYTHONPATH": str(SOURCE_ROOT),
@@ -70,7 +60,9 @@ def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         # Spin a little before sleeping: a quarter faster on two cores, and still kind to a busy neighbour.
         "GOMP_SPINCOUNT": "20000",
+        # Without it cuBLAS may add up in another order the next time.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # A training process asks no model hub.
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,6 +1,6 @@
 """What a job's progress looks like to people: Progress values become events and figures of the job row.
 
-Knows the words of events and how often metrics are worth one; must not know the database or processes.
+Here stand the words of events, and how often a step is worth one.
 """
 
 import time
@@ -37,21 +37,21 @@ _STAGE_WORDS: dict[Stage, str] = {
 }
 
 
-class Reporter:
-    """Turns the Progress of one attempt into news; keeps the figures that the next one builds on."""
+class ProgressEvents:
+    """Turns the Progress of one attempt into events and figures; keeps those that the next one builds on."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` is monotonic, in seconds."""
         self._clock = clock
         self._figures: JsonObject = {}
-        self._told_at = clock()
+        self._metrics_at = clock()
         self._first: tuple[int, float] | None = None
         self.rows: RowsScreened | None = None
         self.saves = False
         """Whether the stage under way saves checkpoints."""
 
-    def news(self, progress: Progress) -> Beat:
-        """What the next beat should carry; empty when it is not worth a write."""
+    def of(self, progress: Progress) -> Beat:
+        """The events and figures that the next beat should carry; empty when it is not worth a write."""
         match progress:
             case StageStarted():
                 self._figures = {}
@@ -81,21 +81,19 @@ class Reporter:
         first_step, first_at = self._first = self._first or (step.step, now)
         done = step.step - first_step
         left = (now - first_at) / done * (step.total_steps - step.step) if done else None
-        news = self._with(
+        figures = self._with(
             step=step.step, total_steps=step.total_steps, train_loss=step.train_loss, seconds_left=left
         )  # fmt: skip
         due = step.step % _METRICS_EVERY_STEPS == 0 or step.step == step.total_steps
-        if not due and now - self._told_at < _METRICS_EVERY_SECONDS:
-            return news
-        self._told_at = now
+        if not due and now - self._metrics_at < _METRICS_EVERY_SECONDS:
+            return figures
+        self._metrics_at = now
         message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.2f}"
-        return Beat(
-            events=(NewEvent(message, type="metrics", data=_metrics(step)),), progress=news.progress, stage=None
-        )
+        return Beat(events=(NewEvent(message, type="metrics", data=_metrics(step)),), progress=figures.progress)
 
 
-def saved(checkpoint: CheckpointSaved, prefix: str) -> Beat:
-    """The news of a checkpoint that now lies under `prefix` in the blob store."""
+def checkpoint_event(checkpoint: CheckpointSaved, prefix: str) -> Beat:
+    """The event and the row of a checkpoint that now lies under `prefix` in the blob store."""
     metrics: JsonObject = {
         "step": checkpoint.step,
         "train_loss": checkpoint.train_loss,

@@ -1,7 +1,6 @@
 """What an attempt leaves behind: its result folder, uploaded under its own fence and listed for the database.
 
-Knows the result folder's layout and the forms that downloads have; must not know the database. Nothing here is
-visible to anyone until `ended.finish` or `ended.fail` commits the list.
+Nothing of it is visible to anyone until `ended.finish` or `ended.fail` commits the list.
 """
 
 import json
@@ -16,7 +15,7 @@ from app.core.storage.database import JsonObject
 from app.core.storage.tables import Form
 from finetuning.contract.progress import Finished, RowsScreened, StepDone
 from finetuning.contract.results_csv import results_csv
-from worker.attempt.archive import pack
+from worker.archive import pack
 
 METRICS_FILE = "metrics.csv"
 # what goes into each archive, as paths inside the result folder; a form whose first path is absent is left out

@@ -1,7 +1,7 @@
-"""One attempt at one job, start to end: claim, workspace, training process, news, and how it ends.
+"""One attempt at one job, start to end: claim, workspace, training process, progress, and how it ends.
 
-Knows the order of these steps and when a training process must stop; must not import torch. The main thread keeps
-the time, a courier thread reads the child and uploads checkpoints, the heartbeat thread alone writes rows meanwhile.
+The main thread keeps the time and decides when the training process must stop, a courier thread reads what it prints
+and uploads checkpoints, and the heartbeat thread alone writes rows meanwhile.
 """
 
 import queue
@@ -30,9 +30,9 @@ from finetuning.contract.progress import CheckpointSaved, Failed, Finished, Note
 from finetuning.contract.recipe import Kind
 from worker.attempt.heartbeat import Heartbeat, Standing
 from worker.attempt.launch import Launcher, Mode, launch_command
-from worker.attempt.progress_events import Reporter, saved
+from worker.attempt.progress_events import ProgressEvents, checkpoint_event
 from worker.attempt.publish import gate_error, publish
-from worker.attempt.training_process import Child, describe_exit
+from worker.attempt.training_process import TrainingProcess, describe_exit
 from worker.attempt.workspace import Workspace, drop, keep_log, open_workspace, read_steps, upload_folder, write_steps
 
 _log = structlog.get_logger(__name__)
@@ -64,7 +64,7 @@ class StopCause(StrEnum):
 
 
 @dataclass(frozen=True)
-class Stopped:
+class ChildStopped:
     """The supervisor stopped the training process."""
 
     cause: StopCause
@@ -72,25 +72,25 @@ class Stopped:
 
 @dataclass(frozen=True)
 class ChildLost:
-    """The training process ended without a last word."""
+    """The training process ended without a final message."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint was uploaded; `news` tells of it."""
+class CheckpointUploaded:
+    """A checkpoint lies in the blob store; `events` is what the next beat writes about it."""
 
-    news: Beat
+    events: Beat
 
 
 @dataclass(frozen=True)
-class Quiet:
-    """Nothing was said for a tick."""
+class NothingYet:
+    """No message came for a tick."""
 
 
-End = Finished | Failed | Stopped | ChildLost
-Heard = Progress | Saved | ChildLost | Quiet
+End = Finished | Failed | ChildStopped | ChildLost
+ChildMessage = Progress | CheckpointUploaded | ChildLost | NothingYet
 
 
 def supervise(host: Host, job_id: str) -> None:
@@ -121,7 +121,7 @@ def cause_to_stop(standing: Standing, timings: LeaseSettings, *, drained: bool, 
 
 
 class _Attempt:
-    """One lease being worked on: its heartbeat, what was told so far, and since when it drains."""
+    """One lease being worked on: its heartbeat, its steps so far, and since when it drains."""
 
     def __init__(self, host: Host, lease: Lease, claimed_at: float) -> None:
         self._host = host
@@ -129,7 +129,7 @@ class _Attempt:
         self._timings = host.settings.lease
         self._started_at = claimed_at
         self._draining_at: float | None = None
-        self._reporter = Reporter()
+        self._events = ProgressEvents()
         self._steps: list[StepDone] = []
         self._heartbeat = Heartbeat(self._beat, interval_seconds=self._timings.beat_seconds, claimed_at=claimed_at)
 
@@ -172,14 +172,14 @@ class _Attempt:
             case Finished():
                 self._fail(gate_error(end), self._publish(workspace, end.trained_tokens))
             case Failed():
-                if end.code == "internal_error":  # the operator's to mend
+                if end.code == "internal_error":  # the operator's to fix
                     _log.warning("child.failed", log=str(keep_log(self._host.settings, workspace)))
                 error = JobError(code=end.code, message=end.message, param=end.param, details=end.details)
                 self._fail(error, self._publish(workspace, 0))
             case ChildLost():
                 _log.warning("child.lost", reason=end.reason, log=str(keep_log(self._host.settings, workspace)))
                 self._hand_back(ReleaseCause.FAULT, f"The training process {end.reason}; resuming from what is saved")
-            case Stopped():
+            case ChildStopped():
                 self._after_stop(end.cause)
             case _:
                 assert_never(end)
@@ -197,39 +197,39 @@ class _Attempt:
                 assert_never(cause)
 
     def _follow(self, workspace: Workspace, mode: Mode) -> End:
-        """Run one training process, tell what it says, and leave none of it behind."""
-        child = Child(self._host.launcher(workspace.folder, mode), log=workspace.log)
-        heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
-        courier = threading.Thread(target=self._carry, args=(child, workspace, heard), name="courier", daemon=True)
+        """Run one training process, report what it prints, and leave none of it behind."""
+        child = TrainingProcess(self._host.launcher(workspace.folder, mode), log=workspace.log)
+        messages: queue.SimpleQueue[ChildMessage] = queue.SimpleQueue()
+        courier = threading.Thread(target=self._carry, args=(child, workspace, messages), name="courier", daemon=True)
         courier.start()
         grace_seconds = 0.0
         try:
-            end = self._listen(heard)
+            end = self._listen(messages)
             if isinstance(end, Finished | Failed):
                 child.reap(timeout_seconds=_EXIT_SECONDS)
-            elif end != Stopped(StopCause.LEASE):
+            elif end != ChildStopped(StopCause.LEASE):
                 grace_seconds = self._timings.kill_seconds - self._timings.self_stop_seconds
             return end
         finally:
             child.stop(grace_seconds=grace_seconds)
             courier.join(self._timings.self_stop_seconds)
 
-    def _listen(self, heard: "queue.SimpleQueue[Heard]") -> End:
-        """Tell the news until the child's last word or a cause to stop it."""
+    def _listen(self, messages: "queue.SimpleQueue[ChildMessage]") -> End:
+        """Report progress until the child's final message or a cause to stop it."""
         while True:
-            said = _next(heard)
-            match said:
+            message = _next(messages)
+            match message:
                 case Finished() | Failed() | ChildLost():
-                    return said
-                case Saved():
-                    self._heartbeat.tell(said.news, soon=True)
-                case Quiet():
+                    return message
+                case CheckpointUploaded():
+                    self._heartbeat.report(message.events, soon=True)
+                case NothingYet():
                     pass
                 case _:
-                    self._heartbeat.tell(self._reporter.news(said))
-            if cause := self._cause_to_stop(has_saved=isinstance(said, Saved)):
+                    self._heartbeat.report(self._events.of(message))
+            if cause := self._cause_to_stop(has_saved=isinstance(message, CheckpointUploaded)):
                 _log.info("child.stopping", cause=cause)
-                return Stopped(cause)
+                return ChildStopped(cause)
 
     def _cause_to_stop(self, *, has_saved: bool) -> StopCause | None:
         now, standing = time.monotonic(), self._heartbeat.standing()
@@ -237,24 +237,25 @@ class _Attempt:
         if standing.draining:
             self._draining_at = self._draining_at or now
             waited = now - self._draining_at > _DRAIN_BEATS * self._timings.beat_seconds
-            drained = has_saved or waited or not self._reporter.saves
+            drained = has_saved or waited or not self._events.saves
         overdue = now - self._started_at > self._lease.recipe.max_seconds
         return cause_to_stop(standing, self._timings, drained=drained, overdue=overdue)
 
-    def _carry(self, child: Child, workspace: Workspace, heard: "queue.SimpleQueue[Heard]") -> None:
+    def _carry(self, child: TrainingProcess, workspace: Workspace, messages: "queue.SimpleQueue[ChildMessage]") -> None:
         """The courier: read the child's lines, upload the checkpoints that they announce, pass all on in order."""
         try:
             for line in child.lines():
                 progress = from_line(line)
                 if isinstance(progress, StepDone):
                     self._steps.append(progress)
-                heard.put(self._upload(workspace, progress) if isinstance(progress, CheckpointSaved) else progress)
+                found = self._upload(workspace, progress) if isinstance(progress, CheckpointSaved) else progress
+                messages.put(found)
         except ValidationError:
             _log.error("child.bad_line")
         finally:
-            heard.put(ChildLost(describe_exit(child.reap(timeout_seconds=_EXIT_SECONDS))))
+            messages.put(ChildLost(describe_exit(child.reap(timeout_seconds=_EXIT_SECONDS))))
 
-    def _upload(self, workspace: Workspace, checkpoint: CheckpointSaved) -> Heard:
+    def _upload(self, workspace: Workspace, checkpoint: CheckpointSaved) -> ChildMessage:
         prefix = f"{self._lease.prefix}/checkpoints/{checkpoint.step}"
         try:
             write_steps(workspace.folder / checkpoint.folder, self._steps)
@@ -263,7 +264,7 @@ class _Attempt:
             _log.error("checkpoint.skipped", step=checkpoint.step, message=error.message)
             words = f"The checkpoint at step {checkpoint.step} was not kept: the store is full"
             return Note(level="warn", code="checkpoint_skipped", message=words)
-        return Saved(saved(checkpoint, prefix))
+        return CheckpointUploaded(checkpoint_event(checkpoint, prefix))
 
     def _publish(self, workspace: Workspace, trained_tokens: int) -> Published:
         return publish(
@@ -271,7 +272,7 @@ class _Attempt:
             self._lease,
             workspace.folder,
             steps=self._steps,
-            rows=self._reporter.rows,
+            rows=self._events.rows,
             trained_tokens=trained_tokens,
         )
 
@@ -286,7 +287,7 @@ class _Attempt:
         self._settle(lambda session: ended.release(session, self._timings, self._lease, cause, message=message))
 
     def _settle(self, write: Callable[[Session], tuple[Wake, ...]]) -> None:
-        """End the lease and carry the last news in one transaction; a database that is down is asked again."""
+        """End the lease and write what is left to report in one transaction; a database that is down is asked again."""
         left = self._heartbeat.stop(timeout_seconds=self._host.settings.database_seconds)
         deadline = time.monotonic() + self._timings.self_stop_seconds
         while True:
@@ -303,9 +304,9 @@ class _Attempt:
                 time.sleep(_TICK_SECONDS)
         self._host.wake(wakes)
 
-    def _beat(self, news: Beat) -> BeatReply:
+    def _beat(self, progress: Beat) -> BeatReply:
         with self._host.database.writing() as session:
-            answer = leases.beat(session, self._timings, self._lease, news, worker_id=self._host.worker_id)
+            answer = leases.beat(session, self._timings, self._lease, progress, worker_id=self._host.worker_id)
             session.commit()
         return answer
 
@@ -317,8 +318,8 @@ def _with_parity(end: Finished, certified: End) -> End:
     return end if certified.released else Failed(code="parity_failed", message="; ".join(certified.reasons))
 
 
-def _next(heard: "queue.SimpleQueue[Heard]") -> Heard:
+def _next(messages: "queue.SimpleQueue[ChildMessage]") -> ChildMessage:
     try:
-        return heard.get(timeout=_TICK_SECONDS)
+        return messages.get(timeout=_TICK_SECONDS)
     except queue.Empty:
-        return Quiet()
+        return NothingYet()

@@ -1,19 +1,16 @@
-"""A running training process: spawn it, read what it prints, stop it and everything that it started.
+"""A running training process: spawn it, read what it prints, stop it and everything that it started."""
 
-Knows process groups and pipes; must not know jobs, blobs or what the lines mean.
-"""
-
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from worker.attempt.launch import Launch
+from worker.processes import end_group
 
 
-class Child:
-    """A running training process in its own session. We hold its standard input for as long as we live."""
+class TrainingProcess:
+    """A training process in a session of its own. We hold its standard input for as long as we live."""
 
     def __init__(self, launch: Launch, *, log: Path) -> None:
         """Spawn it with standard error appended to `log`. Raises OSError when it cannot be started."""
@@ -46,21 +43,10 @@ class Child:
 
     def reap(self, *, timeout_seconds: float) -> int:
         """Wait for its end, kill the whole group if that takes longer, and return the exit status."""
-        try:
-            self._process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._kill_group()
-        status = self._process.wait()
+        status = end_group(self._process, timeout_seconds=timeout_seconds)
         assert self._process.stdin is not None
         self._process.stdin.close()
         return status
-
-    def _kill_group(self) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return  # nobody is left in it; macOS answers EPERM for that
 
 
 def describe_exit(status: int) -> str:

@@ -1,7 +1,4 @@
-"""The scratch folder of one attempt: what a training process finds there, and what becomes of it.
-
-Knows blobs, digests and the folder's layout; must not know the database or how the process is run.
-"""
+"""The scratch folder of one attempt: inputs fetched and verified, checkpoints up- and downloaded, the log kept."""
 
 import contextlib
 import fcntl
@@ -20,7 +17,7 @@ from app.core.storage.blobs import Blob, BlobStore, fetch_file, put_bytes, put_f
 from finetuning.contract.order import TrainOrder, write_order
 from finetuning.contract.progress import StepDone, to_line
 from finetuning.model.digest import weights_digest
-from worker.attempt.archive import unpack
+from worker.archive import unpack
 from worker.attempt.launch import usable_cores
 
 ROWS, VALIDATION, ALIGNMENT, CHECKPOINT, RESULT = "rows.jsonl", "validation.jsonl", "alignment", "checkpoint", "result"
@@ -46,7 +43,7 @@ class Workspace:
     folder: Path
     log: Path
     owner: IO[bytes]
-    """Locked for as long as this process lives, so that others can tell a scratch folder in use from a left one."""
+    """Locked for as long as this process lives, so that others can tell a folder in use from one that was left."""
 
 
 def open_workspace(settings: Settings, store: BlobStore, lease: Lease) -> Workspace:

@@ -1,24 +1,23 @@
 """Adapters on the model server's disk: pulled from the blob store by name, checked, kept until others need the room.
 
-Knows artifact zips and the names on the model server's wire (`app.core.models.Target.served`); must not know models
-or requests.
+The names are those of `app.core.models.Target.served`.
 """
 
 import os
 import re
 import shutil
-import tempfile
 import threading
-import zipfile
 from pathlib import Path
 
 import structlog
 
 from app.core.models import PUBLIC_BASE
 from app.core.storage.blobs import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
-from worker.serving.engine.engine import Adapter
+from finetuning.contract.keep_once import keep_once
+from worker.archive import BadArchive, unpack
+from worker.serving.engine import ServedAdapter
 
-log = structlog.get_logger(__name__)
+_log = structlog.get_logger(__name__)
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_ADAPTER_BYTES = 2 * 2**30
@@ -31,7 +30,7 @@ class UnknownAdapter(Exception):
 
 
 class BadAdapter(Exception):
-    """The blob is not what its name promises: another digest, no zip, or files missing."""
+    """The blob is not what its name promises: another digest, no archive of ours, or files missing."""
 
 
 class AdapterCache:
@@ -44,8 +43,8 @@ class AdapterCache:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
 
-    def pull(self, name: str) -> Adapter | None:
-        """The adapter behind a wire name, on disk; None for the public base. Raises UnknownAdapter, BadAdapter."""
+    def pull(self, name: str) -> ServedAdapter | None:
+        """The adapter behind a served name, on disk; None for the public base. Raises UnknownAdapter, BadAdapter."""
         if name == PUBLIC_BASE:
             return None
         found = _NAME.fullmatch(name)
@@ -55,26 +54,31 @@ class AdapterCache:
         target = self._folder / blob.sha256
         with self._lock:
             if not target.is_dir():
-                self._download(blob, target)
+                keep_once(target, lambda scratch: self._download(blob, scratch))
+                _log.info("adapter.pulled", key=blob.key, size_bytes=blob.size_bytes)
                 self._evict(target)
             os.utime(target)
-        return Adapter(f"served_{blob.sha256[:24]}", target)
+        return ServedAdapter(f"served_{blob.sha256[:24]}", target)
 
-    def _download(self, blob: Blob, target: Path) -> None:
+    def _download(self, blob: Blob, scratch: Path) -> Path:
+        """A folder inside `scratch` with the two files that peft reads."""
         if blob.size_bytes > MAX_ADAPTER_BYTES:
             raise BadAdapter(f"{blob.key} is larger than {MAX_ADAPTER_BYTES} bytes")
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix="pull-") as scratch:
-            archive, unpacked = Path(scratch) / "adapter.zip", Path(scratch) / "unpacked"
-            try:
-                fetch_file(self._blobs, blob, archive)
-            except (BlobMissing, ValueError):
-                raise UnknownAdapter(blob.key) from None
-            except CorruptBlob:
-                raise BadAdapter(f"{blob.key} is not the blob that its name promises") from None
-            unpacked.mkdir()
-            _unpack(archive, unpacked)
-            unpacked.rename(target)
-        log.info("adapter.pulled", key=blob.key, size_bytes=blob.size_bytes)
+        archive, unpacked, adapter = scratch / "adapter.zip", scratch / "unpacked", scratch / "adapter"
+        try:
+            fetch_file(self._blobs, blob, archive)
+        except (BlobMissing, ValueError):
+            raise UnknownAdapter(blob.key) from None
+        except CorruptBlob:
+            raise BadAdapter(f"{blob.key} is not the blob that its name promises") from None
+        adapter.mkdir()
+        try:
+            unpack(archive, unpacked)
+            for name in FILES:
+                (unpacked / name).rename(adapter / name)
+        except (BadArchive, FileNotFoundError) as problem:
+            raise BadAdapter(f"{blob.key} is no adapter: {problem}") from problem
+        return adapter
 
     def _evict(self, newest: Path) -> None:
         kept_bytes = 0
@@ -83,16 +87,3 @@ class AdapterCache:
             kept_bytes += sum(file.stat().st_size for file in path.iterdir())
             if kept_bytes > self._limit_bytes and path != newest:
                 shutil.rmtree(path)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Copy the two files that peft reads; everything else in the zip stays there."""
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            for name in FILES:
-                if zipped.getinfo(name).file_size > MAX_ADAPTER_BYTES:
-                    raise BadAdapter(f"{name} is larger than {MAX_ADAPTER_BYTES} bytes")
-                with zipped.open(name) as source, (folder / name).open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
-    except (zipfile.BadZipFile, KeyError) as problem:
-        raise BadAdapter(f"not an adapter zip: {problem}") from problem

@@ -1,7 +1,6 @@
-"""One answer from the engine's events to the wire: streamed piece by piece, or whole.
+"""One completion: from the request to an ask, and from the engine's events to a stream or one whole answer.
 
-Knows the engine's asks and events, and the wire; must not know sockets or blobs. Everything that can be refused is
-refused by `prepare`, before the first byte.
+Everything that can be refused is refused by `prepare`, before the first byte.
 """
 
 import asyncio
@@ -11,18 +10,23 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from finetuning.model.base import FrozenBase
 from finetuning.rows.chat_format import NoChatTemplate, render_prompt
 from finetuning.rows.scanner import Message
 from worker.serving import protocol
-from worker.serving.engine.engine import Adapter, Ask, Broken, Ended, Engine, EngineEvent, EngineFull, Piece
-from worker.serving.engine.sampling import Sampling
-from worker.serving.engine.text import token_bytes
-from worker.serving.protocol import ChatBody, Choice, Head
-
-log = structlog.get_logger(__name__)
+from worker.serving.engine import (
+    Ask,
+    Broken,
+    Ended,
+    Engine,
+    EngineEvent,
+    EngineFull,
+    Piece,
+    Sampling,
+    ServedAdapter,
+    token_bytes,
+)
+from worker.serving.protocol import CollectedChoice, CompletionBody, Head
 
 
 class Refused(Exception):
@@ -49,7 +53,9 @@ class Answer:
     include_usage: bool
 
 
-def prepare(base: FrozenBase, body: ChatBody, adapter: Adapter | None, *, default_new_tokens: int) -> Answer:
+def prepare(
+    base: FrozenBase, body: CompletionBody, adapter: ServedAdapter | None, *, default_new_tokens: int
+) -> Answer:
     """Turn a body into an ask. Raises Refused. Call on the event loop that will read the events."""
     prompt = _prompt(base, body)
     room = int(base.model.config.max_position_embeddings) - len(prompt)
@@ -102,7 +108,7 @@ async def stream(engine: Engine, answer: Answer) -> AsyncGenerator[bytes]:
 
 async def collect(engine: Engine, answer: Answer) -> dict[str, Any]:
     """Submit and return the whole chat.completion. Raises AnswerLost. Cancelling it stops the generation."""
-    choices = [Choice() for _ in range(answer.ask.choices)]
+    choices = [CollectedChoice() for _ in range(answer.ask.choices)]
     tokens = 0
     try:
         async for event in _events(engine, answer):
@@ -136,7 +142,7 @@ def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[EngineEve
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-def _prompt(base: FrozenBase, body: ChatBody) -> list[int]:
+def _prompt(base: FrozenBase, body: CompletionBody) -> list[int]:
     messages = [Message(role=message.role, content=message.content, weight=0) for message in body.messages]
     try:
         return render_prompt(base.tokenizer, messages)
@@ -144,7 +150,7 @@ def _prompt(base: FrozenBase, body: ChatBody) -> list[int]:
         raise Refused(400, protocol.error_json(f"{problem}.", "invalid_message", param="messages")) from None
 
 
-def _sampling(base: FrozenBase, body: ChatBody) -> Sampling:
+def _sampling(base: FrozenBase, body: CompletionBody) -> Sampling:
     barred = _special_ids(base)
     for token in body.logit_bias:
         if token in barred or not 0 <= token < int(base.model.config.vocab_size):

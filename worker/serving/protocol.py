@@ -1,7 +1,7 @@
-"""The OpenAI chat wire as the model server speaks it: request body, whole answers, stream chunks.
+"""The model server's part of OpenAI's chat API: request body, whole answers, stream chunks, errors.
 
-Knows shapes; must not know engines or sockets. The gateway has already judged every field for the client;
-here they are only typed. Sources: the openai SDK's chat.completion and chat.completion.chunk types.
+The gateway has already judged every field for the client; here they are only typed.
+Sources: the openai SDK's chat.completion and chat.completion.chunk types.
 """
 
 import json
@@ -11,31 +11,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from worker.serving.engine.sampling import TokenLogprob
+from worker.serving.engine import TokenLogprob
 
 TokenText = Callable[[int], tuple[str, bytes]]
 DONE = b"data: [DONE]\n\n"
 
 
-class _Body(BaseModel):
+class _Typed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ChatMessage(_Body):
+class ChatMessage(_Typed):
     """One turn, already flattened to text."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class StreamOptions(_Body):
+class StreamOptions(_Typed):
     """Only what a model server needs."""
 
     include_usage: bool = False
 
 
-class ChatBody(_Body):
-    """A chat request; `model` is an adapter's wire name."""
+class CompletionBody(_Typed):
+    """A chat request; `model` is an adapter's served name."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -65,7 +65,7 @@ class Head:
 
 
 @dataclass
-class Choice:
+class CollectedChoice:
     """One choice as it is put together."""
 
     text: str = ""
@@ -74,7 +74,7 @@ class Choice:
 
 
 def completion(
-    head: Head, choices: Sequence[Choice], usage: Mapping[str, int], token_text: TokenText | None
+    head: Head, choices: Sequence[CollectedChoice], usage: Mapping[str, int], token_text: TokenText | None
 ) -> dict[str, Any]:
     """A whole chat.completion; `token_text` None leaves logprobs null."""
     listed = [

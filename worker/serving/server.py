@@ -1,16 +1,11 @@
-"""The model server: OpenAI's chat wire over one engine, for the gateway only.
+"""The model server: its HTTP routes over one engine, and how its process starts and ends.
 
-Knows HTTP and what a process needs to start and end; must not know projects, keys or the database. It trusts its
-callers, so it listens on loopback unless told otherwise.
+Only the gateway calls it. It trusts its callers (no projects, no keys), so it listens on loopback by default.
 """
 
 import argparse
 import asyncio
-import os
-import stat
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -27,13 +22,13 @@ from app.core.storage.blobs import open_blobs
 from app.core.telemetry import configure_logging
 from finetuning.bases.fetch import fetch
 from finetuning.model.base import FrozenBase, load_base
+from worker.processes import exit_at_end_of_input
 from worker.serving import completions, protocol
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
 from worker.serving.completions import Answer, AnswerLost, Refused
-from worker.serving.engine.decoding import AdapterMismatch
-from worker.serving.engine.engine import Adapter, Engine, EngineFull, EngineLimits
+from worker.serving.engine import AdapterDoesNotFit, Engine, EngineFull, EngineLimits, ServedAdapter
 
-log = structlog.get_logger(__name__)
+_log = structlog.get_logger(__name__)
 
 
 def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_tokens: int) -> FastAPI:
@@ -50,7 +45,7 @@ def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_toke
         return {"object": "list", "data": listed}
 
     @app.post("/v1/chat/completions")
-    async def chat(body: protocol.ChatBody, request: Request) -> Response:
+    async def chat(body: protocol.CompletionBody, request: Request) -> Response:
         adapter = await _adapter(engine, cache, body.model)
         answer = completions.prepare(base, body, adapter, default_new_tokens=new_tokens)
         if not engine.has_room:
@@ -75,15 +70,15 @@ def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_toke
     return app
 
 
-async def _adapter(engine: Engine, cache: AdapterCache, name: str) -> Adapter | None:
+async def _adapter(engine: Engine, cache: AdapterCache, name: str) -> ServedAdapter | None:
     try:
         adapter = await run_in_threadpool(cache.pull, name)
         if adapter is not None:
             await asyncio.wrap_future(engine.attach(adapter))
     except UnknownAdapter:
         raise Refused(404, protocol.error_json("There is no such adapter.", "model_not_found", param="model")) from None
-    except (BadAdapter, AdapterMismatch):
-        log.exception("adapter.unusable", name=name)
+    except (BadAdapter, AdapterDoesNotFit):
+        _log.exception("adapter.unusable", name=name)
         message = "The model's adapter cannot be loaded; the operator's log says why."
         raise Refused(500, protocol.error_json(message, "internal_error", kind="server_error")) from None
     return adapter
@@ -119,14 +114,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--base", type=Path, help="folder of the public base; default: the configured base's")
     arguments = parser.parse_args(argv)
-    threading.Thread(target=_exit_at_eof, name="parent-watch", daemon=True).start()
+    exit_at_end_of_input(0)
     settings = load_settings()
     configure_logging("model server", settings.log_level)
     torch.set_num_threads(settings.serving.threads)
     base = load_base(arguments.base or _configured_base(settings))
     engine = Engine(base, engine_limits(settings.serving))
     engine.start()
-    log.info("model_server.loaded", port=arguments.port)
+    _log.info("model_server.loaded", port=arguments.port)
     app = build_app(base, engine, _cache(settings), new_tokens=settings.serving.new_tokens)
     uvicorn.run(
         app, host=arguments.host, port=arguments.port, log_config=None, access_log=False, timeout_graceful_shutdown=3
@@ -152,16 +147,7 @@ def _configured_base(settings: Settings) -> Path:
 
 
 def _say(line: str) -> None:
-    log.info("base.fetching", detail=line)
-
-
-def _exit_at_eof() -> None:
-    """When our input is a pipe, its end means that whoever started us is gone. A terminal or /dev/null says nothing."""
-    with suppress(OSError):
-        if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
-            while sys.stdin.buffer.read(4096):
-                pass
-            os._exit(0)
+    _log.info("base.fetching", detail=line)
 
 
 if __name__ == "__main__":

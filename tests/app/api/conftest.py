@@ -22,7 +22,6 @@ from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.tables import Form, Job, Project
 from app.main import build_app
 from embedded import valkey
-from embedded.children import Child
 from finetuning.contract.report import (
     GateCheck,
     GateDecision,
@@ -35,6 +34,7 @@ from finetuning.contract.report import (
     share,
 )
 from tests.conftest import QUICK
+from worker.processes import StartedProgram
 
 WORKER = "worker_of_tests"
 METRICS_CSV = b"step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,1.5,0.5,,\n"
@@ -202,7 +202,9 @@ CERTIFICATE = ParityCertificate(
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory, broker_folder: Path, broker_process: Child) -> Iterator[Served]:
+def served(
+    tmp_path_factory: pytest.TempPathFactory, broker_folder: Path, broker_process: StartedProgram
+) -> Iterator[Served]:
     """The API over real HTTP, with its base aligned."""
     assert broker_process.is_alive
     settings = Settings(

@@ -9,8 +9,8 @@ from redis import Redis
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, make_celery, queue_depth, wake
 from app.core.settings import Settings
 from embedded import valkey
-from embedded.children import kill, start, stop
 from tests.conftest import wait_until
+from worker.processes import inherited_environment, kill, start, stop
 
 
 def test_a_message_carries_one_id_and_nothing_else(broker: Celery) -> None:
@@ -33,7 +33,7 @@ def test_a_broker_that_is_down_raises_nothing_and_works_again_after_its_restart(
     celery = make_celery(Settings(broker_url=f"redis+socket://{folder / valkey.SOCKET_NAME}"))
     wake(celery, Wake(CHECK_JOB, "lost", CHECKS_QUEUE))
     assert queue_depth(celery, CHECKS_QUEUE) is None
-    first = start(valkey.part(folder, folder))
+    first = start(valkey.program(folder, folder, inherited_environment()))
     wait_until(lambda: valkey.answers(folder), seconds=10)
     wake(celery, Wake(CHECK_JOB, "kept", CHECKS_QUEUE))
     client = Redis(unix_socket_path=os.fspath(folder / valkey.SOCKET_NAME))
@@ -41,7 +41,7 @@ def test_a_broker_that_is_down_raises_nothing_and_works_again_after_its_restart(
     wait_until(lambda: client.info("persistence")["aof_buffer_length"] == 0, seconds=10)
     kill([first])
     wake(celery, Wake(CHECK_JOB, "lost too", CHECKS_QUEUE))
-    again = start(valkey.part(folder, folder))
+    again = start(valkey.program(folder, folder, inherited_environment()))
     wait_until(lambda: valkey.answers(folder), seconds=10)
     wake(celery, Wake(CHECK_JOB, "new", CHECKS_QUEUE))
     assert queue_depth(celery, CHECKS_QUEUE) == 2

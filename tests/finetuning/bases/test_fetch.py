@@ -17,7 +17,7 @@ def test_a_local_folder_is_linked_and_found_again(tmp_path: Path) -> None:
         assert fetch(str(mine), bases / "llama").resolve() == mine
 
 
-def test_another_local_folder_of_the_same_name_is_refused_with_a_mend(tmp_path: Path) -> None:
+def test_another_local_folder_of_the_same_name_is_refused_with_advice(tmp_path: Path) -> None:
     mine, other = _base(tmp_path / "mine" / "llama"), _base(tmp_path / "other" / "llama")
     fetch(str(mine), tmp_path / "bases" / "llama")
     with pytest.raises(FetchFailed, match="remove"):
@@ -26,7 +26,7 @@ def test_another_local_folder_of_the_same_name_is_refused_with_a_mend(tmp_path: 
 
 def test_what_killed_fetches_left_is_cleared_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
     bases = tmp_path / "bases"
-    (bases / ".fetching-killed" / "half").mkdir(parents=True)
+    (bases / ".no-such-base.making.killed" / "half").mkdir(parents=True)
     with pytest.raises(FetchFailed, match="could not be fetched"):
         fetch("no such base!", bases / "no-such-base")
-    assert [path.name for path in bases.iterdir()] == [".fetching.lock"]
+    assert not list(bases.iterdir())

@@ -1,4 +1,4 @@
-"""A stand-in for the training process: it speaks the Progress wire and makes bytes that depend on every step.
+"""A stand-in for the training process: it prints Progress lines and makes bytes that depend on every step.
 
 The "adapter" is a hash chain over steps, so a resumed run equals an uninterrupted one only if nothing was lost
 or done twice. Run as `python child.py SCRATCH SCRIPT_JSON`.
@@ -26,13 +26,14 @@ from finetuning.contract.progress import (
 )
 from finetuning.contract.recipe import GateLimits, Kind, saves_after
 from finetuning.contract.report import GateDecision, SafetyReport
+from worker.processes import exit_at_end_of_input
 
 
 def main() -> None:
     scratch, script = Path(sys.argv[1]), json.loads(sys.argv[2])
     stubborn = script.get("ignore_sigterm", False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else stop)
-    threading.Thread(target=exit_at_eof, daemon=True).start()
+    exit_at_end_of_input(144)
     if "pid_file" in script:
         Path(script["pid_file"]).write_text(str(os.getpid()))
     if "--parity" in sys.argv[3:]:
@@ -129,12 +130,6 @@ def certify(scratch: Path, *, passed: bool) -> None:
 def say(progress: Progress) -> None:
     sys.stdout.write(to_line(progress) + "\n")
     sys.stdout.flush()
-
-
-def exit_at_eof() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(144)
 
 
 def stop(_signal: int, _frame: FrameType | None) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from finetuning.stages.alignment_store import keep_once
+from finetuning.contract.keep_once import keep_once
 
 
 def say(line: str) -> None:

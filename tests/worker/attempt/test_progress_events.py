@@ -10,7 +10,7 @@ from finetuning.contract.progress import (
     StageStarted,
     StepDone,
 )
-from worker.attempt.progress_events import Reporter, saved
+from worker.attempt.progress_events import ProgressEvents, checkpoint_event
 
 
 class Clock:
@@ -26,22 +26,22 @@ def step(number: int, total: int = 45) -> StepDone:
 
 
 def test_every_tenth_step_and_the_last_are_metrics_events() -> None:
-    reporter = Reporter(Clock())
-    told = [number for number in range(1, 46) if reporter.news(step(number)).events]
-    assert told == [10, 20, 30, 40, 45]
+    progress_events = ProgressEvents(Clock())
+    steps = [number for number in range(1, 46) if progress_events.of(step(number)).events]
+    assert steps == [10, 20, 30, 40, 45]
 
 
-def test_a_slow_step_is_told_after_thirty_seconds() -> None:
+def test_a_slow_step_is_reported_after_thirty_seconds() -> None:
     clock = Clock()
-    reporter = Reporter(clock)
-    assert reporter.news(step(1)).events == ()
+    progress_events = ProgressEvents(clock)
+    assert progress_events.of(step(1)).events == ()
     clock.now += 31
-    assert reporter.news(step(2)).events[0].message == "Step 2/45: training loss=0.50"
-    assert reporter.news(step(3)).events == ()
+    assert progress_events.of(step(2)).events[0].message == "Step 2/45: training loss=0.50"
+    assert progress_events.of(step(3)).events == ()
 
 
-def test_metrics_carry_the_wire_fields() -> None:
-    (event,) = Reporter(Clock()).news(step(45)).events
+def test_metrics_carry_the_fields_that_clients_read() -> None:
+    (event,) = ProgressEvents(Clock()).of(step(45)).events
     assert event.type == "metrics"
     assert event.data is not None
     assert {"step", "total_steps", "train_loss", "valid_loss", "learning_rate", "antibody_mean_weight"} <= set(
@@ -51,41 +51,46 @@ def test_metrics_carry_the_wire_fields() -> None:
 
 def test_seconds_left_follow_the_speed_of_this_attempt() -> None:
     clock = Clock()
-    reporter = Reporter(clock)
-    assert reporter.news(step(21)).progress == {"step": 21, "total_steps": 45, "train_loss": 0.5, "seconds_left": None}
+    progress_events = ProgressEvents(clock)
+    assert progress_events.of(step(21)).progress == {
+        "step": 21,
+        "total_steps": 45,
+        "train_loss": 0.5,
+        "seconds_left": None,
+    }
     clock.now += 8
-    progress = reporter.news(step(25)).progress
+    progress = progress_events.of(step(25)).progress
     assert progress is not None
     assert progress["seconds_left"] == 40
 
 
 def test_a_stage_is_an_event_and_clears_the_figures() -> None:
-    reporter = Reporter(Clock())
-    reporter.news(step(3))
-    news = reporter.news(StageStarted(stage="gate", detail="Answering 60 prompts"))
-    assert (news.stage, news.progress, news.events[0].message) == ("gate", {}, "Answering 60 prompts")
-    assert reporter.news(StageProgress(stage="gate", done=1, total=60)).progress == {"done": 1, "total": 60}
+    progress_events = ProgressEvents(Clock())
+    progress_events.of(step(3))
+    written = progress_events.of(StageStarted(stage="gate", detail="Answering 60 prompts"))
+    assert (written.stage, written.progress, written.events[0].message) == ("gate", {}, "Answering 60 prompts")
+    assert progress_events.of(StageProgress(stage="gate", done=1, total=60)).progress == {"done": 1, "total": 60}
 
 
-def test_the_screen_is_told_and_remembered() -> None:
-    reporter = Reporter(Clock())
+def test_the_screen_is_reported_and_remembered() -> None:
+    progress_events = ProgressEvents(Clock())
     screened = RowsScreened(rows_total=10, rows_kept=7, rows_downweighted=1, rows_excluded=2)
-    (event,) = reporter.news(screened).events
+    (event,) = progress_events.of(screened).events
     assert event.message == "Screened 10 rows: 7 kept, 1 down-weighted, 2 excluded"
-    assert reporter.rows == screened
+    assert progress_events.rows == screened
 
 
 def test_a_warning_keeps_its_level_and_code() -> None:
-    (event,) = Reporter(Clock()).news(Note(level="warn", code="resume_not_bitwise", message="other host")).events
+    (event,) = ProgressEvents(Clock()).of(Note(level="warn", code="resume_not_bitwise", message="other host")).events
     assert (event.level, event.data) == ("warn", {"code": "resume_not_bitwise"})
 
 
 def test_a_saved_checkpoint_is_an_event_and_a_row() -> None:
     line = CheckpointSaved(step=20, folder="checkpoints/20", fingerprint="f", train_loss=0.4)
-    news = saved(line, "jobs/j/1/checkpoints/20")
-    assert news.events[0].message == "Checkpoint created at step 20"
-    assert (news.checkpoints[0].step, news.checkpoints[0].prefix) == (20, "jobs/j/1/checkpoints/20")
+    written = checkpoint_event(line, "jobs/j/1/checkpoints/20")
+    assert written.events[0].message == "Checkpoint created at step 20"
+    assert (written.checkpoints[0].step, written.checkpoints[0].prefix) == (20, "jobs/j/1/checkpoints/20")
 
 
-def test_last_words_are_not_news() -> None:
-    assert Reporter(Clock()).news(Finished(released=True, trained_tokens=1)) == Beat()
+def test_a_final_message_is_no_event() -> None:
+    assert ProgressEvents(Clock()).of(Finished(released=True, trained_tokens=1)) == Beat()

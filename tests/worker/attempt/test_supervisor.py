@@ -1,6 +1,6 @@
 """What one attempt does with its job, with a real database, real blobs and a real child process.
 
-The child is a stand-in for the training wire (support/programs/child.py): its adapter is a hash chain over all steps.
+The child is a stand-in (support/programs/child.py): its adapter is a hash chain over all steps.
 """
 
 import json
@@ -124,7 +124,7 @@ def test_a_refused_result_keeps_reports_and_holds_back_weights(scene: Scene) -> 
         assert session.scalars(select(Model)).all() == []
 
 
-def test_a_failed_word_ends_the_job_at_once(scene: Scene) -> None:
+def test_a_failed_message_ends_the_job_at_once(scene: Scene) -> None:
     job_id = scene.add_job(recipe())
     supervise(scene.host(scripted(failed="training_data_rejected")), job_id)
     job = scene.job(job_id)
@@ -135,7 +135,7 @@ def test_a_failed_word_ends_the_job_at_once(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(("code", "kept"), [("internal_error", 1), ("invalid_training_file", 0)])
-def test_the_log_of_a_fault_that_the_operator_must_mend_is_kept(scene: Scene, code: str, kept: int) -> None:
+def test_the_log_of_a_fault_that_the_operator_must_fix_is_kept(scene: Scene, code: str, kept: int) -> None:
     supervise(scene.host(scripted(failed=code)), scene.add_job(recipe()))
     assert len(list((scene.settings.data / "logs").glob("attempts/*.log"))) == kept
 

@@ -1,4 +1,4 @@
-"""A training process ends when told to, when its parent ends, and takes its own children along."""
+"""A training process ends when asked to, when its parent ends, and takes its own children along."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.conftest import wait_until
 from tests.support.processes import is_gone
 from worker.attempt.launch import SOURCE_ROOT, Launch, launch_command
-from worker.attempt.training_process import Child, describe_exit
+from worker.attempt.training_process import TrainingProcess, describe_exit
 
 STUBBORN = (
     "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
@@ -17,8 +17,8 @@ STUBBORN = (
 PARENT = "import subprocess,sys,time; p=subprocess.Popen(['sleep','600']); print(p.pid, flush=True); time.sleep(600)"
 
 
-def start(tmp_path: Path, program: str) -> tuple[Child, str]:
-    child = Child(
+def start(tmp_path: Path, program: str) -> tuple[TrainingProcess, str]:
+    child = TrainingProcess(
         Launch((sys.executable, "-c", program), {"PATH": os.environ["PATH"]}, tmp_path), log=tmp_path / "child.log"
     )
     return child, next(child.lines()).decode().strip()

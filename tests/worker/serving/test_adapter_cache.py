@@ -1,7 +1,11 @@
 """Pulling adapters: checked by digest, unpacked to two files, the least used ones evicted."""
 
+import hashlib
 import os
+import tempfile
+import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,18 +13,18 @@ import pytest
 from app.core.models import PUBLIC_BASE
 from app.core.storage.blobs import put_bytes
 from app.core.storage.blobs.folder import FolderBlobs
-from tests.support.tiny_llama import wire_name
+from tests.support.tiny_llama import served_name
+from worker.archive import pack
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
 
 
 def zipped(folder: Path, weights: bytes = b"weights", **more: bytes) -> bytes:
-    target = folder / "made.zip"
-    with zipfile.ZipFile(target, "w") as archive:
-        archive.writestr("adapter_config.json", b"{}")
-        archive.writestr("adapter_model.safetensors", weights)
-        for name, data in more.items():
-            archive.writestr(name, data)
-    return target.read_bytes()
+    """An artifact as an attempt publishes it."""
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        files = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights} | more
+        for name, data in files.items():
+            (Path(made) / name).write_bytes(data)
+        return pack(Path(made), sorted(files), folder / "made.zip").read_bytes()
 
 
 @pytest.fixture
@@ -35,13 +39,12 @@ def cache(blobs: FolderBlobs, tmp_path: Path) -> AdapterCache:
 
 
 def test_a_pull_leaves_the_two_files_that_peft_reads(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
-    data = zipped(tmp_path, **{"../evil.py": b"x", "manifest.json": b"{}"})
+    data = zipped(tmp_path, **{"parity.json": b"{}"})
     put_bytes(blobs, "jobs/j/1/result/adapter_stock.zip", data)
-    name = wire_name("jobs/j/1/result/adapter_stock.zip", data)
+    name = served_name("jobs/j/1/result/adapter_stock.zip", data)
     found = cache.pull(name)
     assert found is not None
     assert sorted(path.name for path in found.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert not list(tmp_path.rglob("evil.py"))
     blobs.delete("jobs/j/1/result/adapter_stock.zip")
     assert cache.pull(name) == found
 
@@ -58,29 +61,55 @@ def test_other_names_are_unknown(cache: AdapterCache, name: str) -> None:
 
 def test_an_absent_blob_is_unknown(cache: AdapterCache) -> None:
     with pytest.raises(UnknownAdapter):
-        cache.pull(wire_name("jobs/j/1/gone.zip", b""))
+        cache.pull(served_name("jobs/j/1/gone.zip", b""))
 
 
 def test_other_bytes_than_named_are_refused(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
     data = zipped(tmp_path)
     put_bytes(blobs, "a.zip", data)
     with pytest.raises(BadAdapter):
-        cache.pull(wire_name("a.zip", data + b"x"))
+        cache.pull(served_name("a.zip", data + b"x"))
     with pytest.raises(BadAdapter):
-        cache.pull(wire_name("a.zip", b"y" * len(data)))
+        cache.pull(served_name("a.zip", b"y" * len(data)))
 
 
 def test_what_is_no_adapter_zip_is_refused(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
     put_bytes(blobs, "text.zip", b"no zip")
     with pytest.raises(BadAdapter):
-        cache.pull(wire_name("text.zip", b"no zip"))
+        cache.pull(served_name("text.zip", b"no zip"))
     with zipfile.ZipFile(tmp_path / "half.zip", "w") as archive:
         archive.writestr("adapter_config.json", b"{}")
     half = (tmp_path / "half.zip").read_bytes()
     put_bytes(blobs, "half.zip", half)
     with pytest.raises(BadAdapter):
-        cache.pull(wire_name("half.zip", half))
+        cache.pull(served_name("half.zip", half))
     assert not any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "evil.py", "adapter_config.json"])
+def test_an_artifact_that_no_attempt_makes_is_refused_whole(
+    cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "evil.zip").write_bytes(zipped(tmp_path))
+    with zipfile.ZipFile(tmp_path / "evil.zip", "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns about a name that occurs twice
+        archive.writestr(name, b"{}")
+    data = (tmp_path / "evil.zip").read_bytes()
+    put_bytes(blobs, "evil.zip", data)
+    with pytest.raises(BadAdapter):
+        cache.pull(served_name("evil.zip", data))
+    assert not any((tmp_path / "cache").iterdir())
+    assert not list(tmp_path.rglob("evil.json")) + list(tmp_path.rglob("evil.py"))
+
+
+def test_of_two_servers_that_share_a_folder_one_pulls(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
+    data = zipped(tmp_path)
+    put_bytes(blobs, "a.zip", data)
+    other = AdapterCache(blobs, tmp_path / "cache")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda each: each.pull(served_name("a.zip", data)), [cache, other])
+    assert first == second
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [hashlib.sha256(data).hexdigest()]
 
 
 def test_the_least_used_adapter_makes_room(blobs: FolderBlobs, tmp_path: Path) -> None:
@@ -89,7 +118,7 @@ def test_the_least_used_adapter_makes_room(blobs: FolderBlobs, tmp_path: Path) -
     for index in range(3):
         data = zipped(tmp_path, bytes([index]) * 1000)
         put_bytes(blobs, f"{index}.zip", data)
-        names.append(wire_name(f"{index}.zip", data))
+        names.append(served_name(f"{index}.zip", data))
     kept, dropped = cache.pull(names[0]), cache.pull(names[1])
     assert kept is not None
     assert dropped is not None

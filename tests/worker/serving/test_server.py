@@ -16,9 +16,9 @@ from app.core.storage.blobs.folder import FolderBlobs
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.support.model_server import ModelServer, model_server
-from tests.support.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, wire_name, zip_adapter
+from tests.support.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, served_name, zip_adapter
 from tests.worker.serving.engine.test_engine import generate
-from worker.serving.engine.engine import Adapter
+from worker.serving.engine import ServedAdapter
 
 PROMPT = "how do I mix a soup?"
 
@@ -41,14 +41,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapters(folder: Path, data: Path) -> dict[str, Adapter | None]:
+def adapters(folder: Path, data: Path) -> dict[str, ServedAdapter | None]:
     """Wire names with the adapters that they should answer with."""
-    found: dict[str, Adapter | None] = {"public": None}
+    found: dict[str, ServedAdapter | None] = {"public": None}
     for seed in (1, 2):
         made = save_adapter(folder, data / f"made-{seed}", seed=seed, rank=4 * seed)
         content = zip_adapter(made, data / f"{seed}.zip")
         put_bytes(FolderBlobs(data / "blobs"), f"jobs/{seed}/adapter_stock.zip", content)
-        found[wire_name(f"jobs/{seed}/adapter_stock.zip", content)] = Adapter(f"served_{seed}", made)
+        found[served_name(f"jobs/{seed}/adapter_stock.zip", content)] = ServedAdapter(f"served_{seed}", made)
     return found
 
 
@@ -72,7 +72,7 @@ def chat(client: OpenAI, model: str, text: str = PROMPT, **more: object) -> str:
 
 
 def test_each_name_answers_as_plain_transformers_and_peft_do(
-    client: OpenAI, folder: Path, base: FrozenBase, adapters: dict[str, Adapter | None]
+    client: OpenAI, folder: Path, base: FrozenBase, adapters: dict[str, ServedAdapter | None]
 ) -> None:
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda name: chat(client, name), [*adapters, *adapters]))
@@ -82,7 +82,7 @@ def test_each_name_answers_as_plain_transformers_and_peft_do(
     assert len(set(expected)) == 3
 
 
-def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, adapters: dict[str, Adapter | None]) -> None:
+def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, adapters: dict[str, ServedAdapter | None]) -> None:
     name = list(adapters)[1]
     chunks = list(
         client.chat.completions.create(

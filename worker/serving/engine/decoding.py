@@ -1,6 +1,5 @@
 """The tensors of decoding: one base with many adapters, a prompt's prefill in pieces, a batch that rows join and leave.
 
-Knows models and key-value caches; must not know requests, text or sampling.
 Legend: B rows, T positions, V vocabulary.
 """
 
@@ -17,7 +16,7 @@ from transformers import DynamicCache
 NO_ADAPTER = "__base__"  # peft's word for "this row uses no adapter"
 
 
-class AdapterMismatch(Exception):
+class AdapterDoesNotFit(Exception):
     """The adapter does not fit the base; served all the same it would silently answer as the base."""
 
 
@@ -36,7 +35,7 @@ class AdapterModel:
         return tuple(self._names)
 
     def attach(self, name: str, folder: Path, *, in_use: frozenset[str] = frozenset()) -> None:
-        """Load a peft LoRA folder under `name`, or touch it. Raises AdapterMismatch; `in_use` is never evicted."""
+        """Load a peft LoRA folder under `name`, or touch it. Raises AdapterDoesNotFit; `in_use` is never evicted."""
         if name in self._names:
             self._names.remove(name)
         else:
@@ -67,7 +66,7 @@ class AdapterModel:
     def _load(self, name: str, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig) or config.modules_to_save or config.bias != "none":
-            raise AdapterMismatch("only plain LoRA adapters are served: no modules_to_save, no bias")
+            raise AdapterDoesNotFit("only plain LoRA adapters are served: no modules_to_save, no bias")
         config.inference_mode = True
         try:
             if not isinstance(self._model, PeftModel):
@@ -75,11 +74,11 @@ class AdapterModel:
             report = self._model.load_adapter(str(folder), name, torch_device=str(self.device))
         except (ValueError, RuntimeError) as problem:
             self._forget(name)
-            raise AdapterMismatch(str(problem)) from problem
+            raise AdapterDoesNotFit(str(problem)) from problem
         self._model.eval()
         if report.unexpected_keys or report.missing_keys:
             self._forget(name)
-            raise AdapterMismatch("the adapter's tensors and the base's modules do not match")
+            raise AdapterDoesNotFit("the adapter's tensors and the base's modules do not match")
 
     def _forget(self, name: str) -> None:
         if isinstance(self._model, PeftModel) and name in self._model.peft_config:

@@ -1,117 +1,57 @@
-"""One thread that answers prompts: it gathers requests, decodes rows with different adapters in one batch, and lets go.
+"""One thread that answers prompts: it takes asks, decodes rows with different adapters in one batch, and delivers text.
 
-Knows asks, rows and their order; must not know HTTP, blobs or the wire. Greedy answers do not depend on the batch.
+Each turn it takes what arrived, drops what was cancelled, reads a piece of one waiting prompt, and draws one token for
+every row. Greedy answers do not depend on who else is in the batch.
 """
 
 import queue
-import secrets
 import threading
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import structlog
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from finetuning.model.base import FrozenBase
-from worker.serving.engine.decoding import NO_ADAPTER, AdapterMismatch, AdapterModel, DecodeBatch, Prefill
-from worker.serving.engine.sampling import Drawn, Sampling, TokenLogprob, draw
-from worker.serving.engine.text import CompletionText
+from worker.serving.engine.asks import Ask, Broken, Ended, EngineFull, EngineLimits, Piece, ServedAdapter
+from worker.serving.engine.decoding import NO_ADAPTER, AdapterDoesNotFit, AdapterModel, DecodeBatch, Prefill
+from worker.serving.engine.rows import ChoiceRow, OpenAsk
+from worker.serving.engine.sampling import draw
 
-log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Bounds of one engine. `cached_tokens` counts rows times their longest possible length, padding included."""
-
-    rows: int = 16
-    cached_tokens: int = 32_768
-    waiting: int = 64
-    adapters: int = 8
-    prefill_tokens: int = 256
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A peft folder and the name under which it is attached."""
+class _Attach:
+    """A wish to have an adapter in memory."""
 
-    name: str
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text of one choice that may be shown, and the logprobs of the tokens behind it."""
-
-    choice: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A choice is complete; `tokens` were drawn for it, the end-of-answer token included."""
-
-    choice: int
-    reason: Literal["stop", "length"]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Broken:
-    """The engine could not go on with this ask; nothing more follows."""
-
-
-EngineEvent = Piece | Ended | Broken
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request. `deliver` is called on the engine's thread and returns at once; anyone may set `cancelled`."""
-
-    prompt: tuple[int, ...]
-    adapter: Adapter | None
-    sampling: Sampling
-    new_tokens: int
-    deliver: Callable[[EngineEvent], None]
-    choices: int = 1
-    stops: tuple[str, ...] = ()
-    seed: int | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def longest(self) -> int:
-        """Positions that one choice may come to fill."""
-        return len(self.prompt) + self.new_tokens
-
-
-class EngineFull(Exception):
-    """Too many asks are waiting; nothing was done."""
+    adapter: ServedAdapter
+    done: Future[None] = field(default_factory=Future[None])
 
 
 class Engine:
     """Start it, attach adapters, submit asks; `close` ends its thread and breaks what is left."""
 
     def __init__(self, base: FrozenBase, limits: EngineLimits) -> None:
+        """An engine that answers nothing yet."""
         self._limits = limits
         self._model = AdapterModel(base.model, capacity=limits.adapters)
         self._tokenizer: PreTrainedTokenizerBase = base.tokenizer
         self._ends = base.end_ids
         self._inbox: queue.SimpleQueue[Ask | _Attach | None] = queue.SimpleQueue()
-        self._waiting: deque[_Group] = deque()
-        self._rows: list[_Row] = []
+        self._waiting: deque[OpenAsk] = deque()
+        self._rows: list[ChoiceRow] = []
         self._batch = DecodeBatch()
         self.open_asks = 0
         """Asks taken and not yet ended."""
         self._counting = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- for everybody, on any thread ---
 
     def start(self) -> None:
         """Start the thread. Call once."""
@@ -127,8 +67,8 @@ class Engine:
         """Names of the adapters in memory, least recently used first."""
         return self._model.names
 
-    def attach(self, adapter: Adapter) -> Future[None]:
-        """Load an adapter between two steps; the future raises AdapterMismatch if it does not fit."""
+    def attach(self, adapter: ServedAdapter) -> Future[None]:
+        """Load an adapter between two steps; the future raises AdapterDoesNotFit if it does not fit."""
         request = _Attach(adapter)
         self._inbox.put(request)
         return request.done
@@ -147,14 +87,16 @@ class Engine:
         self._inbox.put(None)
         self._thread.join(timeout_seconds)
 
+    # --- the engine's own thread, in the order of one turn ---
+
     def _run(self) -> None:
         while self._take_requests():
             try:
                 self._drop_cancelled()
                 self._prefill()
                 self._step()
-            except Exception:  # the request rim: one bad batch must not end the server
-                log.exception("engine.step_failed", rows=len(self._rows))
+            except Exception:  # noqa: BLE001 - the request rim: one bad batch must not end the server
+                _log.exception("engine.step_failed", rows=len(self._rows))
                 self._break_all()
         self._break_all()
 
@@ -172,159 +114,116 @@ class Engine:
             if isinstance(request, _Attach):
                 self._attach(request)
             else:
-                self._waiting.append(_Group(request))
+                self._waiting.append(OpenAsk(request))
 
-    def _attach(self, request: "_Attach") -> None:
+    def _attach(self, request: _Attach) -> None:
         try:
-            self._model.attach(request.adapter.name, request.adapter.folder, in_use=self._adapters_in_use())
+            self._load(request.adapter)
             request.done.set_result(None)
         except Exception as problem:  # noqa: BLE001 - the request rim: whoever waits for the future gets it
             request.done.set_exception(problem)
 
+    def _load(self, adapter: ServedAdapter) -> None:
+        begun = [waiting.prefill.adapter for waiting in self._waiting if waiting.prefill is not None]
+        self._model.attach(adapter.name, adapter.folder, in_use=frozenset([*self._batch.adapters, *begun]))
+
     def _drop_cancelled(self) -> None:
-        for group in [group for group in self._waiting if group.ask.cancelled.is_set()]:
-            self._waiting.remove(group)
-            self._let_go()
-        if any(row.group.ask.cancelled.is_set() for row in self._rows):
+        for cancelled in [waiting for waiting in self._waiting if waiting.is_cancelled]:
+            self._waiting.remove(cancelled)
+            self._count_out()
+        if any(row.open_ask.is_cancelled for row in self._rows):
             for row in self._rows:
-                row.over = row.over or row.group.ask.cancelled.is_set()
-            self._leave()
+                row.is_done = row.is_done or row.open_ask.is_cancelled
+            self._drop_done()
 
     def _prefill(self) -> None:
         """Advance the first waiting prompt by one piece; when it is through, its rows join the batch."""
         if not self._waiting or not self._fits(self._waiting[0].ask):
             return
-        group = self._waiting[0]
-        prefill = group.prefill = group.prefill or self._begin(group)
+        first = self._waiting[0]
+        prefill = first.prefill = first.prefill or self._begin(first)
         if prefill is None:
             return
         logits = prefill.advance(self._model, tokens=self._limits.prefill_tokens)
         if logits is None:
             return
         self._waiting.popleft()
-        rows = [_Row(group, choice, self._tokenizer) for choice in range(group.ask.choices)]
+        rows = [ChoiceRow(first, choice, self._tokenizer) for choice in range(first.ask.choices)]
         self._batch.join(prefill, copies=len(rows))
         self._rows += rows
         for row in rows:
             self._advance(row, logits)
-        self._leave()
+        self._drop_done()
+
+    def _fits(self, ask: Ask) -> bool:
+        rows = len(self._rows) + ask.choices
+        longest = max([ask.longest, *(row.open_ask.ask.longest for row in self._rows)])
+        fits = rows <= self._limits.rows and rows * longest <= self._limits.cached_tokens
+        return fits or not self._rows  # alone, anything that the context allows may run
+
+    def _begin(self, first: OpenAsk) -> Prefill | None:
+        adapter = first.ask.adapter
+        if adapter is None:
+            return Prefill(first.ask.prompt, NO_ADAPTER)
+        try:  # it was attached before the ask came, but may have had to leave again since
+            self._load(adapter)
+        except (AdapterDoesNotFit, OSError):
+            _log.exception("engine.adapter_lost", adapter=adapter.name)
+            self._waiting.popleft()
+            self._count_out()
+            first.ask.deliver(Broken())
+            return None
+        return Prefill(first.ask.prompt, adapter.name)
 
     def _step(self) -> None:
         if self._rows:
             logits_by_row = self._batch.step(self._model, [row.last for row in self._rows])
             for row, logits in zip(self._rows, logits_by_row, strict=True):
                 self._advance(row, logits)
-            self._leave()
+            self._drop_done()
 
-    def _advance(self, row: "_Row", logits: Tensor) -> None:
-        ask = row.group.ask
+    def _advance(self, row: ChoiceRow, logits: Tensor) -> None:
+        """Draw a row's next token and deliver what may be shown of it."""
+        ask = row.open_ask.ask
         drawn = draw(logits, ask.sampling, row.counts, row.generator)
         if drawn.token in self._ends:
-            self._end(row, "stop", row.text.finish(), extra_tokens=1)
+            _end(row, "stop", row.text.finish(), extra_tokens=1)
             return
         piece = row.take(drawn)
         if row.text.stopped:
-            self._end(row, "stop", piece)
+            _end(row, "stop", piece)
         elif row.tokens == ask.new_tokens:
-            self._end(row, "length", piece + row.text.finish())
+            _end(row, "length", piece + row.text.finish())
         elif piece:
             ask.deliver(Piece(row.choice, piece, row.release_logprobs()))
 
-    def _end(self, row: "_Row", reason: Literal["stop", "length"], text: str, *, extra_tokens: int = 0) -> None:
-        row.over = True
-        logprobs = row.release_logprobs()
-        if text or logprobs:
-            row.group.ask.deliver(Piece(row.choice, text, logprobs))
-        row.group.ask.deliver(Ended(row.choice, reason, row.tokens + extra_tokens))
-
-    def _leave(self) -> None:
-        kept = [at for at, row in enumerate(self._rows) if not row.over]
+    def _drop_done(self) -> None:
+        """Take rows that are done out of the batch; an ask without rows has ended."""
+        kept = [at for at, row in enumerate(self._rows) if not row.is_done]
         if len(kept) == len(self._rows):
             return
-        before = {id(row.group) for row in self._rows}
+        before = {id(row.open_ask) for row in self._rows}
         self._rows = [self._rows[at] for at in kept]
         self._batch.keep(kept)
-        for _ in before - {id(row.group) for row in self._rows}:
-            self._let_go()
+        for _ in before - {id(row.open_ask) for row in self._rows}:
+            self._count_out()
 
-    def _let_go(self) -> None:
+    def _break_all(self) -> None:
+        broken = {id(row.open_ask): row.open_ask for row in self._rows} | {id(ask): ask for ask in self._waiting}
+        self._rows, self._batch = [], DecodeBatch()
+        self._waiting.clear()
+        for open_ask in broken.values():
+            open_ask.ask.deliver(Broken())
+            self._count_out()
+
+    def _count_out(self) -> None:
         with self._counting:
             self.open_asks -= 1
 
-    def _fits(self, ask: Ask) -> bool:
-        rows = len(self._rows) + ask.choices
-        longest = max([ask.longest, *(row.group.ask.longest for row in self._rows)])
-        fits = rows <= self._limits.rows and rows * longest <= self._limits.cached_tokens
-        return fits or not self._rows  # alone, anything that the context allows may run
 
-    def _begin(self, group: "_Group") -> Prefill | None:
-        adapter = group.ask.adapter
-        if adapter is None:
-            return Prefill(group.ask.prompt, NO_ADAPTER)
-        try:  # it was attached before the ask came, but may have had to leave again since
-            self._model.attach(adapter.name, adapter.folder, in_use=self._adapters_in_use())
-        except (AdapterMismatch, OSError):
-            log.exception("engine.adapter_lost", adapter=adapter.name)
-            self._waiting.popleft()
-            self._let_go()
-            group.ask.deliver(Broken())
-            return None
-        return Prefill(group.ask.prompt, adapter.name)
-
-    def _adapters_in_use(self) -> frozenset[str]:
-        begun = [group.prefill.adapter for group in self._waiting if group.prefill is not None]
-        return frozenset([*self._batch.adapters, *begun])
-
-    def _break_all(self) -> None:
-        groups = {id(row.group): row.group for row in self._rows} | {id(group): group for group in self._waiting}
-        self._rows, self._batch = [], DecodeBatch()
-        self._waiting.clear()
-        for group in groups.values():
-            group.ask.deliver(Broken())
-            self._let_go()
-
-
-@dataclass(frozen=True)
-class _Attach:
-    adapter: Adapter
-    done: Future[None] = field(default_factory=Future[None])
-
-
-@dataclass
-class _Group:
-    """An ask on its way: its rows share one prefill."""
-
-    ask: Ask
-    prefill: Prefill | None = None
-
-
-class _Row:
-    """One choice being decoded."""
-
-    def __init__(self, group: _Group, choice: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        ask = group.ask
-        self.group = group
-        self.choice = choice
-        self.counts: Counter[int] = Counter()
-        self.text = CompletionText(tokenizer, ask.stops)
-        self.last = -1
-        self.tokens = 0
-        self.over = False
-        seed = secrets.randbits(62) if ask.seed is None else ask.seed
-        self.generator = torch.Generator().manual_seed((seed + choice * 0x9E3779B97F4A7C15) % 2**63)
-        self._logprobs: list[tuple[int, TokenLogprob]] = []
-
-    def take(self, drawn: Drawn) -> str:
-        """Count the token in; return the text that may be shown."""
-        self.last = drawn.token
-        self.tokens += 1
-        self.counts[drawn.token] += 1
-        if drawn.logprob is not None:
-            self._logprobs.append((self.text.length, drawn.logprob))
-        return self.text.push(drawn.token)
-
-    def release_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """Logprobs not yet delivered; tokens that a stop string cut off whole are left out."""
-        kept = [entry for start, entry in self._logprobs if not self.text.stopped or start < self.text.length]
-        self._logprobs = []
-        return tuple(kept)
+def _end(row: ChoiceRow, reason: Literal["stop", "length"], text: str, *, extra_tokens: int = 0) -> None:
+    row.is_done = True
+    logprobs = row.release_logprobs()
+    if text or logprobs:
+        row.open_ask.ask.deliver(Piece(row.choice, text, logprobs))
+    row.open_ask.ask.deliver(Ended(row.choice, reason, row.tokens + extra_tokens))

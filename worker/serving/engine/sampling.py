@@ -1,7 +1,7 @@
 """How one token is drawn from one row's logits: temperature, nucleus, penalties, biases and the reported logprobs.
 
-Knows one row at a time, so a row's draw never depends on its neighbours; must not know models, text or requests.
-Every tensor here is one row's, (V,) over the vocabulary.
+Everything is about one row at a time, so that a row's draw never depends on its neighbours: every tensor is one row's,
+(V,) over the vocabulary.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""Tokens of one completion become text as they come: whole characters only, and nothing past a stop string.
-
-Knows a tokenizer's decoding; must not know models, batches or the wire.
-"""
+"""Tokens of one completion become text as they come: whole characters only, and nothing past a stop string."""
 
 from functools import cache
 
@@ -14,6 +11,7 @@ class CompletionText:
     """The text of one completion. `stopped` turns true when a stop string was met; it is cut off with all after it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...] = ()) -> None:
+        """An empty completion that ends before the first of `stops`."""
         self.stopped = False
         self.length = 0
         """Characters decoded so far, shown or held back."""

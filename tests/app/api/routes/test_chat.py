@@ -21,7 +21,6 @@ from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import BaseRow, BaseStatus, Form
 from app.main import build_app
 from embedded import valkey
-from embedded.children import Child
 from finetuning.model.base import load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.app.api.conftest import WORKER, Customer, Served
@@ -29,7 +28,8 @@ from tests.conftest import QUICK, wait_until
 from tests.support.model_server import ModelServer, model_server
 from tests.support.tiny_llama import CONTEXT, save_adapter, save_base, zip_adapter
 from tests.worker.serving.engine.test_engine import generate
-from worker.serving.engine.engine import Adapter
+from worker.processes import StartedProgram
+from worker.serving.engine import ServedAdapter
 
 PROMPT = "how do I mix a soup?"
 HI = [{"role": "user", "content": PROMPT}]
@@ -64,7 +64,7 @@ def server(folder: Path, data: Path) -> Iterator[ModelServer]:
 
 @pytest.fixture(scope="module")
 def served(
-    data: Path, server: ModelServer, zips: dict[str, bytes], broker_folder: Path, broker_process: Child
+    data: Path, server: ModelServer, zips: dict[str, bytes], broker_folder: Path, broker_process: StartedProgram
 ) -> Iterator[Served]:
     """The API over real HTTP in front of the model server; its base is aligned by a random adapter."""
     assert broker_process.is_alive
@@ -141,7 +141,8 @@ def test_base_and_model_answer_as_the_downloaded_adapters_do(
     base = load_base(folder, device="cpu")
     prompt = prompt_ids(base.tokenizer, PROMPT)
     expected = {
-        name: generate(folder, base, prompt, Adapter(name, data / name), 24) for name in ("alignment", "adapter_stock")
+        name: generate(folder, base, prompt, ServedAdapter(name, data / name), 24)
+        for name in ("alignment", "adapter_stock")
     }
     assert greedy(customer, "tiny") == expected["alignment"]
     assert greedy(customer, tuned) == expected["adapter_stock"]

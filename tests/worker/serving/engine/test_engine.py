@@ -13,9 +13,8 @@ from transformers import LlamaForCausalLM
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.support.tiny_llama import save_adapter, save_base
-from worker.serving.engine.decoding import AdapterMismatch
-from worker.serving.engine.engine import (
-    Adapter,
+from worker.serving.engine import (
+    AdapterDoesNotFit,
     Ask,
     Broken,
     Ended,
@@ -24,8 +23,9 @@ from worker.serving.engine.engine import (
     EngineFull,
     EngineLimits,
     Piece,
+    Sampling,
+    ServedAdapter,
 )
-from worker.serving.engine.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 
@@ -41,11 +41,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter | None]:
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServedAdapter | None]:
     top = tmp_path_factory.mktemp("adapters")
     wide = save_adapter(folder, top / "wide", seed=2, rank=8, layers=(0, 1, 2))
     narrow = save_adapter(folder, top / "narrow", seed=1)
-    return {"public": None, "wide": Adapter("served_wide", wide), "narrow": Adapter("served_narrow", narrow)}
+    return {
+        "public": None,
+        "wide": ServedAdapter("served_wide", wide),
+        "narrow": ServedAdapter("served_narrow", narrow),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +87,13 @@ class Inbox:
 
 
 def ask(
-    prompt: list[int], inbox: Inbox, adapter: Adapter | None = None, *, new_tokens: int = 24, **more: object
+    prompt: list[int], inbox: Inbox, adapter: ServedAdapter | None = None, *, new_tokens: int = 24, **more: object
 ) -> Ask:
     fields: dict[str, object] = {"sampling": GREEDY, **more}
     return Ask(tuple(prompt), adapter, new_tokens=new_tokens, deliver=inbox.events.put, **fields)  # type: ignore[arg-type]
 
 
-def generate(folder: Path, base: FrozenBase, prompt: list[int], adapter: Adapter | None, new_tokens: int) -> str:
+def generate(folder: Path, base: FrozenBase, prompt: list[int], adapter: ServedAdapter | None, new_tokens: int) -> str:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter.folder)
@@ -108,7 +112,7 @@ def prompts(base: FrozenBase, count: int) -> list[list[int]]:
 
 
 def test_mixed_adapters_in_one_batch_equal_plain_generate_of_each_row_alone(
-    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, Adapter | None]
+    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, ServedAdapter | None]
 ) -> None:
     names = ["public", "wide", "narrow", "wide", "public", "narrow", "narrow"]
     rows = list(zip(prompts(base, len(names)), names, range(8, 36, 4), strict=True))
@@ -121,7 +125,9 @@ def test_mixed_adapters_in_one_batch_equal_plain_generate_of_each_row_alone(
         assert inbox.ended[0].tokens <= new_tokens
 
 
-def test_adapters_change_the_answer(engine: Engine, base: FrozenBase, adapters: dict[str, Adapter | None]) -> None:
+def test_adapters_change_the_answer(
+    engine: Engine, base: FrozenBase, adapters: dict[str, ServedAdapter | None]
+) -> None:
     prompt = prompts(base, 1)[0]
     answers = set[str]()
     for adapter in adapters.values():
@@ -132,7 +138,7 @@ def test_adapters_change_the_answer(engine: Engine, base: FrozenBase, adapters: 
 
 
 def test_a_row_that_joins_a_running_batch_gets_its_own_answer(
-    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, Adapter | None]
+    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, ServedAdapter | None]
 ) -> None:
     first, second = prompts(base, 2)
     running, late = Inbox(), Inbox()
@@ -197,8 +203,8 @@ def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
     stranger = save_adapter(folder, tmp_path / "stranger", seed=5)
     config = stranger / "adapter_config.json"
     config.write_text(config.read_text().replace('"down_proj"', '"up_proj"'))
-    with pytest.raises(AdapterMismatch):
-        engine.attach(Adapter("served_stranger", stranger)).result(timeout=60)
+    with pytest.raises(AdapterDoesNotFit):
+        engine.attach(ServedAdapter("served_stranger", stranger)).result(timeout=60)
     inbox = Inbox()
     engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=4))
     inbox.wait()
@@ -208,7 +214,7 @@ def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
 def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: FrozenBase, tmp_path: Path) -> None:
     engine = Engine(load_base(folder, device="cpu"), EngineLimits(adapters=2))
     engine.start()
-    made = [Adapter(f"served_{i}", save_adapter(folder, tmp_path / str(i), seed=i)) for i in range(3)]
+    made = [ServedAdapter(f"served_{i}", save_adapter(folder, tmp_path / str(i), seed=i)) for i in range(3)]
     prompt = prompts(base, 1)[0]
     try:
         for adapter in [*made, made[0]]:

@@ -1,6 +1,6 @@
 """Downloads as zip files that are the same bytes every time: sorted names, stored, fixed times, no folders, no links.
 
-Knows zip files and their manifest; must not know jobs, blobs or what the files inside mean.
+Unpacking takes nothing else: whatever `pack` would not have made is refused before anything of it is used.
 """
 
 import hashlib
@@ -18,6 +18,9 @@ _CHUNK_BYTES = 2**20
 _BEGINNING = (1980, 1, 1, 0, 0, 0)  # the oldest time a zip can hold
 _MODE = (stat.S_IFREG | 0o644) << 16
 _UNIX = 3
+_ENCRYPTED = 0x1  # a bit of a member's flags
+_MOST_FILES = 1000
+_MOST_MANIFEST_BYTES = 2**20
 _PACKABLE = frozenset({".json", ".safetensors", ".csv", ".jinja", ".txt", ".md"})
 
 
@@ -61,20 +64,21 @@ def pack(root: Path, parts: Sequence[str], target: Path, *, about: Mapping[str, 
 def unpack(packed: Path, folder: Path) -> None:
     """Extract an archive that `pack` made into `folder` and verify every file against the manifest.
 
-    Raises BadArchive; nothing is left in `folder` then.
+    The files together are never larger than the archive. Raises BadArchive; nothing is left in `folder` then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     try:
         with zipfile.ZipFile(packed) as archive:
+            _check_members(archive.infolist(), packed.stat().st_size)
             for info in archive.infolist():
-                _check_member(info)
                 path = folder / info.filename
                 with archive.open(info) as source, path.open("xb") as copy:
                     written.append(path)
                     shutil.copyfileobj(source, copy, _CHUNK_BYTES)
         _verify(folder, {path.name for path in written} - {MANIFEST})
-    except (zipfile.BadZipFile, OSError, BadArchive) as wrong:
+    # whatever zipfile raises on bytes that are no sound zip, from its lengths to its names
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as wrong:
         for path in written:
             path.unlink(missing_ok=True)
         raise wrong if isinstance(wrong, BadArchive) else BadArchive(f"not a sound archive: {wrong}") from wrong
@@ -117,28 +121,41 @@ def _store(archive: zipfile.ZipFile, entry: _Entry) -> None:
         raise BadArchive(f"{entry.name} changed while it was packed")
 
 
+def _check_members(infos: Sequence[zipfile.ZipInfo], archive_bytes: int) -> None:
+    """Refuse, before a byte is written, what could write elsewhere, twice, or more than the archive's own size."""
+    for info in infos:
+        _check_member(info)
+    if len(infos) > _MOST_FILES:
+        raise BadArchive(f"it holds {len(infos)} files, more than {_MOST_FILES}")
+    if len({info.filename for info in infos}) != len(infos):
+        raise BadArchive("two files have one name")
+    # nothing is compressed, so more than this means that members share their bytes
+    if sum(info.file_size for info in infos) > archive_bytes:
+        raise BadArchive("its files are larger than the archive")
+
+
 def _check_member(info: zipfile.ZipInfo) -> None:
     name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
     if Path(name).name != name or "\\" in name or name in ("", ".", "..") or kind not in (0, stat.S_IFREG):
         raise BadArchive(f"{name[:80]!r} is not a plain file name")
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise BadArchive(f"{name[:80]!r} is compressed")
+    if Path(name).suffix not in _PACKABLE:
+        raise BadArchive(f"{name[:80]!r}: files of this kind are never shipped")
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED:
+        raise BadArchive(f"{name[:80]!r} is compressed or encrypted")
+    if name == MANIFEST and info.file_size > _MOST_MANIFEST_BYTES:
+        raise BadArchive(f"the manifest is larger than {_MOST_MANIFEST_BYTES} bytes")
 
 
 def _verify(folder: Path, names: set[str]) -> None:
-    manifest = _object(folder / MANIFEST)
-    listed = cast(list[dict[str, object]], manifest.get("files", []))
-    if {str(file["name"]) for file in listed} != names:
-        raise BadArchive("the manifest lists other files than the archive holds")
-    for file in listed:
-        if _entry(folder / str(file["name"])).to_json() != file:
-            raise BadArchive(f"{file['name']} does not match the manifest")
+    found = [_entry(folder / name).to_json() for name in sorted(names)]
+    if _object(folder / MANIFEST).get("files") != found:
+        raise BadArchive("what the archive holds does not match the manifest")
 
 
 def _object(path: Path) -> dict[str, object]:
     try:
         value = cast(object, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as wrong:
+    except (OSError, ValueError, RecursionError) as wrong:
         raise BadArchive(f"{path.name} cannot be read") from wrong
     if not isinstance(value, dict):
         raise BadArchive(f"{path.name} must be a JSON object")

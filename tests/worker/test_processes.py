@@ -1,0 +1,109 @@
+"""Programs end with their parent, and take their own children along; a child ends at the end of its input."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.support.processes import is_gone
+from worker.processes import Program, inherited_environment, start, stop, tail
+
+ROOT = Path(__file__).resolve().parents[2]
+# starts a program and says its pid, then waits to be killed
+PARENT = """
+import sys
+from pathlib import Path
+from worker.processes import Program, inherited_environment, start
+started = start(Program("sleeper", ["sleep", "600"], inherited_environment(), Path(sys.argv[1])))
+print(started.process.pid, flush=True)
+sys.stdin.read()
+"""
+CHILD = """
+import sys, threading
+from worker.processes import exit_at_end_of_input
+exit_at_end_of_input(7)
+print("ready", flush=True)
+if sys.argv[1] == "wait":
+    threading.Event().wait()
+sys.exit(threading.active_count() - 1)
+"""
+
+
+def program(tmp_path: Path, *argv: str, grace_seconds: float = 5.0) -> Program:
+    return Program("program", argv, inherited_environment(), tmp_path / "logs" / "program.log", grace_seconds)
+
+
+def child(*argv: str, stdin: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *argv], cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_program_dies_with_a_killed_parent(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "log")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert not is_gone(pid)
+    parent.kill()
+    parent.wait(timeout=10)
+    wait_until(lambda: is_gone(pid), seconds=10)
+
+
+def test_stop_lets_a_program_end_by_itself(tmp_path: Path) -> None:
+    started = start(program(tmp_path, sys.executable, "-c", "import signal; signal.pause()"))
+    stop([started])
+    assert started.process.returncode == -signal.SIGTERM
+
+
+def test_stop_kills_a_deaf_program_and_its_children(tmp_path: Path) -> None:
+    deaf = "trap '' TERM; sleep 600 & echo $! >&1; while :; do wait; done"
+    started = start(program(tmp_path, "sh", "-c", deaf, grace_seconds=0.3))
+    wait_until(lambda: tail(started.program.log) != "", seconds=10)
+    grandchild = int(tail(started.program.log))
+    stop([started])
+    assert started.process.returncode == -signal.SIGKILL
+    wait_until(lambda: is_gone(grandchild), seconds=10)
+
+
+def test_stop_kills_what_a_program_that_ended_has_left(tmp_path: Path) -> None:
+    started = start(program(tmp_path, "sh", "-c", "sleep 600 & echo $!"))
+    wait_until(lambda: not started.is_alive, seconds=10)
+    left = int(tail(started.program.log))
+    assert not is_gone(left)
+    stop([started])
+    wait_until(lambda: is_gone(left), seconds=10)
+
+
+def test_a_child_ends_when_the_pipe_to_its_parent_does() -> None:
+    process = child("wait", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=20) == 7
+
+
+@pytest.mark.parametrize("empty", [os.devnull, __file__])
+def test_an_input_that_is_no_pipe_says_nothing_about_the_parent(empty: str) -> None:
+    with Path(empty).open("rb") as stdin:
+        process = child("end", stdin=stdin.fileno())
+    assert process.wait(timeout=20) == 0
+
+
+def test_tail_shows_the_last_lines_only(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("\n".join(str(i) for i in range(100)), encoding="utf-8")
+    assert tail(log).splitlines()[-1] == "99"
+    assert len(tail(log).splitlines()) < 20
+    assert tail(tmp_path / "absent") == ""
