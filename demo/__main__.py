@@ -1,6 +1,6 @@
-"""The verbs demo and align: start the embedded service, tell the story of one job, end the service again.
+"""`./run demo` and `./run align`: start the embedded service, live the journey, end it again.
 
-The options and the order of the story are here; each step is in steps.py.
+Knows the options and the order of the journey; each step is in steps.py.
 """
 
 import argparse
