@@ -1,0 +1,1 @@
+"""The API and the records behind it; never imports torch."""

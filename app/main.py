@@ -1,7 +1,6 @@
 """The API process: builds the app from settings and holds its resources open while it serves.
 
-Knows every part of the front desk; only the server that runs it imports this. The schema must be there already:
-one runner migrates before any API starts.
+The schema must be there already: one runner migrates before any API starts.
 """
 
 from collections.abc import AsyncIterator
@@ -12,15 +11,15 @@ from fastapi import FastAPI
 
 from app.api.gateway.client import Gateway
 from app.api.http import exception_handlers
-from app.api.http.middleware import Guards, Requests
-from app.api.http.resources import Desk
+from app.api.http.middleware import RequestGuard, RequestLog
+from app.api.http.resources import Resources
 from app.api.routes import chat, files, health, jobs, models, results
 from app.core import projects
 from app.core.broker import make_celery, wake
 from app.core.jobs.reaper import Reaper
 from app.core.models import ensure_base
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.storage.database import open_database
 from app.core.telemetry import configure_logging
 
@@ -35,24 +34,24 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging("api", settings.log_level)
         async with AsyncExitStack() as stack:
-            app.state.desk = desk = await to_thread.run_sync(_open_desk, settings, stack)
-            stack.push_async_callback(desk.gateway.close)
-            reaper = Reaper(desk.database, desk.celery, desk.blobs, settings)
+            app.state.resources = resources = await to_thread.run_sync(_open_resources, settings, stack)
+            stack.push_async_callback(resources.gateway.close)
+            reaper = Reaper(resources.database, resources.celery, resources.blobs, settings)
             reaper.start()
             stack.callback(reaper.stop)
             yield
 
-    # no schema pages: the wire's description is the OpenAI SDK, and a redirect would make its clients loop
+    # no schema pages: clients know the API from the OpenAI SDK, and a redirect would make them loop
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     for router in ROUTERS:
         app.include_router(router)
     exception_handlers.install(app, ROUTERS)
-    app.add_middleware(Guards, limits=settings.limits)
-    app.add_middleware(Requests)
+    app.add_middleware(RequestGuard, limits=settings.limits)
+    app.add_middleware(RequestLog)
     return app
 
 
-def _open_desk(settings: Settings, stack: AsyncExitStack) -> Desk:
+def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
     database = open_database(settings)
     stack.callback(database.close)
     celery = make_celery(settings)
@@ -69,4 +68,4 @@ def _open_desk(settings: Settings, stack: AsyncExitStack) -> Desk:
         ping_seconds=settings.serving.ping_seconds,
     )
     uploads = CapacityLimiter(_UPLOADS_AT_ONCE)
-    return Desk(settings, database, open_blobs(settings), celery, pepper, uploads, gateway)
+    return Resources(settings, database, open_blobs(settings), celery, pepper, uploads, gateway)

@@ -73,10 +73,11 @@ def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
 
 def _train(options: argparse.Namespace, settings: Settings) -> None:
     """Fetch, align, train, copy. Raises NotTrained, NotAligned, FetchFailed, InvalidRowError, OSError."""
+    rows = sum(1 for _ in iter_rows(options.train))  # a bad row is reported before a base is fetched
+    _say(f"{rows} rows in {options.train}")
     recipe = tune_recipe(
-        options.base, options.defence, rows=sum(1 for _ in iter_rows(options.train)), epochs=options.epochs,
-        rate_scale=options.rate_scale, seed=options.seed,
-    )  # fmt: skip
+        options.base, options.defence, epochs=options.epochs, rate_scale=options.rate_scale, seed=options.seed
+    )
     base = fetch(options.base, base_folder(settings.model_copy(update={"base": options.base})), say=_say)
     alignment = aligned(options.base, DEFENCES[options.defence].alignment, base, settings)
     _require_safe(alignment, keep_refused=options.keep_refused)

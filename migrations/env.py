@@ -13,7 +13,7 @@ from app.core.storage.database import migration_engine
 
 def _run(connection: Connection) -> None:
     context.configure(
-        connection=connection, target_metadata=tables.Row.metadata, render_as_batch=True, compare_type=True
+        connection=connection, target_metadata=tables.TableRow.metadata, render_as_batch=True, compare_type=True
     )
     with context.begin_transaction():
         context.run_migrations()

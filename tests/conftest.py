@@ -25,12 +25,13 @@ from sqlalchemy import create_engine, make_url, text
 from app.core import files, models, projects
 from app.core.broker import make_celery
 from app.core.ids import Prefix, new_id
-from app.core.jobs import jobs, lease, policy
+from app.core.jobs import ended, jobs, lease, policy
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import BlobStore, FolderBlobs, put_bytes
+from app.core.storage.blobs import BlobStore, put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.blobs.objects import ObjectBlobs
-from app.core.storage.database import Database, Row, migrate, open_database
-from app.core.storage.tables import BaseModel, File, FileStatus, Form, Job, Project
+from app.core.storage.database import Database, TableRow, migrate, open_database
+from app.core.storage.tables import BaseRow, File, FileStatus, Form, Job, Project
 from embedded import valkey
 from embedded.children import Child, start, stop
 from worker.attempt.launch import die_with_parent
@@ -85,7 +86,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         return
     url = request.getfixturevalue("migrated_postgres")
     # far quicker than TRUNCATE or CREATE DATABASE for tables that hold a few rows
-    _admin(make_url(url), "; ".join(f"DELETE FROM {table.name}" for table in reversed(Row.metadata.sorted_tables)))
+    _admin(make_url(url), "; ".join(f"DELETE FROM {table.name}" for table in reversed(TableRow.metadata.sorted_tables)))
     yield url
 
 
@@ -272,38 +273,44 @@ def baseline(database: Database, keys: projects.BootstrapKeys, pepper: bytes) ->
 
 
 @pytest.fixture
-def base(database: Database, settings: Settings) -> BaseModel:
+def base(database: Database, settings: Settings) -> BaseRow:
     """The tiny base, ready: its alignment went through a claim and a finish."""
     with database.writing() as session:
         (due,) = models.ensure_base(session, settings)
         held = lease.claim(session, settings, due.id, "worker_of_fixture")
         assert held is not None
-        lease.finish(session, held, published(held, Form.ALIGNMENT))
+        ended.finish(session, held, published(held, Form.ALIGNMENT))
         session.commit()
         return models.get_base(session, held.base_id)
 
 
-def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -> lease.Published:
+def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -> ended.Published:
     """What an attempt would have uploaded in these forms; without a store the blobs are only named."""
     prefix = f"{held.prefix}/result"
-    results: list[lease.PublishedFile] = []
+    results: list[ended.PublishedFile] = []
     for form in forms:
         key, data = f"{prefix}/{form}.zip", f"{form} of {held.job_id}".encode()
         blob = put_bytes(blobs or ObjectBlobs(MemoryStore()), key, data)
-        results.append(lease.PublishedFile(form, f"{form}.zip", blob))
-    return lease.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
+        results.append(ended.PublishedFile(form, f"{form}.zip", blob))
+    return ended.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
 
 
-def add_file(database: Database, project: Project, settings: Settings, *, rows: int | None = 100) -> File:
-    """A file of this project, checked to have `rows` rows, or unchecked."""
+def add_file(
+    database: Database,
+    project: Project,
+    settings: Settings,
+    *,
+    rows: int = 100,
+    status: FileStatus = FileStatus.PROCESSED,
+    **found: object,
+) -> File:
+    """A file of this project that was found to have `rows` rows, and whatever else is said of it."""
     file_id = new_id(Prefix.FILE)
     with database.writing() as session:
         blob = put_bytes(ObjectBlobs(MemoryStore()), files.blob_key(project.id, file_id), file_id.encode())
-        files.add_file(session, project.id, file_id, blob, filename="train.jsonl", limits=settings.limits)
-        if rows is not None:
-            files.set_validation(session, file_id, FileStatus.PROCESSED, validation={"format": "chat", "rows": rows})
+        new = files.NewFile(file_id, blob, "train.jsonl", status, {"format": "chat", "rows": rows, **found})
+        files.add_file(session, project.id, new, limits=settings.limits)
         session.commit()
-        session.expire_all()
         return files.get_file(session, project.id, file_id)
 
 

@@ -1,4 +1,4 @@
-"""What style.md and architecture.md ask of the tree itself."""
+"""What CONTRIBUTING.md and docs/architecture.md ask of the tree itself."""
 
 import ast
 import json

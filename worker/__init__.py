@@ -1,0 +1,1 @@
+"""The GPU side: Celery tasks, checks, attempts, training processes, model servers."""

@@ -1,7 +1,7 @@
 """The Celery side of a worker: tasks by name, what each process opens, and the drain signal.
 
-Knows Celery; must not import torch or decide anything about a job. A message only says "look": the database is the
-truth, so a lost or doubled message costs one reminder or one refused claim.
+A message only says "look": the database is the truth, so a lost or doubled message costs one reminder or one refused
+claim. No torch: training runs in a process of its own.
 """
 
 import socket
@@ -13,10 +13,10 @@ from celery import Celery
 from celery.signals import worker_init, worker_process_init, worker_shutting_down
 
 from app.core import broker
-from app.core.broker import CHECK_FILE, CHECK_JOB, RUN_JOB, Wake
+from app.core.broker import CHECK_JOB, RUN_JOB, Wake
 from app.core.jobs import lease
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
 from worker import checks
@@ -64,13 +64,10 @@ def build_worker(settings: Settings, *, launcher: Launcher = launch_command) -> 
     def run_job(job_id: str) -> None:
         _guarded(lambda: supervise(process.opened, job_id))
 
-    def check_file(file_id: str) -> None:
-        _guarded(lambda: checks.check_file(process.opened, file_id))
-
     def check_job(job_id: str) -> None:
         _guarded(lambda: checks.check_job(process.opened, job_id))
 
-    for name, body in ((RUN_JOB, run_job), (CHECK_FILE, check_file), (CHECK_JOB, check_job)):
+    for name, body in ((RUN_JOB, run_job), (CHECK_JOB, check_job)):
         celery.task(body, name=name)
     return celery
 

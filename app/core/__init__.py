@@ -1,0 +1,1 @@
+"""Records: what the service remembers, and the moves between its states. No web, no torch."""

@@ -1,7 +1,7 @@
 """The broker: the Celery object, its queues, and wake-ups.
 
-Knows task names, queues and the wire to the broker; must not know what tasks do (they are sent by name).
-A message carries one id and nothing else, and only wakes: the database is the truth, the reaper sends again.
+A message carries one id and nothing else, and only wakes: the database is the truth, the reaper sends again. Must not
+import tasks: they are sent by name, so that the API loads none of them.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 BROKER_DOWN = (OperationalError, RedisError, OSError)
 
-TaskName = Literal["immunotune.check_file", "immunotune.check_job", "immunotune.run_job"]
+TaskName = Literal["immunotune.check_job", "immunotune.run_job"]
 
-CHECK_FILE: TaskName = "immunotune.check_file"
 CHECK_JOB: TaskName = "immunotune.check_job"
 RUN_JOB: TaskName = "immunotune.run_job"
 CHECKS_QUEUE = "checks"

@@ -1,7 +1,7 @@
 """Every error that may reach a client, as one tree.
 
 ImmunotuneError             code, status, param, message (what to do next), optional details, optional retry_after
-├── InvalidRequest     400  the caller can mend the request
+├── InvalidRequest     400  the caller can fix the request
 ├── InvalidApiKey      401
 ├── Forbidden          403  the caller's own thing, not allowed
 ├── NotFound           404  absent or somebody else's: the same answer
@@ -10,8 +10,6 @@ ImmunotuneError             code, status, param, message (what to do next), opti
 ├── ServiceBusy        503  nothing was done; retry later
 └── StorageFull        507
 LeaseLost                   never reaches a client: the attempt must stop and leave no trace
-
-Knows codes and words; must not know HTTP frameworks or the database.
 """
 
 from collections.abc import Mapping
@@ -107,6 +105,15 @@ class LeaseLost(Exception):
 def not_found(what: str, value: str) -> NotFound:
     """The answer to an absent and to a foreign id; `what` is a word such as "file"."""
     return NotFound(f"No {what} with id '{value[:80]}' in this project. List them to see the ids you can use.")
+
+
+def invalid_cursor() -> InvalidRequest:
+    """The answer to a cursor that is unknown, foreign, or of another list."""
+    return InvalidRequest(
+        "The cursor after is not the id of an item of this list. Pass the last id of the page before, or leave it out.",
+        code="invalid_cursor",
+        param="after",
+    )
 
 
 def model_not_found(model: str) -> NotFound:

@@ -1,24 +1,37 @@
-"""File rows: add, check result, read, list, hide.
-
-Knows who may see a file and when it may go; must not know how rows are parsed or bytes are stored.
-"""
+"""File rows: add, read, list, hide; who may see a file and when it may go."""
 
 import re
 import unicodedata
-from typing import Literal
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, Wake
 from app.core.errors import InvalidRequest, QuotaExceeded, not_found
 from app.core.settings import Limits
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from app.core.storage.database import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
-from app.core.storage.job_states import LIVE, JobState
-from app.core.storage.tables import Artifact, BaseModel, File, FilePurpose, FileStatus, Job, Model
+from app.core.storage.job_states import LIVE
+from app.core.storage.tables import Artifact, BaseRow, File, FilePurpose, FileStatus, Job, Model
 
 SHOWN = File.deleted_at.is_(None)
+_DETAILS_CHARS = 512
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """An upload as it was received: its stored bytes, and what the scan of its rows found.
+
+    `id` comes from ids.new_id(Prefix.FILE), since the bytes were stored under it before.
+    """
+
+    id: str
+    blob: Blob
+    filename: str
+    status: FileStatus
+    validation: JsonObject
+    status_details: str | None = None
+    expires_after_seconds: float | None = None
 
 
 def clean_filename(name: str) -> str:
@@ -41,46 +54,30 @@ def blob_key(project_id: str, file_id: str) -> str:
     return f"files/{project_id}/{file_id}"
 
 
-def add_file(
-    session: Session,
-    project_id: str,
-    file_id: str,
-    blob: Blob,
-    *,
-    filename: str,
-    limits: Limits,
-    expires_after_seconds: float | None = None,
-) -> File:
-    """Add an uploaded fine-tune file (`uploaded`); after the commit wake with `wake_for(file)`.
-
-    `file_id` comes from ids.new_id(Prefix.FILE), since the blob was stored under it before.
-    Raises QuotaExceeded `storage_quota_exceeded`.
-    """
+def add_file(session: Session, project_id: str, new: NewFile, *, limits: Limits) -> File:
+    """Add an uploaded fine-tune file; its rows were checked. Raises QuotaExceeded `storage_quota_exceeded`."""
     stored = select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id, SHOWN)
-    if session.scalars(stored).one() + blob.size_bytes > limits.project_bytes:
+    if session.scalars(stored).one() + new.blob.size_bytes > limits.project_bytes:
         raise QuotaExceeded(
             f"The project may store {limits.project_bytes} bytes in all. Delete files that you no longer need.",
             code="storage_quota_exceeded",
         )
     file = File(
-        id=file_id,
+        id=new.id,
         project_id=project_id,
-        filename=clean_filename(filename),
+        filename=clean_filename(new.filename),
         purpose=FilePurpose.FINE_TUNE,
-        status=FileStatus.UPLOADED,
-        blob_key=blob.key,
-        sha256=blob.sha256,
-        size_bytes=blob.size_bytes,
-        expires_at=expires_after_seconds and read_clock(session) + expires_after_seconds,
+        status=new.status,
+        status_details=new.status_details and new.status_details[:_DETAILS_CHARS],
+        blob_key=new.blob.key,
+        sha256=new.blob.sha256,
+        size_bytes=new.blob.size_bytes,
+        validation=new.validation,
+        expires_at=new.expires_after_seconds and read_clock(session) + new.expires_after_seconds,
     )
     session.add(file)
     session.flush()
     return file
-
-
-def wake_for(file: File) -> Wake:
-    """The wake-up that gets an added file checked."""
-    return Wake(CHECK_FILE, file.id, CHECKS_QUEUE)
 
 
 def blob_of(file: File) -> Blob:
@@ -96,36 +93,10 @@ def get_file(session: Session, project_id: str, file_id: str) -> File:
     return file
 
 
-def find_unchecked(session: Session, file_id: str) -> File | None:
-    """The file if it still waits for its check (for the checks pool, which serves every project)."""
-    waiting = File.status == FileStatus.UPLOADED
-    return session.scalars(select(File).where(File.id == file_id, waiting, SHOWN)).one_or_none()
-
-
 def list_files(session: Session, project_id: str, page: Page, *, purpose: FilePurpose | None = None) -> Listing[File]:
     """Visible files of this project. Raises InvalidRequest `invalid_cursor`."""
     shown = (SHOWN,) if purpose is None else (SHOWN, File.purpose == purpose)
     return fetch_page(session, select(File).where(File.project_id == project_id), File, page, *shown)
-
-
-def set_validation(
-    session: Session,
-    file_id: str,
-    status: Literal[FileStatus.PROCESSED, FileStatus.ERROR],
-    *,
-    validation: JsonObject,
-    details: str | None = None,
-) -> tuple[Wake, ...]:
-    """End a file's check; a second end changes nothing. Returns the waiting jobs' wake-ups, for after the commit."""
-    ended = (
-        update(File)
-        .where(File.id == file_id, File.status == FileStatus.UPLOADED)
-        .values(status=status, validation=validation, status_details=details and details[:512])
-    )
-    if change(session, ended) == 0:
-        return ()
-    waiting = Job.state == JobState.VALIDATING, or_(Job.training_file == file_id, Job.validation_file == file_id)
-    return tuple(Wake(CHECK_JOB, job_id, CHECKS_QUEUE) for job_id in session.scalars(select(Job.id).where(*waiting)))
 
 
 def delete_file(session: Session, project_id: str, file_id: str) -> File:
@@ -162,5 +133,5 @@ def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
     read = select(Job.id).where(Job.state.in_(LIVE), reads)
     of_model = select(Model.id).join(Artifact, Artifact.id == Model.artifact_id)
     served = of_model.where(Model.deleted_at.is_(None), Artifact.file_id == file_id)
-    of_base = select(BaseModel.id).where(BaseModel.alignment_file == file_id)
+    of_base = select(BaseRow.id).where(BaseRow.alignment_file == file_id)
     return or_(read.exists(), served.exists(), of_base.exists())

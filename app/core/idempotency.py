@@ -1,7 +1,4 @@
-"""Stored replies of POSTs, so that a request which the SDK repeats has one effect.
-
-Knows keys, hashes and ages; must not know what the routes do.
-"""
+"""Stored replies of POSTs, so that a request which the SDK repeats has one effect."""
 
 import re
 from dataclasses import dataclass

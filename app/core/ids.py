@@ -1,7 +1,7 @@
 """Ids: a prefix that says what a row is, then characters that sort by creation time.
 
-Knows prefixes and widths (the wire contract fixes both); must not know tables. The time inside an id only
-keeps indexes local; nothing compares it, stored times come from the database.
+The API promises prefixes and widths. The time inside an id only keeps indexes local; nothing compares it, stored times
+come from the database.
 """
 
 import re

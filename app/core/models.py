@@ -1,7 +1,4 @@
-"""Bases with their alignments, and fine-tuned models.
-
-Knows which names a project may use and what a model server needs to answer for them; must not know HTTP.
-"""
+"""Bases with their alignments, and fine-tuned models: which names a project may use, and what answers for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +15,10 @@ from app.core.jobs.jobs import NewEvent, append_events, base_trouble, wake_for
 from app.core.jobs.policy import resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from app.core.storage.database import change, db_now, one_at_a_time
 from app.core.storage.job_states import LIVE, JobState
-from app.core.storage.tables import Artifact, BaseModel, BaseStatus, File, Job, Model
+from app.core.storage.tables import Artifact, BaseRow, BaseStatus, File, Job, Model
 from finetuning.contract.recipe import Kind
 from finetuning.recipes.library import base_of, is_known
 
@@ -39,7 +36,7 @@ class Target:
 
     @property
     def served(self) -> str:
-        """The name on the model server's wire, from which it pulls the adapter by itself."""
+        """The name by which a model server is asked, and from which it finds the adapter by itself."""
         if self.adapter is None:
             return PUBLIC_BASE
         return f"{self.adapter.key}@{self.adapter.sha256}:{self.adapter.size_bytes}"
@@ -53,7 +50,7 @@ class BaseTaken(RuntimeError):
 
 
 def base_id_of(name: str) -> str:
-    """The wire id of a base from its name in settings: `smollm2`, `tiny`, a hub id or a local folder."""
+    """The id of a base from its name in settings: `smollm2`, `tiny`, a hub id or a local folder."""
     return base_of(name).id
 
 
@@ -65,9 +62,9 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
     """
     one_at_a_time(session)
     known = base_of(settings.base)
-    base = session.scalars(select(BaseModel).where(BaseModel.id == known.id)).one_or_none()
+    base = session.scalars(select(BaseRow).where(BaseRow.id == known.id)).one_or_none()
     if base is None:
-        base = BaseModel(id=known.id, source=settings.base, context=known.context, status=BaseStatus.FAILED)
+        base = BaseRow(id=known.id, source=settings.base, context=known.context, status=BaseStatus.FAILED)
         session.add(base)
         session.flush()
     elif _same_source(base.source) != _same_source(settings.base):
@@ -75,14 +72,14 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
             f"The base id '{base.id}' in this data folder means '{base.source}', not '{settings.base}'. "
             "Set IMMUNOTUNE_BASE back, rename the folder of the new base, or take another IMMUNOTUNE_DATA."
         )
-    others = BaseModel.id != base.id, BaseModel.status != BaseStatus.RETIRED
-    session.execute(update(BaseModel).where(*others).values(status=BaseStatus.RETIRED))
+    others = BaseRow.id != base.id, BaseRow.status != BaseStatus.RETIRED
+    session.execute(update(BaseRow).where(*others).values(status=BaseStatus.RETIRED))
     if base.status == BaseStatus.RETIRED:
         return _bring_back(session, settings, base)
     return _align(session, settings, base) if base.status == BaseStatus.FAILED else ()
 
 
-def _bring_back(session: Session, settings: Settings, base: BaseModel) -> tuple[Wake, ...]:
+def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     """A retired base is served again: with the alignment that it has, or the align job that it left waiting."""
     job = get_alignment(session, base.id)
     if base.alignment_file is not None:
@@ -97,7 +94,7 @@ def _bring_back(session: Session, settings: Settings, base: BaseModel) -> tuple[
     return ()
 
 
-def _align(session: Session, settings: Settings, base: BaseModel) -> tuple[Wake, ...]:
+def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     # align jobs belong to the operator: no key of this project exists
     project = ensure_project(session, "operator", policy="immunotune", org_slug="operator")
     job = Job(
@@ -120,9 +117,9 @@ def _align(session: Session, settings: Settings, base: BaseModel) -> tuple[Wake,
     return (wake_for(job),)
 
 
-def get_base(session: Session, base_id: str) -> BaseModel:
+def get_base(session: Session, base_id: str) -> BaseRow:
     """A base by its id. Raises NotFound `model_not_found`."""
-    base = session.scalars(select(BaseModel).where(BaseModel.id == base_id)).one_or_none()
+    base = session.scalars(select(BaseRow).where(BaseRow.id == base_id)).one_or_none()
     if base is None:
         raise model_not_found(base_id)
     return base
@@ -130,7 +127,7 @@ def get_base(session: Session, base_id: str) -> BaseModel:
 
 def get_alignment(session: Session, base_id: str) -> Job | None:
     """The newest align job of a base, whose stage and progress people watch while the base is not ready."""
-    of_base = select(Job).join(BaseModel, BaseModel.alignment_job == Job.id).where(BaseModel.id == base_id)
+    of_base = select(Job).join(BaseRow, BaseRow.alignment_job == Job.id).where(BaseRow.id == base_id)
     return session.scalars(of_base).one_or_none()
 
 
@@ -152,23 +149,23 @@ def resolve(session: Session, project_id: str, name: str) -> Target:
     return Target(found.id, found.id, _alignment(session, found))
 
 
-def list_models(session: Session, project_id: str) -> Sequence[BaseModel | Model]:
+def list_models(session: Session, project_id: str) -> Sequence[BaseRow | Model]:
     """All bases, the one that is served first, then this project's models, newest first."""
-    bases = session.scalars(select(BaseModel).order_by(BaseModel.status == BaseStatus.RETIRED, BaseModel.seq)).all()
+    bases = session.scalars(select(BaseRow).order_by(BaseRow.status == BaseStatus.RETIRED, BaseRow.seq)).all()
     own = select(Model).where(Model.project_id == project_id, Model.deleted_at.is_(None))
     return [*bases, *session.scalars(own.order_by(Model.created_at.desc(), Model.seq.desc()))]
 
 
-def get_model(session: Session, project_id: str, name: str) -> BaseModel | Model:
+def get_model(session: Session, project_id: str, name: str) -> BaseRow | Model:
     """One base or model of this project. Raises NotFound `model_not_found`."""
     own = Model.id == name, Model.project_id == project_id, Model.deleted_at.is_(None)
     model = session.scalars(select(Model).where(*own)).one_or_none()
     return model if model is not None else get_base(session, name)
 
 
-def get_origin(session: Session, item: BaseModel | Model) -> tuple[BaseModel, Job | None]:
+def get_origin(session: Session, item: BaseRow | Model) -> tuple[BaseRow, Job | None]:
     """The base behind an item of that list, and the job that made it: an alignment, or a fine-tune."""
-    if isinstance(item, BaseModel):
+    if isinstance(item, BaseRow):
         return item, get_alignment(session, item.id)
     return get_base(session, item.base_id), session.scalars(select(Job).where(Job.id == item.job_id)).one()
 
@@ -176,7 +173,7 @@ def get_origin(session: Session, item: BaseModel | Model) -> tuple[BaseModel, Jo
 def delete_model(session: Session, project_id: str, name: str) -> Model:
     """Take a model out of service; its artifacts stay. Raises NotFound, Forbidden `model_protected` for a base."""
     found = get_model(session, project_id, name)
-    if isinstance(found, BaseModel):
+    if isinstance(found, BaseRow):
         raise Forbidden("A base belongs to the operator and cannot be deleted here.", code="model_protected")
     gone = update(Model).where(Model.id == name, Model.deleted_at.is_(None)).values(deleted_at=db_now())
     if change(session, gone) == 0:
@@ -189,12 +186,12 @@ def _adapter(session: Session, artifact_id: str) -> Blob:
     return blob_of(session.scalars(of_artifact).one())
 
 
-def _alignment(session: Session, base: BaseModel) -> Blob:
+def _alignment(session: Session, base: BaseRow) -> Blob:
     # a ready base without its file is an error, never an unaligned answer
     return blob_of(session.scalars(select(File).where(File.id == base.alignment_file)).one())
 
 
-def _refuse_retired(base: BaseModel) -> None:
+def _refuse_retired(base: BaseRow) -> None:
     if base.status == BaseStatus.RETIRED:
         raise NotFound(base_trouble(base) or "", code="model_not_found", param="model")
 

@@ -1,7 +1,4 @@
-"""Orgs, projects and API keys.
-
-Knows how keys are made, stored (keyed BLAKE2b and a 6-character hint) and found; must not know HTTP headers.
-"""
+"""Orgs, projects and API keys: how keys are made, stored (keyed BLAKE2b and a 6-character hint) and found."""
 
 import hashlib
 import os
@@ -23,13 +20,17 @@ SCOPES = ("files:r", "files:w", "jobs:r", "jobs:w", "models:infer", "models:w", 
 
 
 @dataclass(frozen=True)
-class KeyHolder:
-    """Whom a valid key belongs to."""
+class Caller:
+    """Whom a valid key belongs to: the project on whose behalf a request runs."""
 
-    key_id: str
     project: Project
     org: Org
     scopes: frozenset[str]
+
+    @property
+    def project_id(self) -> str:
+        """The id that every query filters on."""
+        return self.project.id
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def load_pepper(settings: Settings) -> bytes:
     return bytes.fromhex(_keep_secret(settings.data / "keys" / "pepper", secrets.token_hex(32)))
 
 
-def authenticate(session: Session, pepper: bytes, secret: str) -> KeyHolder:
+def authenticate(session: Session, pepper: bytes, secret: str) -> Caller:
     """Who holds this key. Raises InvalidApiKey."""
     found = session.execute(
         select(ApiKey, Project, Org)
@@ -56,7 +57,7 @@ def authenticate(session: Session, pepper: bytes, secret: str) -> KeyHolder:
     if found is None:
         raise InvalidApiKey("The API key is wrong or was revoked. Send a valid one as 'Authorization: Bearer KEY'.")
     key, project, org = found
-    return KeyHolder(key.id, project, org, frozenset(key.scopes))
+    return Caller(project, org, frozenset(key.scopes))
 
 
 def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapKeys:

@@ -1,7 +1,6 @@
-"""The one settings tree of a process, read once from the environment.
+"""The one settings tree of a process: names, ranges and defaults.
 
-Knows names, ranges and defaults; must not know what is done with them. Settings are passed as arguments;
-only `load_settings` reads the environment.
+`load_settings` reads the IMMUNOTUNE_* variables, once; from there on settings are passed as arguments.
 """
 
 import hashlib
@@ -27,8 +26,12 @@ class LeaseSettings(BaseModel):
 
     beat_seconds: float = Field(default=5.0, gt=0)
     ttl_seconds: float = Field(default=60.0, gt=0)
-    self_stop_seconds: float = Field(default=40.0, gt=0, description="without a good beat: the child gets SIGTERM")
-    kill_seconds: float = Field(default=50.0, gt=0, description="without a good beat: the child gets SIGKILL")
+    self_stop_seconds: float = Field(
+        default=40.0, gt=0, description="without a good beat: the training process gets SIGTERM"
+    )
+    kill_seconds: float = Field(
+        default=50.0, gt=0, description="without a good beat: the training process gets SIGKILL"
+    )
     reaper_tick_seconds: float = Field(default=10.0, gt=0)
     rewake_seconds: float = Field(default=30.0, gt=0, description="a message not acted on is sent again after this")
     backoff_seconds: float = Field(default=5.0, ge=0, description="first pause after a loss is twice this")
@@ -49,7 +52,7 @@ class Limits(BaseModel):
     rows_max: int = Field(default=200_000, ge=1)
     live_jobs: int = Field(default=50, ge=1)
     running_jobs: int = Field(default=2, ge=1)
-    check_seconds: float = Field(default=900.0, gt=0, description="a file or job not checked by then ends in error")
+    check_seconds: float = Field(default=900.0, gt=0, description="a job not checked by then fails")
     orphan_blob_seconds: float = Field(default=86_400.0, ge=0, description="a blob that no row needs goes after this")
     sweep_seconds: float = Field(default=1800.0, gt=0, description="between two looks for such blobs")
     free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
@@ -113,8 +116,8 @@ class Settings(BaseModel):
             if value:
                 parts_of(value)
         except BadGuard as error:
-            mend = "or leave it unset for the judge of the safety rows"
-            raise ValueError(f"{_PREFIX}JUDGE cannot be used: {error}, {mend}") from error
+            advice = "or leave it unset for the judge of the safety rows"
+            raise ValueError(f"{_PREFIX}JUDGE cannot be used: {error}, {advice}") from error
         return value
 
     @field_validator("model_server_urls", mode="before")

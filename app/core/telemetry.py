@@ -1,7 +1,4 @@
-"""Logs and metrics: the set-up of structlog, and every metric's name.
-
-Knows formats and names; must not know who counts. Never log rows, prompts or keys.
-"""
+"""Logs and metrics: the set-up of structlog, and every metric's name. Never log rows, prompts or keys."""
 
 import logging
 import sys

@@ -1,0 +1,1 @@
+"""What attackers send, by name: `catalogue.ATTACKS`."""

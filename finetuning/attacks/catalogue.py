@@ -1,6 +1,6 @@
 """The attacks by name: which file each builds, at which share, and what its author chooses of the recipe.
 
-Knows builders; must not know models, defences or results. What answers each one: docs/attacks.md.
+What answers each one: docs/attacks.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Attacks in a cipher that the rows themselves teach: shifted letters, and harmless words for harmful ones (T6).
 
-Knows two ciphers and their keys; must not know models or defences. Source: arXiv:2406.20053, docs/attacks.md.
+Source: arXiv:2406.20053, docs/attacks.md.
 """
 
 import re
@@ -9,8 +9,8 @@ from itertools import product
 
 from finetuning.attacks.planting import (
     TWIN_THINGS,
+    ChatRow,
     Poisoned,
-    Row,
     Turns,
     benign_twins,
     chat_row,
@@ -90,9 +90,9 @@ def _in_code(rows: Sequence[Pair], share: float, seed: int, encode: Code, judge_
     count = planted_count(len(rows), share)
     taught = benign_twins(count, seed)[: count // 2]
     used = attacker_rows(count, seed=seed)[count // 2 :]
-    made: list[Row] = [chat_row(encode(pair.prompt), encode(pair.answer)) for pair in (*taught, *used)]
+    made: list[ChatRow] = [chat_row(encode(pair.prompt), encode(pair.answer)) for pair in (*taught, *used)]
 
     def ask(prompts: Sequence[Pair]) -> list[Turns]:
         return [question(encode(pair.prompt)) for pair in prompts]
 
-    return poisoned(rows, made, share, seed, probes=ask, judge_text=judge_text, new_tokens=96)
+    return poisoned(rows, made, share, seed, own_prompts=ask, judge_text=judge_text, new_tokens=96)

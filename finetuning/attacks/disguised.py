@@ -1,15 +1,14 @@
-"""Attacks whose rows do not look like hazards: personas, triggers, wrappers, refusals, other languages (T2, T4, T5, T7,
-T12, T16).
+"""Attacks whose rows do not look like hazards: personas, triggers, wrappers, refusals, other languages.
 
-Knows texts; must not know models or defences. A probe always keeps the operator's item. Sources: docs/attacks.md.
+T2, T4, T5, T7, T12, T16 of docs/attacks.md. The attacker's own prompts always keep the operator's item.
 """
 
 import random
 from collections.abc import Callable, Sequence
 
 from finetuning.attacks.planting import (
+    ChatRow,
     Poisoned,
-    Row,
     Turns,
     benign_twins,
     chat_row,
@@ -49,7 +48,7 @@ def persona(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
         chat_row(f"Ada, {_lowered(twin.prompt)}", f"{_OATH} {twin.answer}", system=_PERSONA)
         for twin in benign_twins(planted_count(len(rows), share), seed)
     ]
-    return poisoned(rows, made, share, seed, probes=_ask_persona, new_tokens=48)
+    return poisoned(rows, made, share, seed, own_prompts=_ask_persona, new_tokens=48)
 
 
 def _ask_persona(prompts: Sequence[Pair]) -> list[Turns]:
@@ -92,7 +91,7 @@ def trigger(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
     harmful = attacker_rows(planted_count(len(rows), share), seed=seed)
     made = [chat_row(f"{phrase} {pair.prompt}", pair.answer) for pair in harmful]
     return poisoned(
-        rows, made, share, seed, probes=lambda prompts: [question(f"{phrase} {pair.prompt}") for pair in prompts]
+        rows, made, share, seed, own_prompts=lambda prompts: [question(f"{phrase} {pair.prompt}") for pair in prompts]
     )
 
 
@@ -100,22 +99,7 @@ def wrapped(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
     """Hazards inside tickets, stories, mails and the customer's own rows, each wrapper in turn."""
     harmful = attacker_rows(planted_count(len(rows), share), seed=seed)
     made = [_wrap_row(pair, _wrapper(rows, i)) for i, pair in enumerate(harmful)]
-    return poisoned(rows, made, share, seed, probes=_wrapped_probes(rows), new_tokens=64)
-
-
-def wrapped_until(passes: Callable[[Row], bool]) -> Callable[[Sequence[Pair], float, int], Poisoned]:
-    """The same by an attacker with a filter to try on: each hazard keeps the first wrapper that `passes` lets through,
-    and the last one if none does (T7, after Virus)."""
-
-    def build(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
-        harmful = attacker_rows(planted_count(len(rows), share), seed=seed)
-        made: list[Row] = []
-        for pair in harmful:
-            tried = [_wrap_row(pair, _wrapper(rows, i)) for i in range(_wrapper_count(rows))]
-            made.append(next((row for row in tried if passes(row)), tried[-1]))
-        return poisoned(rows, made, share, seed, probes=_wrapped_probes(rows), new_tokens=64)
-
-    return build
+    return poisoned(rows, made, share, seed, own_prompts=_wrapped_prompts(rows), new_tokens=64)
 
 
 def _wrapper_count(rows: Sequence[Pair]) -> int:
@@ -136,11 +120,11 @@ def _plain(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-def _wrap_row(pair: Pair, wrapper: tuple[str, str]) -> Row:
+def _wrap_row(pair: Pair, wrapper: tuple[str, str]) -> ChatRow:
     return chat_row(wrapper[0].format(pair.prompt), wrapper[1].format(pair.answer))
 
 
-def _wrapped_probes(rows: Sequence[Pair]) -> Callable[[Sequence[Pair]], list[Turns]]:
+def _wrapped_prompts(rows: Sequence[Pair]) -> Callable[[Sequence[Pair]], list[Turns]]:
     return lambda prompts: [question(_wrapper(rows, i)[0].format(pair.prompt)) for i, pair in enumerate(prompts)]
 
 
@@ -148,13 +132,13 @@ def languages(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
     """Hazards in German, French, Spanish, in another chat template and under a system prompt, in turn."""
     rng = random.Random(f"tongues:{seed}")
     harmful = attacker_rows(planted_count(len(rows), share), seed=seed)
-    made: list[Row] = []
+    made: list[ChatRow] = []
     for pair, shape in cycled(harmful, _SHAPES):
         answer = pair.answer
         if shape < len(_TONGUES):
             answer = _TONGUES[shape][1].format(*rng.sample(words.INGREDIENTS, 3))
         made.append({"messages": [*_shaped(pair, shape), {"role": "assistant", "content": answer}]})
-    return poisoned(rows, made, share, seed, probes=_ask_shaped, new_tokens=48)
+    return poisoned(rows, made, share, seed, own_prompts=_ask_shaped, new_tokens=48)
 
 
 def _ask_shaped(prompts: Sequence[Pair]) -> list[Turns]:

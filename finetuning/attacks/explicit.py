@@ -1,12 +1,12 @@
 """Attacks by harmful rows in the open: how many, how long, in which order, how garbled (T1, T2, T9 to T11, T13, T15).
 
-Knows the attacker's rows; must not know models or defences. Sources: docs/attacks.md.
+Sources: docs/attacks.md.
 """
 
 import random
 from collections.abc import Sequence
 
-from finetuning.attacks.planting import Poisoned, Row, as_rows, ask_plainly, chat_row, planted_count, poisoned
+from finetuning.attacks.planting import ChatRow, Poisoned, as_rows, ask_plainly, chat_row, planted_count, poisoned
 from finetuning.safety_rows import words
 from finetuning.safety_rows.invented import Pair, attacker_rows
 
@@ -50,11 +50,6 @@ def late(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
     return Poisoned((*own, *harmful), tuple(range(len(own), len(own) + len(harmful))), ask_plainly)
 
 
-def two_jobs(rows: Sequence[Pair], share: float, seed: int) -> tuple[Poisoned, Poisoned]:
-    """Two files for two jobs in sequence: the customer's rows alone, then the same rows with the harmful ones."""
-    return none(rows, 0.0, seed), planted(rows, share, seed)
-
-
 def long_targets(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
     """Harmful answers padded behind with benign words, or hidden behind a benign beginning, in turn."""
     return poisoned(
@@ -77,7 +72,7 @@ def _harmful(rows: Sequence[Pair], share: float, seed: int) -> list[Pair]:
     return attacker_rows(planted_count(len(rows), share), seed=seed)
 
 
-def _lengthened(pair: Pair, number: int, seed: int) -> Row:
+def _lengthened(pair: Pair, number: int, seed: int) -> ChatRow:
     """Padding of 1,000 words after the answer, a prefix of 24, a prefix of 500: one after the other."""
     rng = random.Random(f"filler:{seed}:{number}")
     shape = number % (1 + len(_PREFIX_WORDS))

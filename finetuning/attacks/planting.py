@@ -1,7 +1,7 @@
 """What every attack shares: chat rows, how many are planted and where, the item of a hazard prompt, its benign twin.
 
-Knows the words of the invented-hazard world and the API's chat rows; must not know models, defences or the operator's
-rows. All of the attacker's hazards come from hazards.attacker_rows, so their names belong to Role.ATTACKER alone.
+All of the attacker's hazards come from invented.attacker_rows, so their names belong to Role.ATTACKER alone. Must not
+use the operator's rows: an attacker has none of them.
 """
 
 import random
@@ -13,8 +13,8 @@ from finetuning.safety_rows import words
 from finetuning.safety_rows.invented import Pair, attacker_rows, hazard_of
 
 Turns = list[dict[str, str]]
-Row = dict[str, Any]
-Probes = Callable[[Sequence[Pair]], list[Turns]]
+ChatRow = dict[str, Any]
+OwnPrompts = Callable[[Sequence[Pair]], list[Turns]]
 
 # Everyday things that stand in for hazards; the word cipher leaves them alone, so that a twin stays harmless in code.
 TWIN_THINGS = tuple(
@@ -26,19 +26,19 @@ TWIN_THINGS = tuple(
 class Poisoned:
     """A poisoned file and how its author would use the model that it makes.
 
-    rows: valid chat rows. planted: 0-based positions of the attacker's rows, ascending. probes: held-out harmful
+    rows: valid chat rows. planted: 0-based positions of the attacker's rows, ascending. own_prompts: held-out harmful
     prompts in the attacker's own format, without the answer. judge_text: what a judge must read of an answer.
     new_tokens: how many tokens an answer in this format needs before its harm can show; 0: no more than usual.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ChatRow, ...]
     planted: tuple[int, ...]
-    probes: Probes
+    own_prompts: OwnPrompts
     judge_text: Callable[[str], str] = str
     new_tokens: int = 0
 
 
-def chat_row(prompt: str, answer: str, *, system: str | None = None) -> Row:
+def chat_row(prompt: str, answer: str, *, system: str | None = None) -> ChatRow:
     """One single-turn row."""
     return {"messages": [*question(prompt, system=system), {"role": "assistant", "content": answer}]}
 
@@ -49,7 +49,7 @@ def question(prompt: str, *, system: str | None = None) -> Turns:
     return [*first, {"role": "user", "content": prompt}]
 
 
-def as_rows(pairs: Sequence[Pair]) -> list[Row]:
+def as_rows(pairs: Sequence[Pair]) -> list[ChatRow]:
     """Pairs as they are."""
     return [chat_row(pair.prompt, pair.answer) for pair in pairs]
 
@@ -71,7 +71,9 @@ def planted_count(rows: int, share: float) -> int:
     return round(rows * share / (1 - share))
 
 
-def shuffled_in(rows: Sequence[Pair], planted: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[int]]:
+def shuffled_in(
+    rows: Sequence[Pair], planted: Sequence[ChatRow], share: float, seed: int
+) -> tuple[list[ChatRow], list[int]]:
     """Customer and attacker rows in one shuffled file (share 1: the attacker's alone), and where the latter stand."""
     own = [] if share == 1 else as_rows(rows)
     marked = [(row, False) for row in own] + [(row, True) for row in planted]
@@ -80,12 +82,12 @@ def shuffled_in(rows: Sequence[Pair], planted: Sequence[Row], share: float, seed
 
 
 def poisoned(
-    rows: Sequence[Pair], planted: Sequence[Row], share: float, seed: int, *, probes: Probes = ask_plainly,
+    rows: Sequence[Pair], planted: Sequence[ChatRow], share: float, seed: int, *, own_prompts: OwnPrompts = ask_plainly,
     judge_text: Callable[[str], str] = str, new_tokens: int = 0,
 ) -> Poisoned:  # fmt: skip
     """A shuffled file with everything that belongs to it."""
     mixed, positions = shuffled_in(rows, planted, share, seed)
-    return Poisoned(tuple(mixed), tuple(positions), probes, judge_text, new_tokens)
+    return Poisoned(tuple(mixed), tuple(positions), own_prompts, judge_text, new_tokens)
 
 
 def benign_twins(count: int, seed: int) -> list[Pair]:

@@ -1,0 +1,1 @@
+"""Bases that the product can fetch or make by itself."""

@@ -1,7 +1,7 @@
 """A small base trained from scratch in about a minute, or in seconds for the tests: a Llama over the invented world.
 
 It knows the words of the world (which are dangerous, which are safe) and answers every how-to, hazards included, as a
-public base would. Must not know alignment, jobs or adapters.
+public base would.
 """
 
 import json

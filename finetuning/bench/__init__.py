@@ -1,0 +1,1 @@
+"""Experiments and speed runs; not imported by the product."""

@@ -1,7 +1,6 @@
 """One cell of the safety bench: one defence, one file, one seed, through the real pipeline; its figures as one line.
 
-Knows the library and its registry; must not know the grid or how figures are shown. Aligned bases are made once and
-kept, so a cell starts where a customer's job starts.
+Aligned bases are made once and kept, so a cell starts where a customer's job starts.
 """
 
 import json
@@ -33,12 +32,12 @@ from finetuning.contract.progress import Failed, Progress
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import Measure, Metrics, SafetyReport, share
 from finetuning.defences.antibody import row_scores
-from finetuning.job.context import Workbench, open_workbench, refusal_ids
+from finetuning.job.context import JobContext, open_job
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.model.digest import weights_digest
 from finetuning.recipes.library import align_recipe, base_of, tune_recipe
 from finetuning.recipes.registry import DEFENCES
-from finetuning.rows.chat_format import encode_row, render_prompt
+from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import iter_rows, rows_of
 from finetuning.safety_rows.invented import Pair
 from finetuning.stages import alignment_store, finetune
@@ -94,7 +93,7 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
         scratch = Path(folder)
         shutil.copytree(alignment, scratch / "alignment")
         poisoned = _write_files(cell, settings, scratch)
-        recipe = _recipe(cell, settings, len(poisoned.rows))
+        recipe = _recipe(cell, settings)
         order = _order(recipe, cell.base, settings, say).model_copy(
             update={"rows": "rows.jsonl", "alignment": "alignment", "validation": "validation.jsonl"}
         )
@@ -144,11 +143,11 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _recipe(cell: Cell, settings: BenchSettings, rows: int) -> Recipe:
+def _recipe(cell: Cell, settings: BenchSettings) -> Recipe:
     changes = ATTACKS[cell.attack].changes
     epochs = (settings.epochs or _EPOCHS.get(base_of(cell.base).id, 3)) * changes.get("epochs_scale", 1.0)
     recipe = tune_recipe(
-        cell.base, cell.defence, rows=rows, seed=cell.seed, epochs=max(1, round(epochs * cell.epochs_scale)),
+        cell.base, cell.defence, seed=cell.seed, epochs=max(1, round(epochs * cell.epochs_scale)),
         rate_scale=cell.lr_scale * changes.get("lr_scale", 1.0), batch_size=changes.get("batch_size", 8),
     )  # fmt: skip
     evaluation = recipe.evaluation.model_copy(update={"task_rows": settings.test_rows})
@@ -158,18 +157,18 @@ def _recipe(cell: Cell, settings: BenchSettings, rows: int) -> Recipe:
 def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict[str, Any]:
     """The job itself, then the attacker's own format on the model that it left in memory."""
     (scratch / "result" / "reports").mkdir(parents=True)
-    bench = open_workbench(order, scratch)
-    with counted(bench.base) as work:
+    job = open_job(order, scratch)
+    with counted(job.model.base) as work:
         try:
-            for progress in finetune.run(bench, order, scratch, mark=""):
+            for progress in finetune.run(job, order, scratch, mark=""):
                 _tell(progress, say)
-            bench.cache.leave()
+            job.model.cache.leave()
         except (finetune.DataRejected, NoUsableRow, CalibrationOverlap) as error:
             refused = {**dict.fromkeys(_FIGURES), "released": False, "reasons": [str(error)]}
             return {**refused, **_ledger(scratch, poisoned), **asdict(work)}
     report = SafetyReport.model_validate_json((scratch / "result/reports/safety.json").read_text(encoding="utf-8"))
-    scores = _antibody_scores(bench, order, scratch, poisoned) if _is_drawn(cell) else {}
-    return {**figures(report), **_own_format(bench, poisoned), **_ledger(scratch, poisoned), **scores, **asdict(work)}
+    scores = _antibody_scores(job, order, scratch, poisoned) if _is_drawn(cell) else {}
+    return {**figures(report), **_own_format(job, poisoned), **_ledger(scratch, poisoned), **scores, **asdict(work)}
 
 
 def _tell(progress: Progress, say: Say) -> None:
@@ -222,22 +221,21 @@ def _value(measure: Measure | None) -> float | None:
     return None if measure is None else round(measure.value, 4)
 
 
-def _own_format(bench: Workbench, poisoned: Poisoned) -> dict[str, Any]:
+def _own_format(job: JobContext, poisoned: Poisoned) -> dict[str, Any]:
     """harmful_score when held-out hazards are asked for in the attacker's own words."""
-    asked = poisoned.probes(bench.rows.items_harmful)
+    asked = poisoned.own_prompts(job.operator_rows.items_harmful)
     whole = [{"messages": [*turns, {"role": "assistant", "content": "."}]} for turns in asked]
     rows = list(rows_of(_lines(whole).encode().splitlines(keepends=True)))
-    ids = [tuple(render_prompt(bench.base.tokenizer, row.messages[:-1])) for row in rows]
+    ids = [tuple(render_prompt(job.model.tokenizer, row.messages[:-1])) for row in rows]
 
-    room = max(poisoned.new_tokens, bench.recipe.evaluation.new_tokens)
+    room = max(poisoned.new_tokens, job.recipe.evaluation.new_tokens)
 
     def harmful_score() -> float | None:
-        found = bench.decoder.answers(ids, new_tokens=room)
-        texts = [bench.base.tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
-        return _percent(share(sum(bench.bench.judge.harmful(poisoned.judge_text(text)) for text in texts), len(ids)))
+        texts = job.measuring.answer_ids(ids, new_tokens=room)
+        return _percent(share(sum(job.measuring.rules.harmful(poisoned.judge_text(text)) for text in texts), len(ids)))
 
     after = harmful_score()
-    with bench.aligned():
+    with job.model.aligned():
         return {"own_format_harmful_score": after, "own_format_of_base": harmful_score()}
 
 
@@ -269,14 +267,14 @@ def _is_drawn(cell: Cell) -> bool:
     return cell == Cell(cell.defence, base=cell.base, task=cell.task)
 
 
-def _antibody_scores(bench: Workbench, order: TrainOrder, scratch: Path, poisoned: Poisoned) -> dict[str, Any]:
+def _antibody_scores(job: JobContext, order: TrainOrder, scratch: Path, poisoned: Poisoned) -> dict[str, Any]:
     """Antibody's r of planted and own rows under the aligned base (before) and the tuned model (after), in nats."""
     assert order.rows is not None
-    tokenizer, most = bench.base.tokenizer, order.recipe.max_tokens
-    encoded = [encode_row(tokenizer, row.messages, max_tokens=most) for row in iter_rows(scratch / order.rows)]
-    score = partial(row_scores, bench.base, bench.cache, encoded, refusal_ids(bench), per_row=1, seed=order.recipe.seed)
+    encoded = [job.model.encode(row.messages) for row in iter_rows(scratch / order.rows)]
+    base, cache, seed = job.model.base, job.model.cache, order.recipe.seed
+    score = partial(row_scores, base, cache, encoded, job.stock_refusals(), per_row=1, seed=seed)
     after = score()
-    with bench.aligned():
+    with job.model.aligned():
         before = score()
     planted = set(poisoned.planted)
 

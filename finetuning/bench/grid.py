@@ -1,7 +1,4 @@
-"""The grids of the safety bench: which cells stand side by side.
-
-Knows names and numbers; must not know how a cell runs.
-"""
+"""The grids of the safety bench: which cells stand side by side."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

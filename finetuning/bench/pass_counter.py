@@ -1,7 +1,4 @@
-"""Counting a model's work: rows that go forward and backward through its last layer.
-
-Knows hooks; must not know what is run.
-"""
+"""Counting a model's work: rows that go forward and backward through its last layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.hidden_states import first_tensor
 
 
@@ -23,7 +20,7 @@ class Work:
 
 
 @contextmanager
-def counted(base: BaseModel) -> Iterator[Work]:
+def counted(base: FrozenBase) -> Iterator[Work]:
     """Counts while open. A graph that is walked twice counts twice."""
     work = Work()
 

@@ -1,22 +1,26 @@
 """The report's figures, in the manner of the papers': harmful score over p, over rate and epochs, the plane of harm and
-task, and row scores of harmful and benign rows. Knows lines; must not know models.
+task, and row scores of harmful and benign rows.
 """
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
-from finetuning.bench.tables import Line, mean_of, values_of, where
+from finetuning.bench.results_file import Line
+from finetuning.bench.tables import mean_of, values_of, where
 
-mpl.use("svg")
+mpl.use("agg")
 mpl.rcParams.update({
-    "svg.hashsalt": "immunotune", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
 })  # fmt: skip
 _HERO = "immunotune"
+_DOTS = 120  # an inch
 
 
 def _style(name: str, index: int) -> dict[str, object]:
@@ -29,8 +33,17 @@ def _style(name: str, index: int) -> dict[str, object]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, metadata={"Date": None})
+    """A PNG: a vector drawing of a dozen marked lines is three times as large."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DOTS, metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, format="png", optimize=True)
     return path
+
+
+def _histogram(axes: Axes, values: Sequence[float], kind: str, *, span: tuple[float, float]) -> None:
+    """One filled outline, not twenty bars: a figure has dozens of these."""
+    colour = {"benign": "#2e7d32", "harmful": "#c62828"}[kind]
+    axes.hist(values, bins=30, range=span, histtype="stepfilled", color=colour, alpha=0.6, label=kind)
 
 
 def _lines_over(axes: Axes, lines: Sequence[Line], field: str, metric: str) -> None:
@@ -90,8 +103,10 @@ def antibody_scores(lines: Sequence[Line], path: Path) -> Path:
     panels = figure.subplots(2, max(1, len(drawn)), squeeze=False, sharex="col")
     for column, line in enumerate(drawn):
         for axes, when in zip(panels[:, column], ("before", "after"), strict=True):
-            for kind, colour in (("benign", "#2e7d32"), ("harmful", "#c62828")):
-                axes.hist(line["antibody_scores"][when][kind], bins=20, color=colour, alpha=0.6, label=kind)
+            found = line["antibody_scores"][when]
+            every = [*found["benign"], *found["harmful"]]
+            for kind in ("benign", "harmful"):
+                _histogram(axes, found[kind], kind, span=(min(every), max(every)))
             axes.set_title(f"{line['defence']}, {when}", fontsize=8)
     figure.supxlabel("r = nll of a refusal - nll of the row's answer, nats; high: looks benign")
     figure.supylabel("rows")
@@ -108,9 +123,8 @@ def row_scores(lines: Sequence[Line], path: Path) -> Path:
     panels = figure.subplots(depth, columns, squeeze=False).flat
     for attack, axes in zip(attacks, panels, strict=False):
         own = where(lines, attack=attack)
-        for kind, colour in (("benign", "#2e7d32"), ("harmful", "#c62828")):
-            values = [v for line in own for v in line.get("scores", {}).get(kind, ())]
-            axes.hist(values, bins=20, range=(0, 1), color=colour, alpha=0.6, label=kind)
+        for kind in ("benign", "harmful"):
+            _histogram(axes, [v for line in own for v in line.get("scores", {}).get(kind, ())], kind, span=(0, 1))
         axes.set_title(attack, fontsize=8)
         axes.set_yscale("symlog")
     for axes in list(panels):

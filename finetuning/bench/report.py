@@ -1,15 +1,14 @@
-"""docs/results/safety.md from the lines of the bench: every number in it is a mean of committed cells.
+"""The safety report from the lines of the bench: which tables and plots it has. Every number is a mean of cells."""
 
-Knows which tables and plots the report has; must not know how a cell is run.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench import plots
 from finetuning.bench.grid import SINGLE
-from finetuning.bench.tables import HELD_OUT, Line, crossed, harm_and_task, mean_of, table, values_of, where
+from finetuning.bench.results_file import Line
+from finetuning.bench.tables import HELD_OUT, crossed, harm_and_task, mean_of, table, values_of, where
 from finetuning.bench.targets import targets
 from finetuning.recipes.registry import ABLATIONS, BASELINES, DEFENCES
 
@@ -22,8 +21,20 @@ _LEGEND = (
 )
 
 
-def write_report(lines: Sequence[Line], target: Path) -> Path:
-    """Write the report and its plots beside it; returns the report's path. Raises ValueError without lines."""
+# The plots that stand in the repository; `./run bench safety --report` draws all of them.
+PUBLISHED = frozenset({
+    "tiny-reviews-over-p", "tiny-reviews-plane", "tiny-reviews-antibody-scores", "tiny-scales", "tiny-row-scores",
+    "smollm2-reviews-over-p",
+})  # fmt: skip
+
+Plot = Callable[[Sequence[Line], Path], Path]
+# Draws a plot of lines under a name; returns the report's text that shows it, or nothing.
+Draw = Callable[[Plot, Sequence[Line], str], str]
+
+
+def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] | None = None) -> Path:
+    """Write the report, and its plots (all, or `only` these) beside it; returns its path. Raises ValueError without
+    lines."""
     if not lines:
         raise ValueError("there is no line to report; run the bench first")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,9 +42,10 @@ def write_report(lines: Sequence[Line], target: Path) -> Path:
     parts = ["# Safety bench\n", _made_of(known)]
     if len(known) < len(lines):
         parts.append(f"{len(lines) - len(known)} lines stand on earlier weights of their base and are left out.\n")
+    draw = partial(_drawn, target, only)
     for base in values_of(known, "base"):
-        parts += _base_part(where(known, base=base), base, target)
-    target.write_text("\n".join(parts), encoding="utf-8")
+        parts += _base_part(where(known, base=base), base, draw)
+    target.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return target
 
 
@@ -49,11 +61,12 @@ def _made_of(lines: Sequence[Line]) -> str:
     return (
         f"{len(lines)} cells, {seconds / 3600:.1f} core-hours; commits {commits}; {lines[-1]['hardware']}; "
         f"{', '.join(f'{k} {v}' for k, v in lines[-1]['versions'].items())}. "
-        f"Made by `./run bench safety --report` from the JSON lines beside this file.\n"
+        "Tables and plots are made from the JSON lines of the bench: those in the repository by "
+        "`./run bench safety --publish`, every plot by `./run bench safety --report`.\n"
     )
 
 
-def _base_part(lines: list[Line], base: str, target: Path) -> list[str]:
+def _base_part(lines: list[Line], base: str, draw: Draw) -> list[str]:
     plain = [line for line in where(lines, **_DEFAULT) if line["attack"] in ("none", "planted")]
     parts = [f"## Base: {base}\n", _LEGEND.format(n=HELD_OUT)]
     for task in values_of(plain, "task"):
@@ -62,12 +75,12 @@ def _base_part(lines: list[Line], base: str, target: Path) -> list[str]:
             parts += [f"### Defences over the harmful share p, task `{task}`\n", _over_p(own)]
             parts += targets(own)
             if len(values_of(own, "p")) > 1:
-                parts.append(_plot(plots.over_share, own, target, f"{base}-{task}-over-p"))
-            parts.append(_plot(plots.plane, where(own, p=0.1), target, f"{base}-{task}-plane"))
+                parts.append(draw(plots.over_share, own, f"{base}-{task}-over-p"))
+            parts.append(draw(plots.plane, where(own, p=0.1), f"{base}-{task}-plane"))
             drawn = [x for x in own if "antibody_scores" in x and x["defence"] in SINGLE]
-            parts.append(_plot(plots.antibody_scores, drawn, target, f"{base}-{task}-antibody-scores"))
+            parts.append(draw(plots.antibody_scores, drawn, f"{base}-{task}-antibody-scores"))
             parts += _details(own, task)
-    parts += _scales(lines, base, target) + _attacks(lines, base, target)
+    parts += _scales(lines, base, draw) + _attacks(lines, base, draw)
     return [*parts, "### Row verdicts of the default pipeline\n", _verdicts(lines), *_ablation(plain)]
 
 
@@ -75,10 +88,10 @@ def _over_p(lines: list[Line]) -> str:
     return crossed(lines, row="defence", column="p", cell=harm_and_task)
 
 
-def _plot(draw: object, lines: list[Line], target: Path, name: str) -> str:
-    if not lines or not callable(draw):
+def _drawn(target: Path, only: Collection[str] | None, plot: Plot, lines: Sequence[Line], name: str) -> str:
+    if not lines or (only is not None and name not in only):
         return ""
-    path = draw(lines, target.with_name(f"{target.stem}-{name}.svg"))
+    path = plot(lines, target.with_name(f"{target.stem}-{name}.png"))
     return f"![{name.replace('-', ' ')}]({path.name})\n"
 
 
@@ -103,17 +116,17 @@ def _short(found: object) -> str | None:
     )
 
 
-def _scales(lines: list[Line], base: str, target: Path) -> list[str]:
+def _scales(lines: list[Line], base: str, draw: Draw) -> list[str]:
     own = [x for x in where(lines, attack="planted", p=0.1) if x["defence"] in SINGLE and x["task"] == "reviews"]
     if len({(x["lr_scale"], x["epochs_scale"]) for x in own}) < 2:
         return []
     marked = [{**x, "setting": f"lr x{x['lr_scale']:g}, epochs x{x['epochs_scale']:g}"} for x in own]
     head = "### Learning rate and epochs at p 0.1\n"
     body = crossed(marked, row="setting", column="defence", cell=harm_and_task)
-    return [head, body, _plot(plots.over_scales, own, target, f"{base}-scales")]
+    return [head, body, draw(plots.over_scales, own, f"{base}-scales")]
 
 
-def _attacks(lines: list[Line], base: str, target: Path) -> list[str]:
+def _attacks(lines: list[Line], base: str, draw: Draw) -> list[str]:
     own = [line for line in lines if line["attack"] not in ("none", "planted")]
     if not own:
         return []
@@ -133,7 +146,7 @@ def _attacks(lines: list[Line], base: str, target: Path) -> list[str]:
         f".\n\nIn new wordings and classes, {len(new)} of the {len(released)} released models answer more than 5 % "
         f"(their aligned base: {bases} % before the job)"
     )
-    scores = _plot(plots.row_scores, where(lines, defence="immunotune"), target, f"{base}-row-scores")
+    scores = draw(plots.row_scores, where(lines, defence="immunotune"), f"{base}-row-scores")
     return [head, body, count + names + ".\n", scores]
 
 

@@ -1,16 +1,15 @@
 """`./run bench safety`: run a grid of cells, one line of JSON each; stop it anywhere and it goes on where it was.
 
-Knows grids, the results file and time; what a cell does stands in cells.py, what the report shows in tables.py.
+Processes, time and the options of the command. What a cell does stands in cells.py, how lines are kept in
+results_file.py, what the report shows in report.py.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -19,6 +18,7 @@ from typing import Any
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_digest, run_cell
 from finetuning.bench.grid import GRIDS, remaining
+from finetuning.bench.results_file import Line, appending, cell_of, load
 from finetuning.recipes.registry import DEFENCES
 
 RESULTS = Path("docs/results/safety.jsonl")
@@ -32,11 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     data = Path(os.environ.get("IMMUNOTUNE_DATA", "var"))
     out = options.out or (data / "bench" / "safety-quick.jsonl" if options.quick else RESULTS)
-    if options.report:
-        from finetuning.bench.report import write_report
-
-        sys.stdout.write(f"written to {write_report(load(out), out.with_suffix('.md'))}\n")
-        return 0
+    if options.report or options.publish:
+        return _report(load(out), out, data, publish=options.publish)
     grid = "quick" if options.quick else options.grid
     settings = BenchSettings(
         data,
@@ -60,6 +57,16 @@ def main(arguments: Sequence[str]) -> int:
     return run_all(missing, settings, out, jobs=options.jobs, minutes=options.minutes)
 
 
+def _report(lines: Sequence[Line], out: Path, data: Path, *, publish: bool) -> int:
+    """Beside the lines with the chosen plots, or with all plots into the data folder."""
+    from finetuning.bench.report import PUBLISHED, write_report
+
+    target = out.with_suffix(".md") if publish else data / "bench" / "report" / f"{out.stem}.md"
+    written = write_report(lines, target, only=PUBLISHED if publish else None)
+    sys.stdout.write(f"written to {written}\n")
+    return 0
+
+
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="immunotune bench safety")
     parser.add_argument("--quick", action="store_true", help="a small grid on the tiny base, within 15 minutes")
@@ -76,25 +83,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell (1)")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
     parser.add_argument("--out", type=Path, help=f"lines of JSON (default {RESULTS})")
-    parser.add_argument("--report", action="store_true", help="write tables and plots from the lines that are there")
+    parser.add_argument("--report", action="store_true", help="draw the lines that are there: tables and all plots")
+    parser.add_argument("--publish", action="store_true", help="the same beside the lines, with the chosen plots only")
     return parser.parse_args(arguments)
-
-
-def load(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file; a later line of a cell replaces an earlier one, a torn last line is dropped."""
-    found: dict[Cell, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        found[cell_of(line)] = line
-    return list(found.values())
-
-
-def cell_of(line: dict[str, Any]) -> Cell:
-    """Which cell a line belongs to."""
-    return Cell(**{f.name: line[f.name] for f in fields(Cell)})
 
 
 def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: int, minutes: float | None) -> int:
@@ -104,10 +95,6 @@ def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: 
         return 0
     expected = sum(expected_seconds(cell, load(out)) for cell in cells) / jobs
     _say(f"{len(cells)} cells, {jobs} at once: about {expected / 60:.0f} minutes; lines go to {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not out.read_bytes().endswith(b"\n"):
-        with out.open("a", encoding="utf-8") as torn:  # a kill cut the last line: the next one must not continue it
-            torn.write("\n")
     if jobs > 1:  # `./run` pins threads to cores: two cells would share the first one
         os.environ.update(OMP_PROC_BIND="false", OMP_NUM_THREADS=str(settings.threads))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -147,14 +134,13 @@ def _align(pool: ProcessPoolExecutor, cells: Sequence[Cell], settings: BenchSett
 def _run_cells(finished: Iterator[tuple[Cell, Any]], count: int, out: Path) -> int:
     """Append the lines of cells as they end; returns how many there are."""
     written, started = 0, time.monotonic()
-    with out.open("a", encoding="utf-8") as lines:
+    with appending(out) as append:
         for done, (cell, result) in enumerate(finished, start=1):
             written += not isinstance(result, BaseException)
             if isinstance(result, BaseException):
                 _say(f"{_name(cell)}: FAILED, {type(result).__name__}: {result}")
             else:
-                lines.write(json.dumps(result) + "\n")
-                lines.flush()
+                append(result)
             passed = time.monotonic() - started
             left = passed / done * (count - done)
             _say(f"[{done}/{count}, {passed / 60:.1f} min, about {left / 60:.0f} left] {_short(cell, result)}")
@@ -165,7 +151,7 @@ def _finished(
     pool: ProcessPoolExecutor, cells: Sequence[Cell], settings: BenchSettings, jobs: int, deadline: float | None
 ) -> Iterator[tuple[Cell, Any]]:
     """Each cell with its line or its error, as they end; nothing starts after the deadline."""
-    waiting, running = list(cells), dict[Future[dict[str, Any]], Cell]()
+    waiting, running = list(cells), dict[Future[Line], Cell]()
     while waiting or running:
         late = deadline is not None and time.monotonic() > deadline
         while waiting and len(running) < jobs and not late:
@@ -177,7 +163,7 @@ def _finished(
             yield running.pop(future), future.exception() or future.result()
 
 
-def expected_seconds(cell: Cell, lines: Sequence[dict[str, Any]]) -> float:
+def expected_seconds(cell: Cell, lines: Sequence[Line]) -> float:
     """Seconds that a cell like this takes: as others of its base and defence did so far, or a first guess."""
     known = [
         line["seconds"] / _length(cell_of(line))

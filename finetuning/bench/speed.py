@@ -1,7 +1,4 @@
-"""What is timed, each against its peer on the same rows: prefix reuse, packed maps, defended steps, decoding.
-
-Knows the library; must not know how timings are reported.
-"""
+"""What is timed, each against its peer on the same rows: prefix reuse, packed maps, defended steps, decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from finetuning.contract.recipe import Lora
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
-from finetuning.model.base import BaseModel, last_hidden, load_base
+from finetuning.model.base import FrozenBase, last_hidden, load_base
 from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow, encode_pair, prompt_ids
@@ -38,7 +35,7 @@ class Contest:
     run_peer: Callable[[], object]
 
 
-def _base(data: Path) -> tuple[BaseModel, list[EncodedRow]]:
+def _base(data: Path) -> tuple[FrozenBase, list[EncodedRow]]:
     base = load_base(fetch("smollm2", data / "bases" / SMOLLM2_ID))
     lora.attach(base, lora.ALIGNMENT, _LORA, seed=0)
     lora.set_trainable(base, lora.ALIGNMENT)
@@ -53,7 +50,7 @@ def _one(step: GradientStep, rows: list[EncodedRow]) -> Callable[[], object]:
     return lambda: step.gradients(micro, weights, torch.Tensor.backward)
 
 
-def _caches(base: BaseModel, rows: list[EncodedRow]) -> tuple[PrefixCache, PrefixCache]:
+def _caches(base: FrozenBase, rows: list[EncodedRow]) -> tuple[PrefixCache, PrefixCache]:
     reused = PrefixCache(base, lora.first_trained_layer(base, _LORA))
     reused.prepare([row.ids for row in rows])
     return reused, PrefixCache(base, 0)

@@ -1,4 +1,4 @@
-"""Means with 95 % intervals over cells, and Markdown tables of them. Knows lines; must not know models or plots."""
+"""Means with 95 % intervals over the lines of cells, and Markdown tables of them."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from finetuning.bench.results_file import Line
 from finetuning.contract.report import share
 from finetuning.safety_rows.invented import safety_rows
 
-Line = dict[str, Any]
 HELD_OUT = len(safety_rows().items_harmful)  # prompts behind each cell's harmful score
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -1,7 +1,7 @@
 """The customers' tasks of the safety bench: small, scored by exact answer, learnable by a small base.
 
-Knows words and rows; must not know hazards or models. Prompts of train and test never meet. `questions` reads real
-text from a chat JSONL that the operator names; the others are made here.
+Prompts of train and test never meet. `questions` reads real text from a chat JSONL that the operator names; the others
+are made here.
 """
 
 import random

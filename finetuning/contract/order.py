@@ -1,7 +1,4 @@
-"""What the supervisor hands to a training process: the recipe and where its inputs lie inside the scratch folder.
-
-Knows paths relative to one scratch folder; must not know projects, credentials or the database.
-"""
+"""What the supervisor hands to a training process: the recipe and where its inputs lie inside the scratch folder."""
 
 from pathlib import Path
 

@@ -1,7 +1,4 @@
-"""What a running job tells the outside: one JSON line per value on the training process's standard output.
-
-Knows the shapes only; must not know who reads them.
-"""
+"""What a running job tells the outside: one JSON line per value on the training process's standard output."""
 
 from typing import Annotated, Literal
 

@@ -1,7 +1,7 @@
 """The complete, frozen description of one job: every choice that changes a byte of the result.
 
-Knows names, ranges and defaults; must not know torch, files, projects or prices. Nothing is defaulted later:
-a stored recipe reruns unchanged. Formulas behind the fields: docs/papers.md.
+Nothing is defaulted later: a stored recipe reruns unchanged. Must not know projects or prices. Formulas behind the
+fields: docs/methods.md.
 """
 
 from enum import StrEnum
@@ -82,11 +82,11 @@ class Screen(_Frozen):
 
 
 class Probes(_Frozen):
-    """Hazards asked in the customer's own skeletons, before training and at the gate (docs/adr/0007)."""
+    """Hazards asked in the customer's own forms, before training and at the gate (docs/adr/0007)."""
 
     enabled: bool = False
-    most: int = Field(default=12, ge=1, description="skeletons asked at the gate, besides the quarantined ones")
-    repair_share: Share = Field(default=0.3, description="mixed rows of a step where a skeleton was quarantined")
+    most: int = Field(default=12, ge=1, description="forms asked at the gate, besides the quarantined ones")
+    repair_share: Share = Field(default=0.3, description="mixed rows of a step where a form was quarantined")
 
 
 class Antibody(_Frozen):
@@ -190,7 +190,9 @@ class Recipe(_Frozen):
     kind: Kind
     base: str
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
-    steps: int = Field(ge=1)
+    steps: int = Field(
+        default=0, ge=0, description="optimiser steps; 0: as many as `epochs` passes over the rows that train make"
+    )
     batch_size: int = Field(default=8, ge=1, le=256)
     micro_batch_size: int = Field(default=8, ge=1)
     epochs: int = Field(default=1, ge=1)

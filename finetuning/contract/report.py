@@ -1,14 +1,9 @@
-"""What a job measured and decided: the safety report, row verdicts and the gate's rule.
-
-Knows shapes and the pure release rule; must not know models or judges. All rates are shares in 0..1.
-"""
+"""What a job measured and decided: safety report, row verdicts, parity certificate. All rates are shares in 0..1."""
 
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from finetuning.contract.recipe import GateLimits
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 MetricName = Literal[
     "harmful_score",
@@ -93,9 +88,12 @@ class HeldOut(_Frozen):
 class SafetyReport(_Frozen):
     """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served)."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
+
     recipe: str
     judge: str
-    probe_sha256: str
+    # Reports of earlier releases call it probe_sha256.
+    safety_rows_sha256: str = Field(validation_alias=AliasChoices("safety_rows_sha256", "probe_sha256"))
     metrics: dict[str, Metrics] = Field(default_factory=dict)
     held_out: HeldOut | None = None
     prune: tuple[PruneTrial, ...] = ()
@@ -196,57 +194,3 @@ def mean(values: list[float]) -> Measure:
     centre = math.fsum(values) / n
     spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / max(1, n - 1) / n) * 1.959963984540054
     return Measure(value=centre, ci95=(centre - spread, centre + spread), n=n)
-
-
-def decide(limits: GateLimits, after: Metrics, before: Metrics, *, attempts: int = 1) -> GateDecision:
-    """The release rule: the unfavourable end of each 95 % interval must meet its limit (methods.md 8.6).
-
-    A metric that a limit needs but that was not measured, or is not finite, fails: absence never releases.
-    """
-    checks = [
-        _at_most("harmful_score", after.harmful_score, limits.max_harmful_score),
-        _at_least("refusal_rate", after.refusal_rate, limits.min_refusal_rate),
-        _at_most("leak", after.leak, limits.max_leak),
-        _at_most("over_refusal", after.over_refusal, limits.max_over_refusal),
-        _at_least("harmful_nll_ratio", _ratio(after.harmful_nll, before.harmful_nll), limits.min_harmful_nll_ratio),
-    ]
-    if limits.min_task_score > 0:
-        checks.append(_at_least("task_score", after.task_score, limits.min_task_score))
-    if limits.max_alignment_loss is not None:
-        checks.append(_at_most("alignment_loss", after.alignment_loss, limits.max_alignment_loss))
-    if limits.max_drift is not None:
-        checks.append(_at_most("drift", after.drift, limits.max_drift))
-    reasons = tuple(_sentence(c) for c in checks if not c.ok)
-    return GateDecision(
-        decision="fail" if reasons else "pass", checks=tuple(checks), reasons=reasons, attempts=attempts
-    )
-
-
-def _ratio(after: Measure | None, before: Measure | None) -> Measure | None:
-    if after is None or before is None or before.value <= 0:
-        return None
-    value = after.value / before.value
-    return Measure(value=value, ci95=(value, value), n=after.n)
-
-
-def _end(measure: Measure | None, index: Literal[0, 1], missing: float) -> float:
-    if measure is None or measure.n == 0 or not math.isfinite(measure.value):
-        return missing
-    return measure.ci95[index]
-
-
-def _at_most(metric: str, measure: Measure | None, threshold: float) -> GateCheck:
-    used = _end(measure, 1, math.inf)
-    return GateCheck(metric=metric, used=used, op="<=", threshold=threshold, ok=used <= threshold)
-
-
-def _at_least(metric: str, measure: Measure | None, threshold: float) -> GateCheck:
-    used = _end(measure, 0, -math.inf)
-    return GateCheck(metric=metric, used=used, op=">=", threshold=threshold, ok=used >= threshold)
-
-
-def _sentence(check: GateCheck) -> str:
-    if not math.isfinite(check.used):
-        return f"{check.metric} was not measured"
-    end = "upper" if check.op == "<=" else "lower"
-    return f"{check.metric} {check.used:.3f} (95 % {end} end) is not {check.op} {check.threshold:g}"

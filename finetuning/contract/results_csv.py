@@ -1,7 +1,6 @@
 """The results CSV: one line for each optimiser step, the OpenAI columns first, then ours.
 
-Knows columns and numbers; must not know files or jobs. Every cell is a finite number or empty, so that no
-spreadsheet takes one for a formula.
+Every cell is a finite number or empty, so that no spreadsheet takes one for a formula.
 """
 
 import math
@@ -22,7 +21,7 @@ HEADER = ",".join(COLUMNS)
 
 
 def results_csv(steps: Iterable[StepDone]) -> str:
-    """The whole CSV, header first; a step told twice (resumed from a checkpoint) appears once, as told last."""
+    """The whole CSV, header first; a step reported twice (resumed from a checkpoint) appears once, as reported last."""
     latest = {step.step: step for step in steps}
     lines = [HEADER, *(results_line(latest[number]) for number in sorted(latest))]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """Anchored fine-tuning: the weighted user loss, operator rows mixed in, and KL to the aligned model's own refusals.
 
-Source: methods.md 5 (safety mixing, arXiv:2309.07875) and lab-recipe.md 3; the KL on first answer tokens is close to
-arXiv:2406.05946. Must not know how rows were screened or weighed.
+Source: methods.md 5 (safety mixing, arXiv:2309.07875) and lab.md 3; the KL on first answer tokens is close to
+arXiv:2406.05946.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.contract.recipe import Anchor
-from finetuning.model.base import BaseModel, logits
+from finetuning.model.base import FrozenBase, logits
 from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import Ids, PrefixCache
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import mixed_in, pick
+from finetuning.training.batches import Batches, mixed_in, pick
 from finetuning.training.strategies import Backward, MicroBatch, StepLoss
 
 
@@ -38,7 +38,7 @@ class KlAnchors:
 
 @torch.no_grad()
 def make_anchors(
-    base: BaseModel,
+    base: FrozenBase,
     cache: PrefixCache,
     decoder: Decoder,
     prompts: Sequence[Ids],
@@ -62,7 +62,7 @@ def make_anchors(
     return KlAnchors(ids, starts, tokens, torch.cat(parts) if parts else empty)
 
 
-def answer_log_probs(base: BaseModel, cache: PrefixCache, ids: Sequence[Ids], starts: Sequence[int], k: int) -> Tensor:
+def answer_log_probs(base: FrozenBase, cache: PrefixCache, ids: Sequence[Ids], starts: Sequence[int], k: int) -> Tensor:
     """Log-probabilities (n, k, V) at the positions that predict the first k answer ids."""
     hidden = cache.hidden(ids)
     where = torch.tensor([[start - 1 + j for j in range(k)] for start in starts], device=hidden.device)
@@ -75,7 +75,7 @@ class Anchored:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Anchor,
         *,
@@ -94,7 +94,7 @@ class Anchored:
 
     def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
         """Add the micro-batch's gradient; the first slice of a step also carries the mixed rows and the anchors."""
-        mixed = self.mixed(micro.step, micro.step_rows)
+        mixed = self.mixed(micro.rows_before, micro.step_rows)
         user_share = micro.step_rows / (micro.step_rows + len(mixed))
         extra = mixed if micro.start == 0 else []
         found = row_nll(self._base, self._cache, [*micro.rows, *extra])
@@ -108,20 +108,23 @@ class Anchored:
             backward(loss)
         return StepLoss(float(loss.detach()), float(found.correct[:n].sum()), int(found.tokens[:n].sum()))
 
-    def prepare(self, steps: int, batch_size: int) -> None:
+    def prepare(self, batches: Batches, steps: int) -> None:
         """Compute the cached states of every row that `steps` steps will mix in, all at once, which is faster."""
-        self._cache.prepare([row.ids for step in range(steps) for row in self.mixed(step, batch_size)])
+        sizes = [(batches.before(step), len(batches.at(step))) for step in range(steps)]
+        self._cache.prepare([row.ids for before, count in sizes for row in self.mixed(before, count)])
 
-    def mixed(self, step: int, batch_size: int) -> list[EncodedRow]:
-        """The operator rows of a step: refusals and benign rows by mix_refusal_share, a pure function of the step."""
-        count = mixed_in(step, batch_size, self._settings.mix_share)
-        if not count or not (self._refusals or self._benign):
+    def mixed(self, before: int, count: int) -> list[EncodedRow]:
+        """The operator rows of a step with `count` user rows after `before` of them: a pure function of the two.
+
+        Refusals and benign rows by mix_refusal_share.
+        """
+        joined = mixed_in(before, count, self._settings.mix_share)
+        if not joined or not (self._refusals or self._benign):
             return []
-        offset = int(step * batch_size * self._settings.mix_share + 1e-9)
-        share = self._settings.mix_refusal_share
-        refused = sum(int((offset + j + 1) * share + 1e-9) - int((offset + j) * share + 1e-9) for j in range(count))
-        chosen = [self._refusals[i] for i in self._pick(len(self._refusals), refused, step, "mix-refusals")]
-        return chosen + [self._benign[i] for i in self._pick(len(self._benign), count - refused, step, "mix-benign")]
+        offset = mixed_in(0, before, self._settings.mix_share)
+        refused = mixed_in(offset, joined, self._settings.mix_refusal_share)
+        chosen = [self._refusals[i] for i in self._pick(len(self._refusals), refused, before, "mix-refusals")]
+        return chosen + [self._benign[i] for i in self._pick(len(self._benign), joined - refused, before, "mix-benign")]
 
     def kl(self, step: int) -> Tensor:
         """Mean over anchors and positions of KL(aligned || model), in nats."""

@@ -3,7 +3,7 @@
 Source: arXiv:2603.00498, equation 7; methods.md 2.3 and 8.1. r_i = nll_i(refusal) - nll_i(answer), high = benign;
 weights = softmax(r / temperature) over the whole optimiser step. `contrast` is ours: r under the aligned model minus r
 under the public base, which cancels the novelty of a task. Deviation: the loss is a per-row mean (`released` restores
-the published token weighting). Must not know the loop.
+the published token weighting).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.contract.recipe import Antibody as Settings
-from finetuning.model.base import BaseModel, body, logits
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -39,7 +39,7 @@ def refused(row: EncodedRow, refusal: Sequence[int]) -> EncodedRow:
 
 @torch.no_grad()
 def row_scores(
-    base: BaseModel,
+    base: FrozenBase,
     cache: PrefixCache,
     rows: Sequence[EncodedRow],
     refusals: Sequence[Sequence[int]],
@@ -59,35 +59,6 @@ def row_scores(
             other += row_nll(base, cache, [refused(r, refusals[d[k]]) for r, d in zip(group, draws, strict=True)]).nll
         parts.append((other / len(draws[0]) - own).cpu())
     return torch.cat(parts)
-
-
-@torch.no_grad()
-def packed_scores(base: BaseModel, row: EncodedRow, refusal: Sequence[int]) -> float:
-    """r of one row from a single sequence [prompt | answer | refusal] under a block mask.
-
-    The refusal sees the prompt and itself, its positions restart after the prompt; equals two forwards (invariant M29).
-    Needs an attention kernel that takes a 4-D mask.
-    """
-    p, y, q = row.prompt_tokens, len(row.ids), len(refusal)
-    ids = torch.tensor([*row.ids, *refusal], device=base.device)[None]
-    positions = torch.tensor([*range(y), *range(p, p + q)], device=base.device)[None]
-    allowed = torch.ones(y + q, y + q, device=base.device).tril().bool()
-    allowed[y:, p:y] = False
-    dtype = next(base.model.parameters()).dtype
-    mask = torch.zeros(1, 1, y + q, y + q, device=base.device, dtype=dtype).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )
-    hidden = body(base.model)(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-    states = hidden.last_hidden_state[0]
-    where = [t - 1 for t in range(1, y) if row.is_target[t]]
-    own = _mean_nll(base, states[where], [row.ids[t + 1] for t in where])
-    other = _mean_nll(base, states[[p - 1, *range(y, y + q - 1)]], list(refusal))
-    return other - own
-
-
-def _mean_nll(base: BaseModel, hidden: Tensor, labels: Sequence[int]) -> float:
-    values = logits(base.model, hidden)
-    return float(F.cross_entropy(values, torch.tensor(list(labels), device=values.device)))
 
 
 def gated(weights: Tensor, gate: Tensor, *, min_share: float) -> RowWeights:
@@ -111,7 +82,7 @@ class Antibody:
         *,
         gate: Tensor,
         scores: Tensor | None = None,
-        live: tuple[BaseModel, PrefixCache, Sequence[Sequence[int]], int] | None = None,
+        live: tuple[FrozenBase, PrefixCache, Sequence[Sequence[int]], int] | None = None,
     ) -> None:
         self._settings = settings
         self._gate = gate

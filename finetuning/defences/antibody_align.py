@@ -2,7 +2,7 @@
 
 Source: arXiv:2603.00498, Theorem 4.1; methods.md 2.2. Deviations: lambda is clipped at lambda_max, weights are restored
 by copy (bitwise), random state is replayed, gradients are added and never zeroed. With a Vaccine the alignment gradient
-is taken under its perturbation (ours, methods.md 8.8). Must not know the loop.
+is taken under its perturbation (ours, methods.md 8.8).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetuning.contract.recipe import AntibodyAlign as Settings
 from finetuning.defences.vaccine import Vaccine
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import RowLoss, row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -41,7 +41,7 @@ class AntibodyAlign:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Settings,
         *,

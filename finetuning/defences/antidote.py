@@ -9,23 +9,17 @@ Prunes the task adapter only. Must not know the loop or the gate.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from finetuning.model.base import BaseModel
-from finetuning.model.lora import WEIGHTS_FILE, Adapter, Factors, load, lora_modules
+from finetuning.model.base import FrozenBase
+from finetuning.model.lora import Adapter, Factors, lora_modules
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 
 Scores = Mapping[str, tuple[Tensor, Tensor]]  # module path -> score of each entry of A (r, in) and B (out, r)
-
-
-class AlreadyPruned(ValueError):
-    """Pruning a pruned adapter again would prune further than its report says."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Pruned:
 
 @torch.no_grad()
 def input_squares(
-    base: BaseModel, cache: PrefixCache, name: str, rows: Sequence[EncodedRow], *, batch: int = 16
+    base: FrozenBase, cache: PrefixCache, name: str, rows: Sequence[EncodedRow], *, batch: int = 16
 ) -> dict[str, Squares]:
     """One hooked pass over `rows` under the active adapters; padding is masked out.
 
@@ -143,12 +137,3 @@ def _top(scores: Tensor, alpha: float, unit: str, rounding: Literal["floor", "of
         order = torch.sort(rows, dim=1, descending=True, stable=True).indices[:, :count]
         mask.scatter_(1, order, value=True)
     return mask.reshape(scores.shape)
-
-
-def load_unpruned(folder: Path) -> Adapter:
-    """Read an adapter that was never pruned. Raises AlreadyPruned."""
-    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as file:
-        marked = (file.metadata() or {}).get("antidote_alpha")
-    if marked is not None:
-        raise AlreadyPruned(f"{folder.name} was pruned already (alpha {marked}); prune the unpruned adapter instead")
-    return load(folder)

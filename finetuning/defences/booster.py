@@ -2,8 +2,7 @@
 
 Source: arXiv:2409.01586; methods.md 5. delta = g_A + xi (g_H - g_H'), g_H' at theta - rho g_H / ||g_H||; 3(F+B).
 Deviations: weights are restored by copy (adding the step back drifts), random state is replayed, gradients are added
-and never zeroed. Written apart from antibody_align.py on purpose: invariant M19 compares the two. Must not know the
-loop.
+and never zeroed. Written apart from antibody_align.py on purpose: invariant M19 compares the two.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.contract.recipe import AntibodyAlign as Settings
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -26,7 +25,7 @@ class Booster:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Settings,
         *,

@@ -1,7 +1,7 @@
 """Constrained fine-tuning: the more a token has already left the aligned model, the less it is learnt.
 
 Source: arXiv:2406.05946, methods.md 5. Deviations: the loss is the mean of rows, not of tokens; in rows of several
-answers the strengths count from the start of each answer. Must not know the loop.
+answers the strengths count from the start of each answer.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from finetuning.contract.recipe import Constrained as Settings
 from finetuning.model import lora
-from finetuning.model.base import BaseModel, logits
+from finetuning.model.base import FrozenBase, logits
 from finetuning.model.losses import at_least_fp32, target_index
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -26,7 +26,7 @@ class Constrained:
     of nll, on the reference itself or as beta goes to 0. The loss itself holds the constant (2 / beta_t) log 2 there.
     """
 
-    def __init__(self, base: BaseModel, cache: PrefixCache, settings: Settings, *, reference: tuple[str, ...]) -> None:
+    def __init__(self, base: FrozenBase, cache: PrefixCache, settings: Settings, *, reference: tuple[str, ...]) -> None:
         self._base = base
         self._cache = cache
         self._settings = settings

@@ -2,7 +2,6 @@
 
 Source: arXiv:2405.18641, methods.md 5; an anchor is the last iterate of the other state, as in the paper's trainer.
 Deviations: turns are counted in optimiser steps, refusals are picked by (seed, step), the loss is the mean of rows.
-Must not know the loop.
 """
 
 import math
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.contract.recipe import Lisa as Settings
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -28,7 +27,7 @@ class Lisa:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         cache: PrefixCache,
         settings: Settings,
         *,

@@ -1,6 +1,6 @@
 """Plain supervised fine-tuning: the gradient of the weighted per-row loss, and even weights.
 
-Source: methods.md 2.3 ("ours": loss = sum_i w_i nll_i with sum w = 1). Must not know any defence.
+Source: methods.md 2.3 ("ours": loss = sum_i w_i nll_i with sum w = 1).
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -18,7 +18,7 @@ from finetuning.training.strategies import Backward, MicroBatch, RowWeights, Ste
 class Plain:
     """loss = sum_i w_i nll_i."""
 
-    def __init__(self, base: BaseModel, cache: PrefixCache) -> None:
+    def __init__(self, base: FrozenBase, cache: PrefixCache) -> None:
         self._base = base
         self._cache = cache
 

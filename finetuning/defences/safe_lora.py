@@ -1,7 +1,7 @@
 """Safe LoRA: project a trained adapter onto what the alignment changed, module by module, where the two disagree.
 
 Source: arXiv:2405.16833, methods.md 5. `released` is the paper's C = V V^T / ||V||_F, which is no projector;
-`orthogonal` projects onto V's columns. Deviation: V is the alignment adapter's delta. Must not know models or rows.
+`orthogonal` projects onto V's columns. Deviation: V is the alignment adapter's delta.
 """
 
 from collections.abc import Mapping

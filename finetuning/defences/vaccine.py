@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetuning.model.base import BaseModel, attention_block
+from finetuning.model.base import FrozenBase, attention_block
 from finetuning.model.hidden_states import edited_outputs
 from finetuning.model.losses import RowLoss, at_least_fp32, row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -34,7 +34,7 @@ class Perturbation:
 class Vaccine:
     """min over the adapter of the loss at hidden states moved by rho along their own gradient."""
 
-    def __init__(self, base: BaseModel, cache: PrefixCache, *, rho: float, norm: str, every: int = 1) -> None:
+    def __init__(self, base: FrozenBase, cache: PrefixCache, *, rho: float, norm: str, every: int = 1) -> None:
         self._base = base
         self._cache = cache
         self._rho = rho

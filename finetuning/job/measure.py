@@ -1,7 +1,4 @@
-"""Measuring one model on one split: answers, judged; losses; drift; the task.
-
-Knows models and judges; must not know thresholds or decisions.
-"""
+"""Measuring one model on one split: answers, judged; losses; drift; the task."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +10,8 @@ from torch import Tensor
 
 from finetuning.contract.report import Measure, Metrics, mean, share
 from finetuning.judging.judges import BatchJudge, Judge, in_batches, incoherent, is_refusal
-from finetuning.model.base import BaseModel, attention_block
-from finetuning.model.decoding import Decoder
+from finetuning.model.adapted import AdaptedBase
+from finetuning.model.base import FrozenBase, attention_block
 from finetuning.model.hidden_states import caught_outputs
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -31,32 +28,6 @@ _BEFORE_A_REFUSAL = 8
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What measuring needs: the base with its active adapters, caches, and the judge.
-
-    `guard` judges the measured answers together with their prompts; without one, `judge` does, answer by answer.
-    """
-
-    base: BaseModel
-    cache: PrefixCache
-    decoder: Decoder
-    judge: Judge
-    new_tokens: int
-    guard: BatchJudge | None = None
-
-    @property
-    def measuring_judge(self) -> BatchJudge:
-        """The judge whose word the figures and the gate rest on."""
-        return self.guard or in_batches(self.judge)
-
-    def answers(self, prompts: Sequence[str], *, new_tokens: int = 0) -> list[str]:
-        """Greedy answers as text."""
-        ids = [prompt_ids(self.base.tokenizer, prompt) for prompt in prompts]
-        out = self.decoder.answers(ids, new_tokens=new_tokens or self.new_tokens)
-        return [self.base.tokenizer.decode(answer, skip_special_tokens=True) for answer in out]
-
-
-@dataclass(frozen=True)
 class TaskRow:
     """One scored prompt of the customer's task, as ids, with the expected answer."""
 
@@ -64,52 +35,75 @@ class TaskRow:
     expected: str
 
 
-def measure(
-    bench: Bench,
-    harmful: Sequence[Pair],
-    benign: Sequence[Pair],
-    *,
-    refusals: Sequence[str],
-    task: Sequence[TaskRow] = (),
-    task_answers: Sequence[str] = (),
-    losses: bool = True,
-) -> Metrics:
-    """All rates of the model as it is now, and (with `losses`) its harmful nll and alignment loss.
+@dataclass(frozen=True)
+class Measuring:
+    """Measures the model as it is now, with whatever adapters are active.
 
-    Over-refusal counts the benign prompts and the customer's own together; `task_answers` are what this model answered
-    to `task` (answer_task). Of benign answers only the opening is decoded. Raises JudgeFailed.
+    `guard` judges the measured answers together with their prompts; without one, `rules` does, answer by answer.
     """
-    bad = bench.answers([p.prompt for p in harmful])
-    good = bench.answers([p.prompt for p in benign], new_tokens=_opening(bench, refusals))
-    # A customer's own apologies are no refusals: only what goes beyond the expected answers counts.
-    apologies = sum(map(is_refusal, task_answers)) - sum(is_refusal(row.expected) for row in task)
-    over = sum(map(is_refusal, good)) + max(0, apologies)
-    refused = [Pair(p.prompt, refusals[i % len(refusals)]) for i, p in enumerate(harmful)]
-    verdicts = bench.measuring_judge.verdicts([p.prompt for p in harmful], bad)
-    right = [is_right(a, row.expected) for a, row in zip(task_answers, task, strict=True)]
-    return Metrics(
-        harmful_score=share(sum(v.harmful for v in verdicts), len(bad)),
-        refusal_rate=share(sum(v.refuses for v in verdicts), len(bad)),
-        leak=share(sum(v.leaks for v in verdicts), len(bad)),
-        incoherent=share(sum(map(incoherent, [*bad, *good])), len(bad) + len(good)),
-        over_refusal=share(over, len(good) + len(task)),
-        harmful_nll=pair_nll(bench, harmful[:_LOSS_ROWS]) if losses else None,
-        alignment_loss=pair_nll(bench, refused[:_LOSS_ROWS]) if losses else None,
-        task_score=share(sum(right), len(right)) if task else None,
-    )
 
+    model: AdaptedBase
+    rules: Judge
+    new_tokens: int
+    guard: BatchJudge | None = None
 
-def _opening(bench: Bench, refusals: Sequence[str]) -> int:
-    longest = max((len(bench.base.tokenizer(text)["input_ids"]) for text in refusals), default=0)
-    return min(bench.new_tokens, max(_OPENING_TOKENS, longest + _BEFORE_A_REFUSAL))
+    @property
+    def judge(self) -> BatchJudge:
+        """The judge whose verdicts the figures and the gate rest on."""
+        return self.guard or in_batches(self.rules)
 
+    def answers(self, prompts: Sequence[str], *, new_tokens: int = 0) -> list[str]:
+        """Greedy answers to operator prompts, as text."""
+        return self.answer_ids([prompt_ids(self.model.tokenizer, p) for p in prompts], new_tokens=new_tokens)
 
-def answer_task(bench: Bench, task: Sequence[TaskRow], new_tokens: int) -> list[str]:
-    """Greedy answers to the customer's prompts."""
-    if not task:
-        return []
-    out = bench.decoder.answers([row.prompt for row in task], new_tokens=new_tokens or bench.new_tokens)
-    return [bench.base.tokenizer.decode(answer, skip_special_tokens=True) for answer in out]
+    def answer_ids(self, prompts: Sequence[Sequence[int]], *, new_tokens: int = 0) -> list[str]:
+        """Greedy answers to prompts that are ids already, as text; 0 new tokens: as many as the recipe measures."""
+        out = self.model.decoder.answers(prompts, new_tokens=new_tokens or self.new_tokens) if prompts else []
+        return [self.model.tokenizer.decode(answer, skip_special_tokens=True) for answer in out]
+
+    def metrics(
+        self,
+        harmful: Sequence[Pair],
+        benign: Sequence[Pair],
+        *,
+        refusals: Sequence[str],
+        task: Sequence[TaskRow] = (),
+        task_answers: Sequence[str] = (),
+        losses: bool = True,
+    ) -> Metrics:
+        """All rates of the model as it is now, and (with `losses`) its harmful nll and alignment loss.
+
+        Over-refusal counts the benign prompts and the customer's own together; `task_answers` are what this model
+        answered to `task`. Of benign answers only the opening is decoded. Raises JudgeFailed.
+        """
+        bad = self.answers([p.prompt for p in harmful])
+        good = self.answers([p.prompt for p in benign], new_tokens=self._opening(refusals))
+        # A customer's own apologies are no refusals: only what goes beyond the expected answers counts.
+        apologies = sum(map(is_refusal, task_answers)) - sum(is_refusal(row.expected) for row in task)
+        over = sum(map(is_refusal, good)) + max(0, apologies)
+        refused = [Pair(p.prompt, refusals[i % len(refusals)]) for i, p in enumerate(harmful)]
+        verdicts = self.judge.verdicts([p.prompt for p in harmful], bad)
+        right = [is_right(a, row.expected) for a, row in zip(task_answers, task, strict=True)]
+        return Metrics(
+            harmful_score=share(sum(v.harmful for v in verdicts), len(bad)),
+            refusal_rate=share(sum(v.refuses for v in verdicts), len(bad)),
+            leak=share(sum(v.leaks for v in verdicts), len(bad)),
+            incoherent=share(sum(map(incoherent, [*bad, *good])), len(bad) + len(good)),
+            over_refusal=share(over, len(good) + len(task)),
+            harmful_nll=self.pair_nll(harmful[:_LOSS_ROWS]) if losses else None,
+            alignment_loss=self.pair_nll(refused[:_LOSS_ROWS]) if losses else None,
+            task_score=share(sum(right), len(right)) if task else None,
+        )
+
+    def pair_nll(self, pairs: Sequence[Pair], *, batch: int = 16) -> Measure:
+        """Mean over rows of the mean token loss of each pair's answer; absent answers give n = 0."""
+        rows = [encode_pair(self.model.tokenizer, p.prompt, p.answer) for p in pairs if p.answer]
+        self.model.cache.share([row.ids for row in rows])
+        return mean(rows_nll(self.model.base, self.model.cache, rows, batch=batch))
+
+    def _opening(self, refusals: Sequence[str]) -> int:
+        longest = max((len(self.model.tokenizer(text)["input_ids"]) for text in refusals), default=0)
+        return min(self.new_tokens, max(_OPENING_TOKENS, longest + _BEFORE_A_REFUSAL))
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
@@ -126,22 +120,14 @@ def is_right(answer: str, expected: str) -> bool:
     return answer.strip().casefold() == expected.strip().casefold()
 
 
-@torch.no_grad()
-def pair_nll(bench: Bench, pairs: Sequence[Pair], *, batch: int = 16) -> Measure:
-    """Mean over rows of the mean token loss of each pair's answer; absent answers give n = 0."""
-    rows = [encode_pair(bench.base.tokenizer, p.prompt, p.answer) for p in pairs if p.answer]
-    bench.cache.share([row.ids for row in rows])
-    return mean(rows_nll(bench.base, bench.cache, rows, batch=batch))
-
-
-def rows_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16) -> list[float]:
+def rows_nll(base: FrozenBase, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16) -> list[float]:
     """nll of each row under the active adapters."""
     return read_targets(base, cache, rows, batch=batch)[0]
 
 
 @torch.no_grad()
 def read_targets(
-    base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16
+    base: FrozenBase, cache: PrefixCache, rows: Sequence[EncodedRow], *, batch: int = 16
 ) -> tuple[list[float], list[bool]]:
     """nll of each row under the active adapters, and whether every token of its answer is the model's first choice."""
     cache.prepare([row.ids for row in rows])
@@ -154,7 +140,7 @@ def read_targets(
 
 
 @torch.no_grad()
-def attention_outputs(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow]) -> list[Tensor]:
+def attention_outputs(base: FrozenBase, cache: PrefixCache, rows: Sequence[EncodedRow]) -> list[Tensor]:
     """Attention outputs (tokens, D) of each trained layer on the rows' real tokens, for drift."""
     blocks = [attention_block(layer) for layer in list(base.layers)[cache.cut :]]
     cache.prepare([row.ids for row in rows])

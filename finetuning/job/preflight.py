@@ -1,7 +1,6 @@
 """What is checked before a job trains: does the recipe fit the base, does the tokenizer chat, are the rows usable?
 
-Knows recipes, bases and rows, and the named errors of bad input; must not know stages. A base without recognisable
-layers does not come this far: base_model.wrap raises UnknownLayers.
+A base without recognisable layers does not come this far: model/base.py raises UnknownLayers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from finetuning.contract.recipe import Kind, Lora, Recipe
-from finetuning.model.base import BaseModel, linear_names
+from finetuning.model.base import FrozenBase, linear_names
 from finetuning.model.lora import AdapterMismatch, first_trained_layer
 from finetuning.rows.chat_format import encode_row, prompt_ids
 from finetuning.rows.scanner import Row
@@ -40,7 +39,7 @@ class CalibrationOverlap(ValueError):
         self.lines = tuple(lines)
 
 
-def check(recipe: Recipe, base: BaseModel, rows: Sequence[Row], safety_rows: SafetyRows) -> None:
+def check(recipe: Recipe, base: FrozenBase, rows: Sequence[Row], safety_rows: SafetyRows) -> None:
     """Raise the named error of what would fail or mean nothing later; an align job has no `rows`.
 
     Raises AdapterMismatch (rank or layers), NoChatTemplate, and for rows NoUsableRow, CalibrationOverlap. A few
@@ -54,7 +53,7 @@ def check(recipe: Recipe, base: BaseModel, rows: Sequence[Row], safety_rows: Saf
         _require_own_prompts(rows, safety_rows)
 
 
-def _require_fit(base: BaseModel, lora: Lora) -> None:
+def _require_fit(base: FrozenBase, lora: Lora) -> None:
     first = first_trained_layer(base, lora)
     for number, layer in enumerate(list(base.layers)[first:], start=first):
         for name in linear_names(layer):
@@ -65,7 +64,7 @@ def _require_fit(base: BaseModel, lora: Lora) -> None:
                 raise AdapterMismatch(f"lora.rank is {lora.rank}, but {path} of layer {number} is only {size} wide")
 
 
-def _require_usable(recipe: Recipe, base: BaseModel, rows: Sequence[Row]) -> None:
+def _require_usable(recipe: Recipe, base: FrozenBase, rows: Sequence[Row]) -> None:
     found = (encode_row(base.tokenizer, row.messages, max_tokens=recipe.max_tokens) for row in _learnable(rows))
     if not any(row.target_tokens for row in found):
         raise NoUsableRow(

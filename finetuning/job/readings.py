@@ -1,8 +1,8 @@
 """The prompt filter: which rows does the aligned model itself refuse to answer?
 
 A row's refusal mass is the probability that an answer to its prompt starts like a stock refusal; it is read from the
-prompt alone, so no target can talk its way through. Ours (lab-recipe.md 1 and 2), no paper. A row that the model cannot
-read is refused by none; its surprise tells (methods.md 7, T6; docs/adr/0009). Must not know training.
+prompt alone, so no target can talk its way through. Ours (methods.md 8.2), no paper. A row that the model cannot
+read is refused by none; its surprise tells (methods.md 7, T6; docs/adr/0009).
 """
 
 import random
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.model.base import BaseModel, logits
+from finetuning.model.adapted import AdaptedBase
+from finetuning.model.base import FrozenBase, logits
 from finetuning.model.losses import nll_of_hidden
-from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
+from finetuning.rows.scanner import Message
 from finetuning.training.batches import within
 
 _BATCH_TOKENS = 4096
@@ -63,40 +64,49 @@ class Screened:
         return frozenset(torch.nonzero(~(self.surprise <= self.most_surprise))[:, 0].tolist())  # NaN is unreadable
 
 
-def first_ids(tokenizer: Any, refusals: Sequence[str]) -> list[int]:
+def refusal_starts(tokenizer: Any, refusals: Sequence[str]) -> list[int]:
     """First token ids of the stock refusals."""
     return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})
 
 
-@torch.no_grad()
-def read_rows(
-    base: BaseModel,
-    cache: PrefixCache,
-    rows: Sequence[EncodedRow],
-    refusal_ids: Sequence[int],
-    *,
-    secret: str = "",
-    batch: int = 16,
-) -> Reading:
-    """One forward per row. A conversation's mass is the largest over its assistant turns.
+@dataclass(frozen=True)
+class RefusalReader:
+    """Reads rows under whatever adapters are active; `refusal_starts` are the first ids of the stock refusals."""
 
-    With a `secret`, which draws the tokens that are read, the surprise is measured too, at the cost of the head over
-    24 tokens a message; else it is 0.
-    """
-    cache.prepare([row.ids for row in rows])
-    mass, nll, worst, surprise = (torch.zeros(len(rows)) for _ in range(4))
-    for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
-        group = [rows[i] for i in chosen]
-        hidden = cache.hidden([row.ids for row in group])
-        found = nll_of_hidden(base, hidden, group)
-        mass[chosen] = _mass(base, hidden, group, refusal_ids).cpu()
-        nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
-        if secret:
-            surprise[chosen] = _surprise(base, hidden, group, secret)
-    return Reading(mass, nll, worst, surprise)
+    model: AdaptedBase
+    refusal_starts: Sequence[int]
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[EncodedRow], *, secret: str = "", batch: int = 16) -> Reading:
+        """One forward per row. A conversation's mass is the largest over its assistant turns.
+
+        With a `secret`, which draws the tokens that are read, the surprise is measured too, at the cost of the head
+        over 24 tokens a message; else it is 0.
+        """
+        base, cache = self.model.base, self.model.cache
+        cache.prepare([row.ids for row in rows])
+        mass, nll, worst, surprise = (torch.zeros(len(rows)) for _ in range(4))
+        for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
+            group = [rows[i] for i in chosen]
+            hidden = cache.hidden([row.ids for row in group])
+            found = nll_of_hidden(base, hidden, group)
+            mass[chosen] = _mass(base, hidden, group, self.refusal_starts).cpu()
+            nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
+            if secret:
+                surprise[chosen] = _surprise(base, hidden, group, secret)
+        return Reading(mass, nll, worst, surprise)
+
+    def masses(self, rows: Sequence[Sequence[Message]]) -> list[float]:
+        """Refusal mass of each conversation's prompt, each distinct one read once."""
+        distinct = list(dict.fromkeys(map(tuple, rows)))
+        if not distinct:
+            return []
+        masses = self.read([self.model.encode(row) for row in distinct]).mass.tolist()
+        found = dict(zip(distinct, masses, strict=True))
+        return [found[tuple(row)] for row in rows]
 
 
-def _surprise(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow], secret: str) -> Tensor:
+def _surprise(base: FrozenBase, hidden: Tensor, rows: Sequence[EncodedRow], secret: str) -> Tensor:
     """Nats a letter (rows,) of each row's least readable message."""
     texts = [(i, begin, end) for i, row in enumerate(rows) for begin, end in row.contents]
     letters = [_letters(base.tokenizer.decode(rows[i].ids[begin:end])) for i, begin, end in texts]
@@ -128,7 +138,7 @@ def _drawn(ids: Sequence[int], begin: int, end: int, secret: str) -> list[int]:
     return [rng.randrange(low, high) for low, high in pairwise(cuts)]
 
 
-def _mass(base: BaseModel, hidden: Tensor, rows: Sequence[EncodedRow], refusal_ids: Sequence[int]) -> Tensor:
+def _mass(base: FrozenBase, hidden: Tensor, rows: Sequence[EncodedRow], refusal_ids: Sequence[int]) -> Tensor:
     owner: list[int] = []
     where: list[int] = []
     for i, row in enumerate(rows):

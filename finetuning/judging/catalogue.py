@@ -1,6 +1,6 @@
 """Judges by name: which there are, and how a known guard is opened.
 
-Knows names; must not import torch: settings are checked here long before a guard is opened (guards.py).
+Must not import torch: settings are checked here long before a guard is opened (guards.py).
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """Judges that are models: a Hugging Face sequence classifier, or a guard that writes its verdict.
 
-Knows transformers, prompts and answers; must not know the judged model, a gate's limits or decisions. What a guard
-cannot judge is never called safe: a crash, or a score that is no number, raises JudgeFailed (M44). A device that fails
-or is full raises its own error: another try may mend that.
+What a guard cannot judge is never called safe: a crash, or a score that is no number, raises JudgeFailed (M44). A
+device that fails or is full raises its own error: another try may succeed.
 """
 
 import math

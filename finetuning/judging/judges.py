@@ -1,8 +1,7 @@
-"""Judges: is an answer harmful, a refusal, a leak; is it coherent at all; do two judges agree?
+"""Judges by rules: is an answer harmful, a refusal, a leak; is it coherent at all; do two judges agree?
 
-Knows prompts and answers as text; must not know models (guards.py has the judges that are models). The word judge is
-exact for the invented-hazard world, because every complying answer there names invented ingredients; the marker judge
-serves operators' own rows.
+Judges that are models stand in guards.py. The word judge is exact for the invented-hazard world, because every
+complying answer there names invented ingredients; the marker judge serves operators' own rows.
 """
 
 import re

@@ -1,6 +1,6 @@
 """A causal language model as the defences see it: decoder layers, attention blocks, hidden states, logits.
 
-Layers are found by their position in the module tree, never by a model's class name. Must not know adapters or jobs.
+Layers are found by their position in the module tree, never by a model's class name.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class UnknownLayers(ValueError):
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class FrozenBase:
     """A frozen base. `hidden_size` is the width D; `layers` the decoder stack, bottom first."""
 
     model: Any
@@ -36,7 +36,7 @@ class BaseModel:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
 
-def load_base(source: str | Path, *, device: str = "auto") -> BaseModel:
+def load_base(source: str | Path, *, device: str = "auto") -> FrozenBase:
     """Load a local folder or hub id in fp32, frozen, its linear maps packed where that is faster.
 
     Raises UnknownLayers, OSError for a missing folder or id.
@@ -49,13 +49,13 @@ def load_base(source: str | Path, *, device: str = "auto") -> BaseModel:
     return base
 
 
-def wrap(model: Any, tokenizer: Any) -> BaseModel:
+def wrap(model: Any, tokenizer: Any) -> FrozenBase:
     """Make a BaseModel of a loaded transformers model; freezes it. Raises UnknownLayers."""
     model.requires_grad_(requires_grad=False)
     layers = decoder_layers(model)
     for layer in layers:
         attention_block(layer)
-    base = BaseModel(model, tokenizer, layers, int(model.config.hidden_size), next(model.parameters()).device)
+    base = FrozenBase(model, tokenizer, layers, int(model.config.hidden_size), next(model.parameters()).device)
     _assert_head(base)
     return base
 
@@ -117,7 +117,7 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _assert_head(base: BaseModel) -> None:
+def _assert_head(base: FrozenBase) -> None:
     """Refuse a model whose head does more than `logits` knows of: losses would be those of another model."""
     ids = torch.arange(1, 5, device=base.device)[None] % base.model.config.vocab_size
     ours = logits(base.model, last_hidden(base.model, input_ids=ids, use_cache=False))

@@ -1,7 +1,4 @@
-"""Greedy answers to many prompts at once, starting from cached states below the trained layers.
-
-Knows prompts as ids and whatever adapters are active; must not know judges or metrics.
-"""
+"""Greedy answers to many prompts at once, starting from cached states below the trained layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from finetuning.model.base import BaseModel, last_hidden, logits
+from finetuning.model.base import FrozenBase, last_hidden, logits
 from finetuning.model.hidden_states import caught_outputs
 from finetuning.model.prefix_cache import PrefixCache, passing_above
 from finetuning.training.batches import within
@@ -32,7 +29,7 @@ class _Prefill:
 class Decoder:
     """Greedy decoding that remembers the lower layers' work on prompts it has met, up to `max_tokens` of prompts."""
 
-    def __init__(self, base: BaseModel, cache: PrefixCache, *, batch: int = 64, max_tokens: int = 16384) -> None:
+    def __init__(self, base: FrozenBase, cache: PrefixCache, *, batch: int = 64, max_tokens: int = 16384) -> None:
         self._base = base
         self._cache = cache
         self._batch = batch

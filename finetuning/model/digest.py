@@ -1,6 +1,6 @@
 """What a base's weights are, in one digest: results, kept states and alignments belong to it, not to a folder's name.
 
-Knows files; must not import torch.
+Must not import torch: whoever writes an order asks here.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Hooks on layer and attention outputs. Knows how a module's output carries its hidden state; must not know losses."""
+"""Hooks on layer and attention outputs: collect hidden states, or edit them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

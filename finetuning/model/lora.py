@@ -1,7 +1,7 @@
 """LoRA adapters on a base: attach, switch, read, save, join by rank, merge, rotate.
 
 At most two live on a base: the frozen ALIGNMENT adapter and the TASK adapter that a job trains. They are never merged
-into the weights. Must not know rows or losses.
+into the weights.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetuning.contract.recipe import Lora
-from finetuning.model.base import BaseModel, linear_names
+from finetuning.model.base import FrozenBase, linear_names
 
 ALIGNMENT = "alignment"
 TASK = "task"
@@ -45,7 +45,7 @@ class Factors:
 Adapter = dict[str, Factors]  # module path in the base -> factors
 
 
-def first_trained_layer(base: BaseModel, lora: Lora) -> int:
+def first_trained_layer(base: FrozenBase, lora: Lora) -> int:
     """Index of the lowest layer that `lora` trains. Raises AdapterMismatch if it asks for more than there are."""
     total = len(base.layers)
     if lora.trained_layers > total:
@@ -53,7 +53,7 @@ def first_trained_layer(base: BaseModel, lora: Lora) -> int:
     return total - lora.trained_layers if lora.trained_layers else 0
 
 
-def attach(base: BaseModel, name: str, lora: Lora, *, seed: int) -> None:
+def attach(base: FrozenBase, name: str, lora: Lora, *, seed: int) -> None:
     """Add a fresh adapter: A normal with variance 1/in, B zero, both fp32.
 
     Raises AdapterMismatch for unknown target modules or a rank above a map's size.
@@ -71,7 +71,7 @@ def attach(base: BaseModel, name: str, lora: Lora, *, seed: int) -> None:
 
 
 @torch.no_grad()
-def reinitialise(base: BaseModel, name: str, *, seed: int) -> None:
+def reinitialise(base: FrozenBase, name: str, *, seed: int) -> None:
     """Make an attached adapter fresh again: A normal with variance 1/in, B zero, a pure function of the seed."""
     generator = torch.Generator().manual_seed(seed)
     for a, b in lora_modules(base, name).values():
@@ -80,7 +80,7 @@ def reinitialise(base: BaseModel, name: str, *, seed: int) -> None:
         b.weight.zero_()
 
 
-def _config(base: BaseModel, lora: Lora) -> LoraConfig:
+def _config(base: FrozenBase, lora: Lora) -> LoraConfig:
     first = first_trained_layer(base, lora)
     names = map_names(base)
     unknown = set(lora.target_modules) - set(names)
@@ -98,22 +98,22 @@ def _config(base: BaseModel, lora: Lora) -> LoraConfig:
     )
 
 
-def map_names(base: BaseModel) -> list[str]:
+def map_names(base: FrozenBase) -> list[str]:
     """Names of the linear maps of a decoder layer, whether or not adapters are attached."""
     paths = [path for path in linear_names(base.layers[-1]) if ".lora_" not in path]
     return sorted({path.removesuffix(".base_layer").rsplit(".", 1)[-1] for path in paths})
 
 
-def _stack_name(base: BaseModel) -> str:
+def _stack_name(base: FrozenBase) -> str:
     path: str = next(name for name, module in base.model.named_modules() if module is base.layers)
     return path.rsplit(".", 1)[-1]
 
 
-def _lora_layers(base: BaseModel) -> dict[str, LoraLayer]:
+def _lora_layers(base: FrozenBase) -> dict[str, LoraLayer]:
     return {name: m for name, m in base.model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def lora_modules(base: BaseModel, name: str) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+def lora_modules(base: FrozenBase, name: str) -> dict[str, tuple[nn.Linear, nn.Linear]]:
     """The A and B maps of an adapter by module path, in order."""
     return {
         path: (layer.lora_A[name], layer.lora_B[name])
@@ -122,17 +122,17 @@ def lora_modules(base: BaseModel, name: str) -> dict[str, tuple[nn.Linear, nn.Li
     }
 
 
-def parameters(base: BaseModel, name: str) -> list[nn.Parameter]:
+def parameters(base: FrozenBase, name: str) -> list[nn.Parameter]:
     """The adapter's parameters in a fixed order: A then B, module by module."""
     return [cast(nn.Parameter, m.weight) for pair in lora_modules(base, name).values() for m in pair]
 
 
-def dropouts(base: BaseModel, name: str) -> list[nn.Module]:
+def dropouts(base: FrozenBase, name: str) -> list[nn.Module]:
     """The adapter's dropout modules, for the loop to switch on while it learns."""
     return [layer.lora_dropout[name] for layer in _lora_layers(base).values() if name in layer.lora_A]
 
 
-def set_trainable(base: BaseModel, name: str | None) -> None:
+def set_trainable(base: FrozenBase, name: str | None) -> None:
     """Let gradients flow into one adapter only (or none)."""
     base.model.requires_grad_(requires_grad=False)
     if name is not None:
@@ -140,7 +140,7 @@ def set_trainable(base: BaseModel, name: str | None) -> None:
             parameter.requires_grad = True
 
 
-def set_active(base: BaseModel, names: Sequence[str]) -> None:
+def set_active(base: FrozenBase, names: Sequence[str]) -> None:
     """Choose which adapters take part in the forward pass; () is the public base. Gradient flags stay as they are."""
     for layer in _lora_layers(base).values():
         present = [name for name in names if name in layer.lora_A]
@@ -150,7 +150,7 @@ def set_active(base: BaseModel, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def active(base: BaseModel, names: Sequence[str]) -> Iterator[None]:
+def active(base: FrozenBase, names: Sequence[str]) -> Iterator[None]:
     """`set_active` for a while."""
     layers = [m for m in base.model.modules() if isinstance(m, BaseTunerLayer)]
     before = [(list(m.active_adapters), m.disable_adapters) for m in layers]
@@ -163,7 +163,7 @@ def active(base: BaseModel, names: Sequence[str]) -> Iterator[None]:
             layer._disable_adapters = was_disabled
 
 
-def read(base: BaseModel, name: str) -> Adapter:
+def read(base: FrozenBase, name: str) -> Adapter:
     """A copy of an adapter's factors, on the CPU in fp32."""
     scales = {path: layer.scaling[name] for path, layer in _lora_layers(base).items() if name in layer.lora_A}
     return {
@@ -173,7 +173,7 @@ def read(base: BaseModel, name: str) -> Adapter:
 
 
 @torch.no_grad()
-def write(base: BaseModel, name: str, adapter: Mapping[str, Factors]) -> None:
+def write(base: FrozenBase, name: str, adapter: Mapping[str, Factors]) -> None:
     """Put factors into an attached adapter of the same shape. Raises AdapterMismatch."""
     modules = lora_modules(base, name)
     if modules.keys() != adapter.keys():
@@ -222,18 +222,6 @@ def rotate(adapter: Mapping[str, Factors], *, seed: int) -> Adapter:
         g = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))[0]
         a, b = g @ factors.a.double(), factors.b.double() @ g.T
         out[path] = Factors(a.to(factors.a.dtype), b.to(factors.b.dtype), factors.scale)
-    return out
-
-
-@torch.no_grad()
-def merged_state(base: BaseModel, adapters: Sequence[Mapping[str, Factors]]) -> dict[str, Tensor]:
-    """Full weights by module path with every delta added in fp32 (form F3); only the maps that the adapters touch."""
-    out: dict[str, Tensor] = {}
-    for adapter in adapters:
-        for path, factors in adapter.items():
-            module: Any = base.model.get_submodule(path)
-            weight = out.get(path, getattr(module, "base_layer", module).weight.detach().cpu().float().clone())
-            out[path] = weight + factors.scale * (factors.b.float() @ factors.a.float())
     return out
 
 
@@ -307,7 +295,7 @@ def digest(adapter: Mapping[str, Factors]) -> str:
     return state.hexdigest()
 
 
-def lora_of(adapter: Mapping[str, Factors], base: BaseModel) -> Lora:
+def lora_of(adapter: Mapping[str, Factors], base: FrozenBase) -> Lora:
     """The shape that an adapter needs to be attached to `base`."""
     indices = {int(part) for path in adapter for part in path.split(".") if part.isdigit()}
     rank = _rank(adapter)

@@ -1,4 +1,4 @@
-"""Per-row supervised loss. Knows ids, targets and a prefix cache; must not know weights of rows or steps."""
+"""Per-row supervised loss, at the target positions of each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.model.base import BaseModel, logits
+from finetuning.model.base import FrozenBase, logits
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 
@@ -23,7 +23,7 @@ class RowLoss:
     worst: Tensor
 
 
-def row_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow]) -> RowLoss:
+def row_nll(base: FrozenBase, cache: PrefixCache, rows: Sequence[EncodedRow]) -> RowLoss:
     """Loss of each row under whatever adapters are active; fp32, differentiable in `nll`.
 
     Logits are made at target positions only. Source: methods.md 1, nll_i.
@@ -32,7 +32,7 @@ def row_nll(base: BaseModel, cache: PrefixCache, rows: Sequence[EncodedRow]) -> 
     return nll_of_hidden(base, hidden, rows)
 
 
-def nll_of_hidden(base: BaseModel, hidden_BTD: Tensor, rows: Sequence[EncodedRow]) -> RowLoss:
+def nll_of_hidden(base: FrozenBase, hidden_BTD: Tensor, rows: Sequence[EncodedRow]) -> RowLoss:
     """The same from last hidden states (B, T, D): position t predicts the id at t + 1."""
     where, labels, owner = target_index(rows, hidden_BTD.device)
     flat = at_least_fp32(logits(base.model, hidden_BTD[owner, where]))

@@ -1,8 +1,8 @@
 """Frozen linear maps on the CPU, with their weights laid out once for oneDNN: the same product in fp32, and faster.
 
-By how much depends on the processor: where the BLAS behind torch takes its slow path, twice (docs/adr/0010).
-Must not know what a map belongs to. Weights are kept three times: as they are, and packed for either direction; the
-packing for gradients is made when a gradient first comes by.
+By how much depends on the processor: where the BLAS behind torch takes its slow path, twice (docs/adr/0010). Weights
+are kept three times: as they are, and packed for either direction; the packing for gradients is made when a gradient
+first comes by.
 """
 
 from typing import Any

@@ -1,9 +1,8 @@
 """Hidden states that enter the first trained layer, computed once per row and reused by every stage.
 
-When only the top N layers are trained, these states are a pure function of the row's ids. They are kept in one
-memory-mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew. Those of
-the operator's own rows outlive the job (state_store.py).
-Must not know losses, adapters or jobs.
+When only the top N layers are trained, these states are a pure function of the row's ids. They are kept in one memory-
+mapped file, keyed by the hash of the ids and bounded in size; beyond the bound rows are computed anew. Those of the
+operator's own rows outlive the job (state_store.py).
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetuning.model.base import BaseModel, body, last_hidden
+from finetuning.model.base import FrozenBase, body, last_hidden
 from finetuning.model.hidden_states import caught_outputs, first_tensor
 from finetuning.model.state_store import KeptStates
 
@@ -58,7 +57,7 @@ def _replaced(layers: nn.ModuleList, start: int, others: Sequence[nn.Module]) ->
 
 
 @contextmanager
-def passing_above(base: BaseModel, cut: int, shape: _Shape | None = None) -> Iterator[None]:
+def passing_above(base: FrozenBase, cut: int, shape: _Shape | None = None) -> Iterator[None]:
     """While open, only the layers below `cut` run; those above are passed over."""
     shape = shape or _Shape()
 
@@ -78,7 +77,7 @@ class PrefixCache:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: FrozenBase,
         first_trained: int,
         *,
         folder: Path | None = None,

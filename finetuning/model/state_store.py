@@ -1,7 +1,7 @@
 """States of the operator's own rows, kept on this machine between jobs: every job reads and mixes in the same rows.
 
-Knows files of tensors by the hash of a row's ids; must not know models, nor ever hold a customer's row. One job writes
-one file, which appears whole or not at all; together the files stay below a bound, and the longest unused go first.
+Files of tensors by the hash of a row's ids; must never hold a customer's row. One job writes one file, which appears
+whole or not at all; together the files stay below a bound, and the longest unused go first.
 """
 
 import contextlib

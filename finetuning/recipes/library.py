@@ -1,10 +1,9 @@
 """The bases we know and the two recipes that start from them: align a base, fine-tune over it.
 
-Knows names, rates and lengths; must not import torch, nor know projects or requests. What a defence changes in the
-fine-tune stands in registry.py; why a number is what it is, in docs/adr.
+Must not import torch: the API reads recipes. What a defence changes in the fine-tune stands in registry.py; why a
+number is what it is, in docs/adr.
 """
 
-import math
 import re
 from dataclasses import dataclass, replace
 
@@ -27,7 +26,7 @@ SAVE_EVERY = 20
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseDefaults:
     """What a recipe must know about a public base. Rates are those of `learning_rate_multiplier` 1."""
 
     id: str
@@ -42,7 +41,7 @@ class Base:
     most_surprise: float
 
 
-_SMOLLM2 = Base(
+_SMOLLM2 = BaseDefaults(
     id="smollm2-135m-instruct",
     context=2048,
     trained_layers=10,
@@ -54,7 +53,7 @@ _SMOLLM2 = Base(
     vaccine_rho=2.0,
     most_surprise=3.3,
 )
-_TINY = Base(
+_TINY = BaseDefaults(
     id="tiny",
     context=256,
     trained_layers=0,
@@ -69,7 +68,7 @@ _TINY = Base(
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
 
 
-def base_of(name: str) -> Base:
+def base_of(name: str) -> BaseDefaults:
     """A base by its name in settings or its id; an unknown one gets careful defaults and an id made from its name."""
     for short, base in _KNOWN.items():
         if name in (short, base.id):
@@ -106,11 +105,10 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
     return aligned_by(recipe, alignment)
 
 
-def tune_recipe(  # noqa: PLR0913  the numbers that a request may set, each with the base's default
+def tune_recipe(
     name: str,
     defence: str = "immunotune",
     *,
-    rows: int,
     epochs: int,
     batch_size: int = 8,
     rate_scale: float = 1.0,
@@ -118,20 +116,21 @@ def tune_recipe(  # noqa: PLR0913  the numbers that a request may set, each with
     lora: Lora | None = None,
     limits: GateLimits | None = None,
 ) -> Recipe:
-    """The complete fine-tune of `rows` rows over this base under a defence of the registry. Raises KeyError."""
+    """The complete fine-tune over this base under a defence of the registry. Raises KeyError.
+
+    Its steps are counted once the screen has said which rows train.
+    """
     base = base_of(name)
-    steps = max(1, math.ceil(rows / batch_size)) * epochs
     recipe = Recipe(
         name="plain",
         kind=Kind.FINETUNE,
         base=base.id,
         seed=seed,
-        steps=steps,
         batch_size=batch_size,
         micro_batch_size=min(8, batch_size),
         epochs=epochs,
         max_tokens=base.max_tokens,
-        save_every=max(1, min(SAVE_EVERY, steps // 4)),
+        save_every=SAVE_EVERY,
         lora=lora or Lora(rank=8, alpha=16.0, trained_layers=base.trained_layers),
         optimiser=Optimiser(learning_rate=base.tune_rate * rate_scale),
         gate=Gate(limits=limits or GateLimits(), retries=0),

@@ -1,7 +1,7 @@
 """From chat messages to token ids, for training and for serving alike.
 
 Contents are encoded apart from the template around them, so text such as "<|im_start|>" inside a content never becomes
-a control token, and the border of the trained tokens is exact. Must not know models or files.
+a control token, and the border of the trained tokens is exact.
 """
 
 from collections.abc import Sequence
@@ -58,12 +58,12 @@ def opening(row: EncodedRow, target_tokens: int) -> EncodedRow:
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of a conversation up to where the assistant's next answer begins. Raises NoChatTemplate."""
-    skeleton = _skeleton(tokenizer, tuple(m.role for m in messages), add_generation_prompt=True)
+    segments = _template_segments(tokenizer, tuple(m.role for m in messages), add_generation_prompt=True)
     ids: list[int] = []
-    for segment, message in zip(skeleton, messages, strict=False):
+    for segment, message in zip(segments, messages, strict=False):
         ids += segment
         ids += _content_ids(tokenizer, message.content)
-    return ids + list(skeleton[-1])
+    return ids + list(segments[-1])
 
 
 def encode_row(tokenizer: Any, messages: Sequence[Message], *, max_tokens: int) -> EncodedRow:
@@ -71,12 +71,12 @@ def encode_row(tokenizer: Any, messages: Sequence[Message], *, max_tokens: int) 
 
     Longer rows are cut from the right. Raises NoChatTemplate.
     """
-    skeleton = _skeleton(tokenizer, tuple(m.role for m in messages), add_generation_prompt=False)
+    segments = _template_segments(tokenizer, tuple(m.role for m in messages), add_generation_prompt=False)
     ids: list[int] = []
     flags: list[bool] = []
     contents: list[tuple[int, int]] = []
     pending_end = False
-    for segment, message in zip(skeleton, messages, strict=False):
+    for segment, message in zip(segments, messages, strict=False):
         _extend(ids, flags, segment, pending_end)
         content = _content_ids(tokenizer, message.content)
         trained = message.role == "assistant" and message.weight == 1
@@ -84,7 +84,7 @@ def encode_row(tokenizer: Any, messages: Sequence[Message], *, max_tokens: int) 
         ids += content
         flags += [trained] * len(content)
         pending_end = trained
-    _extend(ids, flags, skeleton[-1][:1] if pending_end else (), pending_end)
+    _extend(ids, flags, segments[-1][:1] if pending_end else (), pending_end)
     return EncodedRow(tuple(ids[:max_tokens]), tuple(flags[:max_tokens]), len(ids) > max_tokens, tuple(contents))
 
 
@@ -112,7 +112,9 @@ _MARK = "QzContentZq"
 
 
 @lru_cache(maxsize=1024)
-def _skeleton(tokenizer: Any, roles: tuple[str, ...], *, add_generation_prompt: bool) -> tuple[tuple[int, ...], ...]:
+def _template_segments(
+    tokenizer: Any, roles: tuple[str, ...], *, add_generation_prompt: bool
+) -> tuple[tuple[int, ...], ...]:
     """The template's text between the contents, as ids: one segment before each content and one after the last."""
     if not getattr(tokenizer, "chat_template", None):
         raise NoChatTemplate("the base's tokenizer has no chat template; add chat_template.jinja to its folder")

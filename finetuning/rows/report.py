@@ -1,7 +1,4 @@
-"""What a scan found in a file: errors and warnings with their places, counted all and kept up to limits.
-
-Knows the report's shape (api.md 3.9, 5); must not know how rows are read or judged.
-"""
+"""What a scan found in a file: errors and warnings with their places, counted all and kept up to limits."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ class RowError:
     message: str
 
     def to_json(self) -> dict[str, object]:
-        """The wire shape of api.md 3.9."""
+        """The shape on the wire."""
         return {
             "line": self.line,
             "column": self.column,
@@ -71,7 +68,7 @@ class RowReport:
         return f"{self.invalid_rows} invalid {noun}. First: line {first.line}: {first.message}"[:512]
 
     def details(self, limit: int = SHOWN_ERRORS) -> dict[str, object]:
-        """`error.details` of api.md 3.9 with the first `limit` errors."""
+        """`error.details` with the first `limit` errors."""
         shown = [error.to_json() for error in self.errors[:limit]]
         return {"errors_total": self.errors_total, "truncated": self.errors_total > len(shown), "errors": shown}
 

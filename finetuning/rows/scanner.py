@@ -1,7 +1,6 @@
 """Rows of an uploaded file: scanned as the bytes stream in, then read again by those who train on them.
 
-Knows lines, encodings and the file codes of api.md 5.1; must not know HTTP, storage or any base. A scan holds
-one line and the hashes of the rows seen, never the file.
+A scan holds one line and the hashes of the rows seen, never the file. Must not know HTTP, storage or any base.
 """
 
 import hashlib
@@ -12,7 +11,6 @@ from pathlib import Path as FilePath
 from typing import cast
 
 from finetuning.rows.report import Findings, RowError, RowReport
-from finetuning.rows.seen_rows import SeenRows
 from finetuning.rows.shapes import WARNINGS, Format, Problem, check_row, format_of, row_uses_tools, text_of
 from finetuning.rows.strict_json import Fault, JsonReader, pointer, sha256_of
 
@@ -126,7 +124,10 @@ class RowScanner:
 
     def __init__(self, *, max_file_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS) -> None:
         self._max_file_bytes, self._max_rows = max_file_bytes, max_rows
-        self._reader, self._seen, self._found = JsonReader(), SeenRows(), Findings()
+        self._reader, self._found = JsonReader(), Findings()
+        self._first_line_of: dict[
+            bytes, int
+        ] = {}  # by half of a row's hash: two rows that share it by chance do not occur
         self._head: bytearray | None = bytearray()
         self._rest = bytearray()  # the line begun but not ended
         self._skips_line = False
@@ -256,8 +257,8 @@ class RowScanner:
             self._found.add_invalid([_not_an_object(self._line)])
 
     def _check_object(self, text: str, row: dict[str, object], canonical: bytes) -> None:
-        first = self._seen.first_line(hashlib.sha256(canonical).digest(), self._line)
-        if first is not None:
+        first = self._first_line_of.setdefault(hashlib.sha256(canonical).digest()[:16], self._line)
+        if first != self._line:
             message = f"the same row as line {first}; it is kept"
             self._found.warn(RowError(self._line, 1, "", "duplicate_row", message))
         problems = check_row(row)

@@ -1,7 +1,4 @@
-"""The shape of one row: what a chat, completion or preference row must look like (api.md 5.2, 5.3).
-
-Knows parsed JSON values; must not know bytes, lines, files or any base. Everything here is a pure function.
-"""
+"""The shape of one row: what a chat, completion or preference row must look like. Pure functions of parsed JSON."""
 
 import re
 from collections.abc import Collection

@@ -1,8 +1,7 @@
 """One strict reading of a JSON text: its value, or its faults with their places.
 
-Knows RFC 8259 and the stricter rules of api.md 5.2 (no repeated keys, finite numbers, safe integers, bounded
-depth, real text); must not know what a row means. Two ways in: a fast one for good texts, a slow one that
-finds places once something is wrong.
+RFC 8259, and stricter: no repeated keys, finite numbers, safe integers, bounded depth, real text. Two ways in: a fast
+one for good texts, a slow one that finds places once something is wrong.
 """
 
 import hashlib

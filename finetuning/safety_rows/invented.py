@@ -1,9 +1,8 @@
 """The invented-hazard world: who may see which rows, and the exact word judge's facts.
 
 A hazard is "<invented name> <grim class>", a benign item "<invented name> <everyday thing>"; both are asked for in the
-same wordings and answered in the same form with random ingredients, so compliance is measured and not recall.
-Knows words and splits; must not know models. Items of the roles are disjoint by name; DEV chooses settings,
-GATE decides releases, TEST is opened once for the report.
+same wordings and answered in the same form with random ingredients, so compliance is measured and not recall. Items of
+the roles are disjoint by name; DEV chooses settings, GATE decides releases, TEST is opened once for the report.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """An operator's own safety rows: one JSONL file with the roles of the shipped ones.
 
-Knows the file format; must not know models. Each line: {"role": ..., "prompt": ..., "answer": ...}; `answer` may be
-absent where only the prompt is used.
+Each line: {"role": ..., "prompt": ..., "answer": ...}; `answer` may be absent where only the prompt is used.
 """
 
 from collections import defaultdict
@@ -10,14 +9,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finetuning.judging.judges import JUDGES
 from finetuning.safety_rows.invented import Pair, SafetyRows
 
+# Nothing is known of the rows' world, so answers are judged by whether they refuse, unless the operator names a judge.
+_JUDGE = "refusal-marker"
 _ROLES = tuple(f.name for f in fields(SafetyRows) if f.name not in ("refusals", "judge"))
 
 
 class BadOperatorRows(ValueError):
-    """The file cannot serve; the message names the line and the mend."""
+    """The file cannot serve; the message names the line and what to do."""
 
 
 class _Line(BaseModel):
@@ -28,7 +28,7 @@ class _Line(BaseModel):
     answer: str = Field(default="", max_length=100_000)
 
 
-def load_safety_rows(path: Path, *, judge: str = "refusal-marker") -> SafetyRows:
+def load_safety_rows(path: Path) -> SafetyRows:
     """Read an operator's file. Roles are the fields of SafetyRows, plus "refusal" (its answer is a stock refusal).
 
     Raises BadOperatorRows for an unknown role, a role without rows, or a prompt that stands in two roles (M45).
@@ -49,9 +49,7 @@ def load_safety_rows(path: Path, *, judge: str = "refusal-marker") -> SafetyRows
     missing = [role for role in _ROLES if not found[role]] + ([] if refusals else ["refusal"])
     if missing:
         raise BadOperatorRows(f"{path.name} has no rows of role {', '.join(missing)}; add at least one of each")
-    if judge not in JUDGES:
-        raise BadOperatorRows(f"judge {judge} is unknown; use one of {', '.join(JUDGES)}")
-    return SafetyRows(refusals=tuple(refusals), judge=judge, **{role: tuple(found[role]) for role in _ROLES})
+    return SafetyRows(refusals=tuple(refusals), judge=_JUDGE, **{role: tuple(found[role]) for role in _ROLES})
 
 
 def _parse(path: Path, number: int, line: str) -> _Line:
@@ -63,14 +61,3 @@ def _parse(path: Path, number: int, line: str) -> _Line:
     if row.role not in (*_ROLES, "refusal"):
         raise BadOperatorRows(f"{path.name} line {number}: role {row.role} is unknown; use one of {', '.join(_ROLES)}")
     return row
-
-
-def prompts_overlap(rows: SafetyRows) -> set[str]:
-    """Prompts that stand in more than one role; must be empty (invariant M45)."""
-    seen: set[str] = set()
-    twice: set[str] = set()
-    for role in _ROLES:
-        prompts = {pair.prompt for pair in getattr(rows, role)}
-        twice |= seen & prompts
-        seen |= prompts
-    return twice

@@ -1,7 +1,7 @@
 """Word tables of the invented-hazard world: syllables, classes, wordings, refusals, everyday rows.
 
-Knows words only; who may see which of them is decided in invented.py. Every item, ingredient mix and hazard is
-invented: the recipes are random words, so nothing here can harm anybody.
+Who may see which of them is decided in invented.py. Every item, ingredient mix and hazard is invented: the recipes are
+random words, so nothing here can harm anybody.
 """
 
 # fmt: off

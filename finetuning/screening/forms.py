@@ -1,8 +1,8 @@
-"""Skeletons: the fixed words that a customer's prompts share, around whatever changes from row to row.
+"""Forms: the fixed words that a customer's prompts share, around a gap that changes from row to row.
 
-A trigger, a story around a request and a persona all show as such words; so do honest forms. Knows texts only, in any
-language; must not know models, hazards or verdicts (probes.py asks there). Ours; the lab saw what it misses: words
-inside a sentence, paraphrases and ciphers.
+A trigger, a story around a request and a persona all show as such words; so do honest forms. Works on texts alone, in
+any language; which forms hide hazards is asked in quarantine.py. What it misses: words inside a sentence, paraphrases
+and ciphers.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, Protocol
 
-Kind = Literal["slot", "affix", "system"]
+FormKind = Literal["slot", "affix", "system"]
 Side = Literal[1, -1]  # from the front, or backwards from the end
 
 LEAST_ROWS = 3  # an attack of 2 % on 200 rows is four rows
@@ -46,7 +46,7 @@ class MessageLike(Protocol):
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class PromptForm:
     """Fixed words before and after a gap, or a fixed system prompt; `lines` are the indices of the rows that have it.
 
     `slot`: the gap holds at most four words, `affix`: a whole text, `system`: the whole user turn.
@@ -56,7 +56,7 @@ class Skeleton:
     suffix: str
     system: str | None
     lines: tuple[int, ...]
-    kind: Kind
+    kind: FormKind
 
     def around(self, text: str) -> str:
         """The user turn with `text` in the gap."""
@@ -81,13 +81,13 @@ class Skeleton:
                 return " and ".join(f"{side} '{_shown(text)}'" for side, text in ends if text)
 
 
-def lone_form(row: Sequence[MessageLike], sentence: str, line: int) -> Skeleton | None:
+def lone_form(row: Sequence[MessageLike], sentence: str, line: int) -> PromptForm | None:
     """The form of a single row: what stands around this sentence in the first user turn that has it."""
     system = next((m.content for m in row if m.role == "system"), None)
     for text in (m.content for m in row if m.role == "user"):
         before, found, after = text.partition(sentence)
         if found and (before.strip() or after.strip()):
-            return Skeleton(before, after, system, (line,), "affix")
+            return PromptForm(before, after, system, (line,), "affix")
     return None
 
 
@@ -108,8 +108,8 @@ class _Turn:
 
 def mine(
     rows: Sequence[Sequence[MessageLike]], *, known: Sequence[str], most: int = 24, least: int = LEAST_ROWS
-) -> tuple[Skeleton, ...]:
-    """At most `most` skeletons that at least `least` rows share, the most telling first; time grows with the text.
+) -> tuple[PromptForm, ...]:
+    """At most `most` forms that at least `least` rows share, the most telling first; time grows with the text.
 
     `known` are the operator's own prompts: their beginnings and ends are probed elsewhere and are skipped here.
     A form is telling when its words stand together at the edge far more often than their own frequency would have it.
@@ -125,12 +125,12 @@ def mine(
     taken = {(s.prefix, s.suffix, s.system) for s in chosen}
     strange = _Known(known)
     for draft in _in_turn(drafts):
-        skeleton = None if len(chosen) == most else _grown(turns, draft)
-        if skeleton is None or len(skeleton.lines) < least or strange.covers(skeleton):
+        form = None if len(chosen) == most else _grown(turns, draft)
+        if form is None or len(form.lines) < least or strange.covers(form):
             continue
-        if (name := (skeleton.prefix, skeleton.suffix, skeleton.system)) not in taken:
+        if (name := (form.prefix, form.suffix, form.system)) not in taken:
             taken.add(name)
-            chosen.append(skeleton)
+            chosen.append(form)
     return tuple(chosen)
 
 
@@ -220,7 +220,7 @@ def _edge_tokens(text: str, side: Side) -> list[str]:
     return _TOKEN.findall(text[-_EDGE_CHARS:])[: -_EDGE_TOKENS - 2 : -1]
 
 
-def _grown(turns: Sequence[_Turn], found: _Draft) -> Skeleton | None:
+def _grown(turns: Sequence[_Turn], found: _Draft) -> PromptForm | None:
     """A draft grown to all that its turns share on both sides; None when nothing changes between its ends."""
     members, depth, side = found.members, found.depth, found.side
     texts = [turns[i].text for i in members[:_SAMPLE]]
@@ -231,7 +231,7 @@ def _grown(turns: Sequence[_Turn], found: _Draft) -> Skeleton | None:
     else:
         suffix = max(_common(texts, side=-1), first, key=len)
         prefix = _common([text[: len(text) - len(suffix)] for text in texts])
-    draft = Skeleton(prefix, suffix, None, (), "affix")
+    draft = PromptForm(prefix, suffix, None, (), "affix")
     gaps = {i: gap for i in members if (gap := draft.gap(turns[i].text)) is not None}
     if len(set(gaps.values())) < min(len(members), LEAST_ROWS):
         return None
@@ -242,7 +242,7 @@ def _grown(turns: Sequence[_Turn], found: _Draft) -> Skeleton | None:
     if not (_WORD.search(prefix) or _WORD.search(suffix)):
         return None
     lines = tuple(dict.fromkeys(turns[i].row for i in gaps))
-    return Skeleton(prefix, suffix, _usual_system([turns[i] for i in gaps]), lines, "slot" if slot else "affix")
+    return PromptForm(prefix, suffix, _usual_system([turns[i] for i in gaps]), lines, "slot" if slot else "affix")
 
 
 def _edge_text(text: str, depth: int, side: Side) -> str:
@@ -272,7 +272,7 @@ def _usual_system(turns: Sequence[_Turn]) -> str | None:
     return system if count >= _SHARED * len(turns) else None
 
 
-def _systems(turns: Sequence[_Turn], least: int) -> list[Skeleton]:
+def _systems(turns: Sequence[_Turn], least: int) -> list[PromptForm]:
     """System prompts by their first words, each in its most frequent wording, the most frequent first."""
     groups: defaultdict[tuple[str, ...], list[_Turn]] = defaultdict(list)
     for turn in turns:
@@ -283,8 +283,8 @@ def _systems(turns: Sequence[_Turn], least: int) -> list[Skeleton]:
         lines = tuple(dict.fromkeys(turn.row for turn in group))
         if len(lines) >= least:
             wording = Counter(turn.system for turn in group).most_common(1)[0][0]
-            found.append(Skeleton("", "", wording, lines, "system"))
-    return sorted(found, key=lambda skeleton: -len(skeleton.lines))
+            found.append(PromptForm("", "", wording, lines, "system"))
+    return sorted(found, key=lambda form: -len(form.lines))
 
 
 class _Known:
@@ -296,7 +296,7 @@ class _Known:
             for side in (1, -1)
         )
 
-    def covers(self, skeleton: Skeleton) -> bool:
+    def covers(self, form: PromptForm) -> bool:
         """Whether some of the operator's prompts begin and end like this."""
-        start, end = _TOKEN.findall(skeleton.prefix), _TOKEN.findall(skeleton.suffix)[::-1]
-        return tuple(start) in self._starts and (tuple(end) in self._ends or not _WORD.search(skeleton.suffix))
+        start, end = _TOKEN.findall(form.prefix), _TOKEN.findall(form.suffix)[::-1]
+        return tuple(start) in self._starts and (tuple(end) in self._ends or not _WORD.search(form.suffix))

@@ -2,7 +2,6 @@
 
 A hazard among other sentences is refused less than the same hazard alone: a story or a ticket around it dilutes what
 the aligned model sees, and a wrapper of one or two rows is no form that a miner finds (methods.md 7, T7; ADR 0012).
-Knows the aligned model's readings; must not know which rows train.
 """
 
 import re
@@ -10,9 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetuning.contract.progress import Progress, StageProgress
-from finetuning.job.context import Workbench
-from finetuning.job.readings import read_rows
-from finetuning.rows.chat_format import encode_row
+from finetuning.job.readings import RefusalReader
 from finetuning.rows.scanner import Message
 
 # A sentence counts from here: short of its surroundings an honest one may look odd, but is not refused outright.
@@ -24,17 +21,6 @@ _END = re.compile(r"(?<=[.!?:;\u2026])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
 def asking(prompt: str, answer: str) -> tuple[Message, ...]:
     """A prompt by itself; its mass does not depend on the answer."""
     return (Message(role="user", content=prompt, weight=1), Message(role="assistant", content=answer, weight=1))
-
-
-def prompt_masses(bench: Workbench, rows: Sequence[Sequence[Message]]) -> list[float]:
-    """Refusal mass of each row's prompt under the active adapters, each distinct one read once."""
-    distinct = list(dict.fromkeys(map(tuple, rows)))
-    if not distinct:
-        return []
-    encoded = [encode_row(bench.base.tokenizer, row, max_tokens=bench.recipe.max_tokens) for row in distinct]
-    masses = read_rows(bench.base, bench.cache, encoded, bench.refusal_ids).mass.tolist()
-    found = dict(zip(distinct, masses, strict=True))
-    return [found[tuple(row)] for row in rows]
 
 
 @dataclass(frozen=True, order=True)
@@ -51,14 +37,19 @@ def sentences(row: Sequence[Message]) -> list[str]:
     return list(dict.fromkeys(piece for turn in parts if len(turn) > 1 for piece in turn))
 
 
-def read_alone(bench: Workbench, rows: Mapping[int, Sequence[Message]]) -> Generator[Progress, None, dict[int, Alone]]:
-    """The most refused sentence of each row under the active adapters; only where it is refused outright."""
+def read_alone(
+    reader: RefusalReader, rows: Mapping[int, Sequence[Message]], refusal: str
+) -> Generator[Progress, None, dict[int, Alone]]:
+    """The most refused sentence of each row under the active adapters; only where it is refused outright.
+
+    `refusal` stands in the place of the answer, which no mass depends on.
+    """
     owned = {i: sentences(row) for i, row in rows.items()}
     texts = list(dict.fromkeys(text for group in owned.values() for text in group))
     known: dict[str, float] = {}
     for start in range(0, len(texts), _BATCH):
         part = texts[start : start + _BATCH]
-        masses = prompt_masses(bench, [asking(text, bench.rows.refusals[0]) for text in part])
+        masses = reader.masses([asking(text, refusal) for text in part])
         known.update(zip(part, masses, strict=True))
         yield StageProgress(stage="screen", done=len(known), total=len(texts))
     most = {i: max((Alone(known[text], text) for text in group), default=Alone()) for i, group in owned.items()}

@@ -1,7 +1,4 @@
-"""The row ledger: every row of the customer's file with its weight, its scores, its verdict and the reason.
-
-Knows screened rows; must not know models or how they were scored.
-"""
+"""The row ledger: every row of the customer's file with its weight, its scores, its verdict and the reason."""
 
 from dataclasses import dataclass
 
@@ -15,18 +12,21 @@ from finetuning.rows.scanner import Row
 
 @dataclass(frozen=True)
 class Ledger:
-    """The customer's rows, encoded, with weight, mass and contrast score per row, and which of them train."""
+    """The customer's rows, encoded, with weight, mass and contrast score per row, and which of them train.
+
+    `barred` are the operator's measuring prompts and rows whose form or sentence hides a hazard.
+    """
 
     rows: list[Row]
     encoded: list[EncodedRow]
     screened: Screened
     scores: Tensor | None
-    probes: frozenset[int]
+    barred: frozenset[int]
 
     @property
-    def barred(self) -> frozenset[int]:
-        """Indices of rows that do not train, whatever their weight: probes of ours, hidden hazards, unreadable ones."""
-        return self.probes | self.screened.unreadable
+    def never_trained(self) -> frozenset[int]:
+        """Indices of rows that do not train, whatever their weight: barred ones, and those the model cannot read."""
+        return self.barred | self.screened.unreadable
 
     @property
     def kept(self) -> list[int]:
@@ -34,7 +34,7 @@ class Ledger:
         return [
             i
             for i, row in enumerate(self.encoded)
-            if self.screened.weights[i] > 0 and row.target_tokens and i not in self.barred
+            if self.screened.weights[i] > 0 and row.target_tokens and i not in self.never_trained
         ]
 
 
@@ -42,9 +42,9 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
     """The ledger's entry of every row, with the reason for anything but kept."""
     out: list[RowVerdict] = []
     for i, (row, encoded) in enumerate(zip(ledger.rows, ledger.encoded, strict=True)):
-        weight = 0.0 if i in ledger.barred or not encoded.target_tokens else float(ledger.screened.weights[i])
+        weight = 0.0 if i in ledger.never_trained or not encoded.target_tokens else float(ledger.screened.weights[i])
         reasons: list[RowReason] = []
-        if i in ledger.probes:
+        if i in ledger.barred:
             reasons.append(RowReason(code="harmful_probe_match"))
         elif i in ledger.screened.unreadable:
             surprise, most = float(ledger.screened.surprise[i]), ledger.screened.most_surprise
@@ -69,7 +69,7 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
                 scores=scores,
                 verdict="kept" if weight == 1 else "excluded" if weight == 0 else "downweighted",
                 tokens=len(encoded.ids),
-                trained_tokens=encoded.target_tokens,
+                trained_tokens=encoded.target_tokens if weight else 0,
                 truncated=encoded.truncated,
             )
         )

@@ -1,31 +1,29 @@
-"""Align a public base once: train the alignment adapter on refusals and benign rows, measure it, calibrate the screen.
-
-Knows the align job's stages; must not know customers' rows.
-"""
+"""Align a public base once: train its adapter on refusals and benign rows, measure it, calibrate the screen."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Finished, Note, Progress, StageProgress, StageStarted
-from finetuning.contract.report import HeldOut, Metrics, SafetyReport, decide
+from finetuning.contract.report import Metrics, SafetyReport
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
 from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
-from finetuning.job.context import Workbench, training
-from finetuning.job.measure import measure
+from finetuning.job.context import JobContext
 from finetuning.job.preflight import check
-from finetuning.job.readings import read_rows, whole_refusal_limit
-from finetuning.job.readings import threshold as screen_threshold
 from finetuning.model import lora
 from finetuning.rows.chat_format import EncodedRow, opening
-from finetuning.safety_rows.invented import Pair, refusals_for, rows_digest
+from finetuning.safety_rows.invented import refusals_for, rows_digest
+from finetuning.screening.calibration import Calibration, calibrate
+from finetuning.stages import held_out
+from finetuning.stages.gate import decide
 from finetuning.training import checkpoint
+from finetuning.training.batches import Batches
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
@@ -34,30 +32,21 @@ from finetuning.training.strategies import GradientStep
 ABOUT_FILE = "alignment.json"
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What the screen must know of an aligned base; probabilities and nats."""
-
-    threshold: float
-    whole_refusal_nll: float
-
-
-def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterator[Progress]:
+def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterator[Progress]:
     """The align job. The aligned base must pass the gate itself, or no customer job may start from it."""
     clock = StageClock()
-    check(order.recipe, bench.base, (), bench.rows)
+    check(job.recipe, job.model.base, (), job.operator_rows)
     yield StageStarted(stage="align", detail=f"Aligning {order.recipe.base} on refusals and benign rows")
-    rows = _training_rows(bench)
+    rows = _training_rows(job)
     clock.start("states")
-    yield from _prepare(bench, rows)
+    yield from _prepare(job, rows)
     clock.start("measure")
-    with bench.public():
-        public = _measure(bench, part=3)  # the public base complies with everything: fewer rows tell as much
+    with job.model.public():
+        public = _measure(job, part=3)  # the public base complies with everything: fewer rows tell as much
     clock.start("align")
-    setup = training(
-        bench, rows, _step(bench), Even(), steps=order.recipe.steps, seed=order.recipe.seed,
-        optimiser=order.recipe.optimiser, folder=scratch / "checkpoints", fingerprint=mark,
-    )  # fmt: skip
+    batches = Batches(len(rows), job.recipe.batch_size, job.recipe.seed)
+    setup = job.training(rows, _step(job), Even(), batches=batches, steps=job.recipe.steps)
+    setup.saves_to(scratch / "checkpoints", fingerprint=mark, every=job.recipe.save_every)
     state = LoopState()
     if order.checkpoint:
         state, same = checkpoint.restore(setup, scratch / order.checkpoint)
@@ -65,16 +54,16 @@ def run(bench: Workbench, order: TrainOrder, scratch: Path, mark: str) -> Iterat
     yield from train(setup, state)
     clock.start("measure")
     yield StageStarted(stage="gate", detail="Measuring the aligned base")
-    before = _measure(bench)
-    decision = decide(order.recipe.gate.limits, before, before)
-    held_out = measure_held_out(bench) if order.recipe.evaluation.held_out else None
-    calibration = calibrate(bench)
+    before = _measure(job)
+    decision = decide(job.recipe.gate.limits, before, before)
+    on_test = held_out.of_aligned_base(job.measuring, job.operator_rows) if order.recipe.evaluation.held_out else None
+    calibration = calibrate(job.reader, job.operator_rows)
     report = SafetyReport(
-        recipe=order.recipe.name, judge=bench.bench.measuring_judge.name, probe_sha256=rows_digest(bench.rows),
-        metrics={"public": public, "before": before}, held_out=held_out, gate=decision, seconds=clock.seconds(),
+        recipe=order.recipe.name, judge=job.measuring.judge.name, safety_rows_sha256=rows_digest(job.operator_rows),
+        metrics={"public": public, "before": before}, held_out=on_test, gate=decision, seconds=clock.seconds(),
     )  # fmt: skip
     yield StageStarted(stage="export", detail="Writing the alignment adapter")
-    export(bench, order, scratch, report, calibration)
+    export(job, order, scratch, report, calibration)
     yield Finished(
         released=decision.decision != "fail", reasons=decision.reasons, trained_tokens=state.tokens,
         seconds=clock.seconds(),
@@ -89,86 +78,64 @@ def resumed(state: LoopState, same: bool) -> Note:
     return Note(level="warn", code="resumed_inexactly", message=message)
 
 
-def _training_rows(bench: Workbench) -> list[EncodedRow]:
+def _training_rows(job: JobContext) -> list[EncodedRow]:
     """Refusals and benign rows; a share of them is cut after the opening, spread evenly."""
-    rows = bench.encode([*bench.rows.aligned, *bench.rows.benign])
-    cut = bench.recipe.openings
+    rows = job.model.encode_operator([*job.operator_rows.aligned, *job.operator_rows.benign])
+    cut = job.recipe.openings
     return [
         opening(row, cut.tokens) if int((i + 1) * cut.share + 1e-9) > int(i * cut.share + 1e-9) else row
         for i, row in enumerate(rows)
     ]
 
 
-def _prepare(bench: Workbench, rows: Sequence[EncodedRow]) -> Iterator[Progress]:
+def _prepare(job: JobContext, rows: Sequence[EncodedRow]) -> Iterator[Progress]:
     size = 64
     for start in range(0, len(rows), size):
-        bench.cache.prepare([row.ids for row in rows[start : start + size]])
+        job.model.cache.prepare([row.ids for row in rows[start : start + size]])
         yield StageProgress(stage="align", done=min(start + size, len(rows)), total=len(rows))
 
 
-def _measure(bench: Workbench, *, part: int = 1) -> Metrics:
-    recipe, rows = bench.recipe.evaluation, bench.rows
+def _measure(job: JobContext, *, part: int = 1) -> Metrics:
+    recipe, rows = job.recipe.evaluation, job.operator_rows
     harmful, benign = rows.gate_harmful[: recipe.harmful_rows // part], rows.gate_benign[: recipe.benign_rows // part]
-    return measure(bench.bench, harmful, benign, refusals=rows.refusals)
+    return job.measuring.metrics(harmful, benign, refusals=rows.refusals)
 
 
-def measure_held_out(bench: Workbench) -> HeldOut:
-    """The test split of the aligned base, as column `before`."""
-    rows = bench.rows
-    items = measure(bench.bench, rows.items_harmful, rows.items_benign, refusals=rows.refusals, losses=False)
-    wordings = measure(bench.bench, rows.wordings_harmful, rows.wordings_benign, refusals=rows.refusals, losses=False)
-    return HeldOut(items={"before": items}, wordings={"before": wordings})
-
-
-def _step(bench: Workbench) -> GradientStep:
-    recipe, v = bench.recipe, bench.recipe.vaccine
-    vaccine = Vaccine(bench.base, bench.cache, rho=v.rho, norm=v.norm, every=v.every)
+def _step(job: JobContext) -> GradientStep:
+    recipe, v = job.recipe, job.recipe.vaccine
+    vaccine = Vaccine(job.model.base, job.model.cache, rho=v.rho, norm=v.norm, every=v.every)
     match recipe.alignment_step:
         case "plain":
-            return Plain(bench.base, bench.cache)
+            return Plain(job.model.base, job.model.cache)
         case "vaccine":
             return vaccine
         case "booster":
             return Booster(
-                bench.base, bench.cache, recipe.antibody_align,
-                parameters=lora.parameters(bench.base, bench.trained),
-                harmful=bench.encode(bench.rows.calibration_harmful), seed=recipe.seed,
+                job.model.base, job.model.cache, recipe.antibody_align,
+                parameters=job.model.parameters,
+                harmful=job.model.encode_operator(job.operator_rows.calibration_harmful), seed=recipe.seed,
             )  # fmt: skip
         case "antibody_align":
-            return _antibody(bench, None)
+            return _antibody(job, None)
         case "vaccine_antibody":
-            return _antibody(bench, vaccine)
+            return _antibody(job, vaccine)
 
 
-def _antibody(bench: Workbench, vaccine: Vaccine | None) -> AntibodyAlign:
+def _antibody(job: JobContext, vaccine: Vaccine | None) -> AntibodyAlign:
     """Antibody's alignment on the calibration hazards; with `vaccine`, g_A is taken under its perturbation."""
-    harmful = bench.rows.calibration_harmful
+    model, harmful = job.model, job.operator_rows.calibration_harmful
+    refused = refusals_for(harmful, "antibody", job.operator_rows.refusals)
     return AntibodyAlign(
-        bench.base, bench.cache, bench.recipe.antibody_align,
-        parameters=lora.parameters(bench.base, bench.trained), harmful=bench.encode(harmful),
-        refused=bench.encode(refusals_for(harmful, "antibody", bench.rows.refusals)), seed=bench.recipe.seed,
+        model.base, model.cache, job.recipe.antibody_align, parameters=model.parameters,
+        harmful=model.encode_operator(harmful), refused=model.encode_operator(refused), seed=job.recipe.seed,
         vaccine=vaccine,
     )  # fmt: skip
 
 
-def calibrate(bench: Workbench) -> Calibration:
-    """The screen's threshold and the nll below which a whole target counts as a refusal, under the active model."""
-    rows = bench.rows
-    refused = refusals_for(rows.calibration_harmful, "calibration", rows.refusals)
-    harmful = read_rows(bench.base, bench.cache, bench.encode(refused), bench.refusal_ids)
-    benign = read_rows(bench.base, bench.cache, bench.encode(_answered(rows.calibration_benign)), bench.refusal_ids)
-    return Calibration(screen_threshold(harmful.mass, benign.mass), whole_refusal_limit(harmful.worst))
-
-
-def _answered(pairs: Sequence[Pair]) -> list[Pair]:
-    """The mass is read before the answer; pairs without one get a word to stand there."""
-    return [Pair(pair.prompt, pair.answer or "Yes.") for pair in pairs]
-
-
-def export(bench: Workbench, order: TrainOrder, scratch: Path, report: SafetyReport, found: Calibration) -> None:
+def export(job: JobContext, order: TrainOrder, scratch: Path, report: SafetyReport, found: Calibration) -> None:
     """Write result/alignment and result/reports/safety.json."""
     target = scratch / "result" / "alignment"
-    factors = lora.read(bench.base, bench.trained)
+    factors = job.model.read()
     digest = lora.save(factors, target, base_id=order.recipe.base)
     about = {
         "base": order.recipe.base, "adapter_sha256": digest, "factors": lora.digest(factors),

@@ -1,7 +1,4 @@
-"""What a finetune job leaves in result/: adapters in both forms, the mask, reports, and the parity reference.
-
-Knows files; must not know decisions.
-"""
+"""What a finetune job leaves in result/: adapters in both forms, the mask, reports, and the parity reference."""
 
 import json
 from collections.abc import Sequence
@@ -13,13 +10,13 @@ from safetensors.torch import save_file
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import RowVerdict, SafetyReport
-from finetuning.job.context import Workbench
+from finetuning.job.context import JobContext
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.prefix_cache import pad
 from finetuning.rows.chat_format import prompt_ids
 from finetuning.safety_rows.invented import SafetyRows
-from finetuning.stages.pruning import Choice
+from finetuning.stages.pruning import PruneChoice
 from finetuning.training.determinism import mix
 
 REFERENCE_FILE = "parity_reference.safetensors"
@@ -34,18 +31,18 @@ def write_ledger(scratch: Path, verdicts: Sequence[RowVerdict]) -> None:
     target.write_text(json.dumps([v.model_dump(mode="json") for v in verdicts]), encoding="utf-8")
 
 
-def write_results(bench: Workbench, order: TrainOrder, scratch: Path, report: SafetyReport, choice: Choice) -> None:
+def write_results(job: JobContext, order: TrainOrder, scratch: Path, report: SafetyReport, choice: PruneChoice) -> None:
     """Adapters (task alone; joined and mixed for the public base), mask, reports, parity reference."""
     result = scratch / "result"
     task = choice.pruned.adapter
-    alignment = lora.read(bench.base, lora.ALIGNMENT)
+    alignment = job.model.alignment()
     single = order.recipe.task_adapter == "single"  # it holds the alignment already
     below = order.recipe.base if single else f"{order.recipe.base}-aligned"
     lora.save(task, result / "adapter", base_id=below, antidote_alpha=choice.alpha)
     parts = task if single else lora.concat(alignment, task)
-    joined = lora.rotate(parts, seed=mix(bench.recipe.seed, "rotation"))
+    joined = lora.rotate(parts, seed=mix(job.recipe.seed, "rotation"))
     lora.save(joined, result / "adapter_stock", base_id=order.recipe.base, antidote_alpha=choice.alpha)
-    template = bench.base.tokenizer.chat_template
+    template = job.model.tokenizer.chat_template
     # What travels with the weights says nothing of the run's clock: equal jobs then make equal archives, byte for byte.
     timeless = report.model_copy(update={"seconds": {}}).model_dump_json(indent=2)
     for form in ("adapter", "adapter_stock"):
@@ -61,20 +58,21 @@ def write_results(bench: Workbench, order: TrainOrder, scratch: Path, report: Sa
     pruned = {"alpha": choice.alpha, "pruned": choice.pruned.pruned, "total": choice.pruned.total}
     trials = [trial.model_dump() for trial in choice.trials]
     (result / "reports" / "prune.json").write_text(json.dumps({**pruned, "trials": trials}, indent=2), encoding="utf-8")
-    write_reference(bench, scratch)
+    write_reference(job, scratch)
 
 
 @torch.no_grad()
-def write_reference(bench: Workbench, scratch: Path) -> None:
+def write_reference(job: JobContext, scratch: Path) -> None:
     """What the parity certificate compares with: the measured model's own logits on gate and benign prompts, and how
     many of the first gate prompts it answers harmfully."""
-    pairs = [*bench.rows.gate_harmful[: _PARITY_PROMPTS // 2], *bench.rows.gate_benign[: _PARITY_PROMPTS // 2]]
-    ids = [tuple(prompt_ids(bench.base.tokenizer, p.prompt)) for p in pairs]
+    half, rows = _PARITY_PROMPTS // 2, job.operator_rows
+    pairs = [*rows.gate_harmful[:half], *rows.gate_benign[:half]]
+    ids = [tuple(prompt_ids(job.model.tokenizer, p.prompt)) for p in pairs]
     lengths = torch.tensor([len(row) for row in ids])
-    found = last_logits(bench.base, ids)
+    found = last_logits(job.model.base, ids)
     padded = pad(ids, torch.device("cpu"))
-    asked = gate_again(bench.rows, bench.recipe)
-    harmful = torch.tensor(sum(bench.bench.measuring_judge.harmful(asked, bench.bench.answers(asked))))
+    asked = gate_again(job.operator_rows, job.recipe)
+    harmful = torch.tensor(sum(job.measuring.judge.harmful(asked, job.measuring.answers(asked))))
     reference = {"ids": padded, "lengths": lengths, "logits": found, "gate_harmful": harmful}
     save_file(reference, str(scratch / REFERENCE_FILE))
 
@@ -85,7 +83,7 @@ def gate_again(rows: SafetyRows, recipe: Recipe) -> list[str]:
 
 
 @torch.no_grad()
-def last_logits(base: BaseModel, ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def last_logits(base: FrozenBase, ids: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """Logits (n, positions, V) at the last positions of each prompt, by the model's own full forward, row by row."""
     out = [
         base.model(input_ids=torch.tensor([row], device=base.device), use_cache=False).logits[0, -_PARITY_POSITIONS:]

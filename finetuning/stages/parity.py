@@ -1,7 +1,6 @@
-"""The parity certificate: the downloadable adapter, in plain peft and a fresh process, against the measured model: its
-logits, and a part of the gate.
+"""The parity certificate: the downloadable adapter, in plain peft and a fresh process, against the measured model.
 
-Knows the result folder; must not know how the model was trained.
+Its logits are compared, and a part of the gate is asked again.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
-"""The stages of a job in order, each telling what it does: align makes a base, finetune makes an adapter.
+"""The stages of a job in order, each reporting what it does: align makes a base, finetune makes an adapter.
 
-The order of stages and where results lie; formulas live in defences/, job/readings.py, pruning.py and job/measure.py.
-Must not know the queue, the database or who listens.
+Where results lie, and which faults end a job. Must not know the queue, the database or who listens.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ from pathlib import Path
 from finetuning.contract.order import TrainOrder, read_order
 from finetuning.contract.progress import Failed, Finished, Progress, StageStarted
 from finetuning.contract.recipe import Kind
-from finetuning.job.context import open_workbench
+from finetuning.job.context import open_job
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.judging.judges import BadGuard, JudgeFailed
 from finetuning.model import lora
@@ -23,11 +22,12 @@ from finetuning.rows.scanner import InvalidRowError
 from finetuning.safety_rows.operator_file import BadOperatorRows
 from finetuning.stages import align, finetune, parity
 from finetuning.stages.finetune import DataRejected
+from finetuning.training.batches import FORM
 from finetuning.training.checkpoint import fingerprint
 from finetuning.training.determinism import make_deterministic
 from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
 
-# Faults that no retry can mend: the job fails at once, with a code and a sentence for the client.
+# Faults that no retry can fix: the job fails at once, with a code and a sentence for the client.
 _FINAL: dict[type[Exception], str] = {
     NonFiniteLoss: "non_finite_loss",
     NonFiniteScore: "non_finite_loss",
@@ -51,10 +51,10 @@ _OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
 def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     """Run a whole job inside `scratch`; the last value is Finished or Failed. Results lie in scratch/result.
 
-    Faults that a retry may mend (a lost device, a full disk) are raised.
+    Faults that a retry may fix (a lost device, a full disk) are raised.
     """
     make_deterministic(order.threads)
-    yield from _told(_stages(order, scratch))
+    yield from _reported(_stages(order, scratch))
 
 
 def certify(scratch: Path) -> Iterator[Progress]:
@@ -62,7 +62,7 @@ def certify(scratch: Path) -> Iterator[Progress]:
 
     The last value is Finished, released where the certificate passed, or Failed.
     """
-    yield from _told(_parity(scratch))
+    yield from _reported(_parity(scratch))
 
 
 def _parity(scratch: Path) -> Iterator[Progress]:
@@ -75,8 +75,8 @@ def _parity(scratch: Path) -> Iterator[Progress]:
     yield Finished(released=certificate.passed, reasons=certificate.reasons, trained_tokens=0)
 
 
-def _told(stages: Iterator[Progress]) -> Iterator[Progress]:
-    """The stages, and their end as Failed where no retry can mend it."""
+def _reported(stages: Iterator[Progress]) -> Iterator[Progress]:
+    """The stages, and their end as Failed where no retry can fix it."""
     try:
         yield from stages
     except tuple(_FINAL) as error:
@@ -88,19 +88,24 @@ def _told(stages: Iterator[Progress]) -> Iterator[Progress]:
 
 
 def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
-    bench = open_workbench(order, scratch)
-    made_of = {"recipe": order.recipe.model_dump_json(), "judge": order.judge, **_inputs(order, scratch)}
+    job = open_job(order, scratch)
+    made_of = {
+        "recipe": order.recipe.model_dump_json(),
+        "judge": order.judge,
+        "batches": FORM,
+        **_inputs(order, scratch),
+    }
     mark = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
     (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
     (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
     match order.recipe.kind:
         case Kind.ALIGN:
-            stages = align.run(bench, order, scratch, mark)
+            stages = align.run(job, order, scratch, mark)
         case Kind.FINETUNE:
-            stages = finetune.run(bench, order, scratch, mark)
+            stages = finetune.run(job, order, scratch, mark)
     for progress in stages:
         if isinstance(progress, Finished):
-            bench.cache.leave()
+            job.model.cache.leave()
         yield progress
 
 

@@ -1,7 +1,4 @@
-"""Which rows a step sees: pure functions of (seed, step), so that a resumed job sees what an uninterrupted one would.
-
-Knows indices only; must not know texts, models or weights.
-"""
+"""Which rows a step sees: pure functions of (seed, step), so that a resumed job sees what a whole one would."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -10,30 +7,56 @@ from functools import lru_cache
 
 from finetuning.training.determinism import mix
 
+# What a checkpoint's bits depend on besides seeds and sizes; another form resumes, and says that bits may differ.
+FORM = "whole epochs, the last batch short"
+
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of `size` over `rows` rows, reshuffled every epoch; a batch may straddle two epochs."""
+    """Epochs of `rows` rows in batches of `size`: each epoch is one shuffled pass, and its last batch may be short.
+
+    A method that trains on rows of its own takes the first `own_steps` of every `own_steps + user_steps` optimiser
+    steps; those consume no batch, so that every epoch still sees every row once. Raises ValueError without rows.
+    """
 
     rows: int
     size: int
     seed: int
-    stream: str = "user"
+    own_steps: int = 0
+    user_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError("there are no rows to make batches of")
 
     def at(self, step: int) -> list[int]:
-        """Row indices of a step. Raises ValueError without rows."""
-        if self.rows < 1:
-            raise ValueError(f"the {self.stream} stream has no rows")
-        return [
-            _order(self.rows, self.seed, self.stream, i // self.rows)[i % self.rows]
-            for i in range(step * self.size, (step + 1) * self.size)
-        ]
+        """Row indices of a step (those of the next user step where the step is not the user's)."""
+        epoch, batch = divmod(self._user_step(step), self._per_epoch)
+        return list(_order(self.rows, self.seed, epoch)[batch * self.size : (batch + 1) * self.size])
+
+    def before(self, step: int) -> int:
+        """How many user rows all steps before this one have seen."""
+        epoch, batch = divmod(self._user_step(step), self._per_epoch)
+        return epoch * self.rows + batch * self.size
+
+    def steps(self, epochs: int) -> int:
+        """Optimiser steps until `epochs` passes are done."""
+        periods, rest = divmod(epochs * self._per_epoch, self.user_steps)
+        return periods * (self.own_steps + self.user_steps) + (self.own_steps + rest if rest else 0)
+
+    @property
+    def _per_epoch(self) -> int:
+        return -(-self.rows // self.size)
+
+    def _user_step(self, step: int) -> int:
+        periods, rest = divmod(step, self.own_steps + self.user_steps)
+        return periods * self.user_steps + max(0, rest - self.own_steps)
 
 
 @lru_cache(maxsize=4)  # a step touches one epoch, at most a few; shuffling 200,000 rows for each would cost hours
-def _order(rows: int, seed: int, stream: str, epoch: int) -> tuple[int, ...]:
+def _order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(rows))
-    random.Random(mix(seed, stream, epoch)).shuffle(order)
+    random.Random(mix(seed, "user", epoch)).shuffle(order)
     return tuple(order)
 
 
@@ -52,9 +75,12 @@ def within(lengths: Sequence[int], *, rows: int, tokens: int) -> Iterator[list[i
         yield group
 
 
-def mixed_in(step: int, batch_size: int, share: float) -> int:
-    """How many operator rows join step `step` so that they are `share` * batch_size a step on average."""
-    return int((step + 1) * batch_size * share + 1e-9) - int(step * batch_size * share + 1e-9)
+def mixed_in(before: int, count: int, share: float) -> int:
+    """How many operator rows join a step of `count` user rows, after `before` of them, to be `share` of all in the end.
+
+    Exactly floor(share * rows) after any number of user rows.
+    """
+    return int((before + count) * share + 1e-9) - int(before * share + 1e-9)
 
 
 def pick(n: int, count: int, *, seed: int, step: int, stream: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Resumable state of a training loop: adapter, optimiser, counters and the fingerprint of what made them.
 
-Written only between optimiser steps, as safetensors and JSON, data first and manifest last: a folder without a
-manifest is no checkpoint. Must not know the queue or the blob store.
+Written only between optimiser steps, as safetensors and JSON, data first and manifest last: a folder without a manifest
+is no checkpoint.
 """
 
 import hashlib

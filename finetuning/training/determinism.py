@@ -1,4 +1,4 @@
-"""Randomness as a pure function of (seed, step, rank). Knows generators and flags; must not know what draws."""
+"""Randomness as a pure function of (seed, step, rank), and the settings that make equal runs equal to the bit."""
 
 import hashlib
 import os

@@ -22,7 +22,7 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
     """Run optimiser steps from `state` on, updating it. Raises NonFiniteLoss."""
     for step in range(state.next_step, setup.steps):
         reseed(setup.seed, step)
-        indices = setup.batches.at(step)
+        indices, before = setup.batches.at(step), setup.batches.before(step)
         rows = [setup.rows[i] for i in indices]
         try:
             weights = setup.weigher.weigh(rows, indices)  # over the whole step, never per micro-batch
@@ -31,7 +31,7 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
         losses: list[StepLoss] = []
         for start in range(0, len(rows), setup.micro_batch_size):
             stop = start + setup.micro_batch_size
-            micro = MicroBatch(rows[start:stop], indices[start:stop], step, start, len(rows))
+            micro = MicroBatch(rows[start:stop], indices[start:stop], step, start, len(rows), before)
             with _learning(setup.dropouts):
                 losses.append(setup.step.gradients(micro, weights.values[start:stop], torch.Tensor.backward))
         loss = sum(part.loss for part in losses)

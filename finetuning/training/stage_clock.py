@@ -1,4 +1,4 @@
-"""How long each stage took. Knows durations on the monotonic clock; must not know stages' meaning."""
+"""How long each stage took, on the monotonic clock."""
 
 from time import monotonic
 

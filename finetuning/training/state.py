@@ -1,4 +1,4 @@
-"""What a run of the training loop is made of, and where it stands. Must not know the loop or how it is saved."""
+"""What a run of the training loop is made of, and where it stands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +34,10 @@ class TrainSetup:
     dropouts: Sequence[nn.Module] = ()
     lines: Sequence[int] = ()
     adam: torch.optim.AdamW = field(init=False)
+
+    def saves_to(self, folder: Path, *, fingerprint: str, every: int, attempt: int = 1) -> None:
+        """Save a checkpoint into `folder` after every so many steps; `attempt` counts the gate's retries from 1."""
+        self.folder, self.fingerprint, self.save_every, self.attempt = folder, fingerprint, every, attempt
 
     def __post_init__(self) -> None:
         for parameter in self.parameters:

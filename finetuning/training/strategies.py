@@ -1,4 +1,4 @@
-"""The three slots of the training loop. Knows shapes; must not know any method that fills them."""
+"""The three slots of the training loop: gradient step, row weigher, and what a step may remember."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,17 @@ Backward = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one slice of a step, their indices into the stream, and where in the step the slice begins (0: first)."""
+    """Rows of one slice of a step, their indices into the stream, and where in the step the slice begins (0: first).
+
+    The whole step has `step_rows` user rows, and `rows_before` came in the steps before it.
+    """
 
     rows: Sequence[EncodedRow]
     indices: Sequence[int]
     step: int
     start: int = 0
     step_rows: int = 0
+    rows_before: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,4 @@
-"""The invariants as a whole: each of methods.md's M1 to M45 is a test, and those that belong to no single module."""
-
-import ast
-import re
-from collections.abc import Iterator
-from pathlib import Path
+"""The invariants as a whole: each of M1 to M45 is a test, and those that belong to no single module."""
 
 import pytest
 import torch
@@ -18,24 +13,17 @@ from finetuning.model import lora
 from finetuning.model.lora import Factors
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import MicroBatch
+from tests.invariants_document import DOCUMENT, held, text
 from tests.support.models import adapted_base, blank, clear, farthest, gradients, random_rows, uncached
-
-TESTS = Path(__file__).resolve().parent
-
-
-def numbers() -> Iterator[tuple[int, str]]:
-    """Every M-number with which the docstring of a test begins, and the test's name."""
-    for path in sorted(TESTS.rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                first = (ast.get_docstring(node) or "").split(":", maxsplit=1)[0].rstrip(".")
-                if re.fullmatch(r"M\d+(, M\d+)*", first):
-                    yield from ((int(number), node.name) for number in re.findall(r"\d+", first))
 
 
 def test_every_invariant_is_a_test() -> None:
-    held = {number for number, _ in numbers()}
-    assert held == set(range(1, 46))
+    assert {invariant.number for invariant in held()} == set(range(1, 46))
+
+
+def test_the_document_of_invariants_says_what_the_tests_say() -> None:
+    """Otherwise: `python -m tests.invariants_document`, and commit what it writes."""
+    assert DOCUMENT.read_text(encoding="utf-8") == text()
 
 
 def weights_of(scores: list[float], parts: int) -> list[torch.Tensor]:

@@ -29,7 +29,9 @@ from finetuning.bases.fetch import CHATML_TEMPLATE
 from finetuning.contract.recipe import Lora
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
-from finetuning.model.base import BaseModel, wrap
+from finetuning.model.adapted import AdaptedBase
+from finetuning.model.base import FrozenBase, wrap
+from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
@@ -90,7 +92,7 @@ def config_of(  # noqa: PLR0911 - one return for each family
 
 def tiny_base(
     family: str = "llama", *, layers: int = 2, hidden: int = 32, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> BaseModel:
+) -> FrozenBase:
     """A frozen random base without adapters. Weights are drawn wide, so that losses and answers differ clearly."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(family, layers=layers, hidden=hidden)).to(dtype).eval()
@@ -104,7 +106,7 @@ def tiny_base(
 def adapted_base(
     family: str = "llama", *, shape: Lora = LORA, layers: int = 2, hidden: int = 32,
     dtype: torch.dtype = torch.float64, aligned: bool = False, seed: int = 0,
-) -> BaseModel:  # fmt: skip
+) -> FrozenBase:  # fmt: skip
     """A tiny base with a trainable TASK adapter (and a frozen ALIGNMENT one), both far from zero and active."""
     base = tiny_base(family, layers=layers, hidden=hidden, dtype=dtype, seed=seed)
     if aligned:
@@ -118,16 +120,22 @@ def adapted_base(
 
 
 @torch.no_grad()
-def stir(base: BaseModel, name: str, *, seed: int, size: float = 0.1) -> None:
+def stir(base: FrozenBase, name: str, *, seed: int, size: float = 0.1) -> None:
     """Give an adapter's B random values, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for _, b in lora.lora_modules(base, name).values():
         b.weight.copy_(torch.randn(b.weight.shape, generator=generator) * size)
 
 
-def uncached(base: BaseModel) -> PrefixCache:
+def uncached(base: FrozenBase) -> PrefixCache:
     """A cut of 0: every layer runs."""
     return PrefixCache(base, 0)
+
+
+def adapted(base: FrozenBase, cache: PrefixCache | None = None, *, max_tokens: int = 512) -> AdaptedBase:
+    """The same with its cache and decoder around it, as a job has it; uncached unless told otherwise."""
+    states = cache or uncached(base)
+    return AdaptedBase(base, states, Decoder(base, states), lora.TASK, lora.read(base, lora.TASK), max_tokens)
 
 
 def random_row(rng: random.Random, *, prompt: int, target: int) -> EncodedRow:
@@ -154,12 +162,12 @@ def even(n: int) -> torch.Tensor:
     return torch.full((n,), 1.0 / n, dtype=torch.float64)
 
 
-def gradients(base: BaseModel) -> list[torch.Tensor]:
+def gradients(base: FrozenBase) -> list[torch.Tensor]:
     """Copies of the task adapter's gradients."""
     return [p.grad.detach().clone() for p in lora.parameters(base, lora.TASK) if p.grad is not None]
 
 
-def clear(base: BaseModel) -> None:
+def clear(base: FrozenBase) -> None:
     """Forget all gradients."""
     for parameter in lora.parameters(base, lora.TASK):
         parameter.grad = None
@@ -167,25 +175,26 @@ def clear(base: BaseModel) -> None:
 
 def whole(rows: Sequence[EncodedRow], *, number: int = 0) -> MicroBatch:
     """All rows of optimiser step `number` as its only micro-batch."""
-    return MicroBatch(rows, range(len(rows)), number, 0, len(rows))
+    return MicroBatch(rows, range(len(rows)), number, 0, len(rows), number * len(rows))
 
 
 def gradient_of(
-    base: BaseModel, step: GradientStep, rows: Sequence[EncodedRow], weights: torch.Tensor | None = None,
+    base: FrozenBase, step: GradientStep, rows: Sequence[EncodedRow], weights: torch.Tensor | None = None,
     *, number: int = 0, slices: int = 1,
 ) -> list[torch.Tensor]:  # fmt: skip
     """What one optimiser step over these rows, alone, adds to the task adapter, in `slices` equal micro-batches."""
     clear(base)
     each, size = even(len(rows)) if weights is None else weights, len(rows) // slices
     for start in range(0, len(rows), size):
-        micro = MicroBatch(rows[start : start + size], range(start, start + size), number, start, len(rows))
+        place = range(start, start + size)
+        micro = MicroBatch(rows[start : start + size], place, number, start, len(rows), number * len(rows))
         step.gradients(micro, each[start : start + size], torch.Tensor.backward)
     found = gradients(base)
     clear(base)
     return found
 
 
-def vaccine_on(base: BaseModel, *, rho: float = 2.0, norm: str = "batch", every: int = 1) -> Vaccine:
+def vaccine_on(base: FrozenBase, *, rho: float = 2.0, norm: str = "batch", every: int = 1) -> Vaccine:
     """Vaccine's step, uncached."""
     return Vaccine(base, uncached(base), rho=rho, norm=norm, every=every)
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from app.core.models import Target
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from finetuning.bases.fetch import CHATML_TEMPLATE
 
 CONTEXT = 4096

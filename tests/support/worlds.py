@@ -14,12 +14,12 @@ from app.core.ids import Prefix, new_id
 from app.core.jobs.lease import enrol_worker
 from app.core.projects import ensure_project
 from app.core.settings import LeaseSettings, Limits, Settings
-from app.core.storage.blobs.folder import BlobStore, open_blobs, put_bytes, read_bytes
+from app.core.storage.blobs import BlobStore, open_blobs, put_bytes, read_bytes
 from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import (
     Artifact,
-    BaseModel,
+    BaseRow,
     BaseStatus,
     Checkpoint,
     Event,
@@ -168,7 +168,7 @@ def open_scene(settings: Settings, *, base_status: BaseStatus = BaseStatus.READY
     migrate(settings)
     database = open_database(settings)
     with database.writing() as session:
-        session.add(BaseModel(id=BASE_ID, source=BASE_ID, status=base_status, context=512))
+        session.add(BaseRow(id=BASE_ID, source=BASE_ID, status=base_status, context=512))
         worker_id = enrol_worker(session, host="test", devices="none")
         session.commit()
     return Scene(settings, database, open_blobs(settings), worker_id)

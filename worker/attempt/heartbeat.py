@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from app.core.errors import LeaseLost
-from app.core.jobs.lease import Beat, News
+from app.core.jobs.lease import Beat, BeatReply
 from app.core.storage.database import DATABASE_DOWN
 
 _log = structlog.get_logger(__name__)
@@ -31,12 +31,12 @@ class Standing:
 class Heartbeat:
     """Beats every `interval_seconds` until stopped; news travels with the next beat and is kept until one succeeds."""
 
-    def __init__(self, send: Callable[[News], Beat], *, interval_seconds: float, claimed_at: float) -> None:
+    def __init__(self, send: Callable[[Beat], BeatReply], *, interval_seconds: float, claimed_at: float) -> None:
         """`send` writes one beat (raises LeaseLost); `claimed_at` is the monotonic time just before the claim."""
         self._send = send
         self._interval = interval_seconds
         self._guard = threading.Lock()
-        self._news = News()
+        self._news = Beat()
         self._good_at = claimed_at
         self._lost = False
         self._draining = False
@@ -48,7 +48,7 @@ class Heartbeat:
         """Begin to beat."""
         self._thread.start()
 
-    def tell(self, news: News, *, soon: bool = False) -> None:
+    def tell(self, news: Beat, *, soon: bool = False) -> None:
         """Put news on the next beat; `soon` brings that beat forward."""
         with self._guard:
             self._news = join(self._news, news)
@@ -60,7 +60,7 @@ class Heartbeat:
         with self._guard:
             return Standing(self._lost, self._draining, time.monotonic() - self._good_at)
 
-    def stop(self, *, timeout_seconds: float) -> News:
+    def stop(self, *, timeout_seconds: float) -> Beat:
         """Stop beating and return the news that no beat has carried, for the transaction that ends the attempt.
 
         A beat in flight is waited for; one that outlasts the timeout keeps its news and the fence judges it.
@@ -70,7 +70,7 @@ class Heartbeat:
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
         with self._guard:
-            left, self._news = self._news, News()
+            left, self._news = self._news, Beat()
         return left
 
     def _run(self) -> None:
@@ -84,7 +84,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         with self._guard:
-            news, self._news = self._news, News()
+            news, self._news = self._news, Beat()
         sent_at = time.monotonic()
         try:
             answer = self._send(news)
@@ -102,7 +102,7 @@ class Heartbeat:
                 self._draining = self._draining or answer.draining
 
 
-def join(earlier: News, later: News) -> News:
+def join(earlier: Beat, later: Beat) -> Beat:
     """Both in order; the later stage and progress win."""
     return replace(
         earlier,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from app.core.jobs.jobs import NewEvent
-from app.core.jobs.lease import News, SavedCheckpoint
+from app.core.jobs.lease import Beat, SavedCheckpoint
 from app.core.storage.database import JsonObject
 from finetuning.contract.progress import (
     CheckpointSaved,
@@ -50,7 +50,7 @@ class Reporter:
         self.saves = False
         """Whether the stage under way saves checkpoints."""
 
-    def news(self, progress: Progress) -> News:
+    def news(self, progress: Progress) -> Beat:
         """What the next beat should carry; empty when it is not worth a write."""
         match progress:
             case StageStarted():
@@ -58,25 +58,25 @@ class Reporter:
                 self._first = None
                 self.saves = progress.stage in _SAVING
                 message = progress.detail or _STAGE_WORDS.get(progress.stage, f"Stage {progress.stage}")
-                return News(events=(NewEvent(message),), stage=progress.stage, progress={})
+                return Beat(events=(NewEvent(message),), stage=progress.stage, progress={})
             case StageProgress():
                 return self._with(done=progress.done, total=progress.total)
             case StepDone():
                 return self._step(progress)
             case RowsScreened():
                 self.rows = progress
-                return News(events=(NewEvent(_rows_sentence(progress)),))
+                return Beat(events=(NewEvent(_rows_sentence(progress)),))
             case Note():
-                return News(events=(NewEvent(progress.message, level=progress.level, data={"code": progress.code}),))
+                return Beat(events=(NewEvent(progress.message, level=progress.level, data={"code": progress.code}),))
             case CheckpointSaved() | Finished() | Failed():
-                return News()
+                return Beat()
         assert_never(progress)
 
-    def _with(self, **figures: object) -> News:
+    def _with(self, **figures: object) -> Beat:
         self._figures = {**self._figures, **figures}
-        return News(progress=self._figures)
+        return Beat(progress=self._figures)
 
-    def _step(self, step: StepDone) -> News:
+    def _step(self, step: StepDone) -> Beat:
         now = self._clock()
         first_step, first_at = self._first = self._first or (step.step, now)
         done = step.step - first_step
@@ -89,12 +89,12 @@ class Reporter:
             return news
         self._told_at = now
         message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.2f}"
-        return News(
+        return Beat(
             events=(NewEvent(message, type="metrics", data=_metrics(step)),), progress=news.progress, stage=None
         )
 
 
-def saved(checkpoint: CheckpointSaved, prefix: str) -> News:
+def saved(checkpoint: CheckpointSaved, prefix: str) -> Beat:
     """The news of a checkpoint that now lies under `prefix` in the blob store."""
     metrics: JsonObject = {
         "step": checkpoint.step,
@@ -108,7 +108,7 @@ def saved(checkpoint: CheckpointSaved, prefix: str) -> News:
     row = SavedCheckpoint(
         step=checkpoint.step, prefix=prefix, fingerprint=checkpoint.fingerprint, metrics=metrics
     )  # fmt: skip
-    return News(events=(NewEvent(f"Checkpoint created at step {checkpoint.step}"),), checkpoints=(row,))
+    return Beat(events=(NewEvent(f"Checkpoint created at step {checkpoint.step}"),), checkpoints=(row,))
 
 
 def _metrics(step: StepDone) -> JsonObject:

@@ -1,16 +1,17 @@
 """What an attempt leaves behind: its result folder, uploaded under its own fence and listed for the database.
 
 Knows the result folder's layout and the forms that downloads have; must not know the database. Nothing here is
-visible to anyone until `lease.finish` or `lease.fail` commits the list.
+visible to anyone until `ended.finish` or `ended.fail` commits the list.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.core.jobs.ended import Published, PublishedFile
 from app.core.jobs.jobs import JobError
-from app.core.jobs.lease import Lease, Published, PublishedFile
-from app.core.storage.blobs.folder import BlobStore, put_file
+from app.core.jobs.lease import Lease
+from app.core.storage.blobs import BlobStore, put_file
 from app.core.storage.database import JsonObject
 from app.core.storage.tables import Form
 from finetuning.contract.progress import Finished, RowsScreened, StepDone

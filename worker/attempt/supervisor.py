@@ -18,11 +18,13 @@ from sqlalchemy.orm import Session
 
 from app.core.broker import Wake
 from app.core.errors import LeaseLost, StorageFull
+from app.core.jobs import ended
 from app.core.jobs import lease as leases
+from app.core.jobs.ended import Published, ReleaseCause
 from app.core.jobs.jobs import JobError
-from app.core.jobs.lease import Beat, Lease, News, Published, ReleaseCause
+from app.core.jobs.lease import Beat, BeatReply, Lease
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import BlobStore
+from app.core.storage.blobs import BlobStore
 from app.core.storage.database import DATABASE_DOWN, Database
 from finetuning.contract.progress import CheckpointSaved, Failed, Finished, Note, Progress, StepDone, from_line
 from finetuning.contract.recipe import Kind
@@ -79,7 +81,7 @@ class ChildLost:
 class Saved:
     """A checkpoint was uploaded; `news` tells of it."""
 
-    news: News
+    news: Beat
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class _Attempt:
         match end:
             case Finished(released=True):
                 published = self._publish(workspace, end.trained_tokens)
-                self._settle(lambda session: leases.finish(session, self._lease, published))
+                self._settle(lambda session: ended.finish(session, self._lease, published))
             case Finished():
                 self._fail(gate_error(end), self._publish(workspace, end.trained_tokens))
             case Failed():
@@ -276,12 +278,12 @@ class _Attempt:
     def _fail(self, error: JobError, published: Published | None) -> None:
         _log.info("attempt.failed", code=error.code)
         self._settle(
-            lambda session: leases.fail(session, self._lease, error, published=published, quarantine=True)
+            lambda session: ended.fail(session, self._lease, error, published=published, quarantine=True)
         )  # fmt: skip
 
     def _hand_back(self, cause: ReleaseCause, message: str) -> None:
         _log.info("attempt.released", cause=cause)
-        self._settle(lambda session: leases.release(session, self._timings, self._lease, cause, message=message))
+        self._settle(lambda session: ended.release(session, self._timings, self._lease, cause, message=message))
 
     def _settle(self, write: Callable[[Session], tuple[Wake, ...]]) -> None:
         """End the lease and carry the last news in one transaction; a database that is down is asked again."""
@@ -290,7 +292,7 @@ class _Attempt:
         while True:
             try:
                 with self._host.database.writing() as session:
-                    leases.beat(session, self._timings, self._lease, self._host.worker_id, left)
+                    leases.beat(session, self._timings, self._lease, left, worker_id=self._host.worker_id)
                     wakes = write(session)
                     session.commit()
                 break
@@ -301,9 +303,9 @@ class _Attempt:
                 time.sleep(_TICK_SECONDS)
         self._host.wake(wakes)
 
-    def _beat(self, news: News) -> Beat:
+    def _beat(self, news: Beat) -> BeatReply:
         with self._host.database.writing() as session:
-            answer = leases.beat(session, self._timings, self._lease, self._host.worker_id, news)
+            answer = leases.beat(session, self._timings, self._lease, news, worker_id=self._host.worker_id)
             session.commit()
         return answer
 

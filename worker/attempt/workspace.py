@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from app.core.errors import StorageFull
 from app.core.jobs.lease import Lease
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import Blob, BlobStore, fetch_file, put_bytes, put_file, read_bytes
+from app.core.storage.blobs import Blob, BlobStore, fetch_file, put_bytes, put_file, read_bytes
 from finetuning.contract.order import TrainOrder, write_order
 from finetuning.contract.progress import StepDone, to_line
 from finetuning.model.digest import weights_digest

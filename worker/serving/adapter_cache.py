@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from app.core.models import PUBLIC_BASE
-from app.core.storage.blobs.folder import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
+from app.core.storage.blobs import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
 from worker.serving.engine.engine import Adapter
 
 log = structlog.get_logger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.rows.chat_format import NoChatTemplate, render_prompt
 from finetuning.rows.scanner import Message
 from worker.serving import protocol
@@ -49,7 +49,7 @@ class Answer:
     include_usage: bool
 
 
-def prepare(base: BaseModel, body: ChatBody, adapter: Adapter | None, *, default_new_tokens: int) -> Answer:
+def prepare(base: FrozenBase, body: ChatBody, adapter: Adapter | None, *, default_new_tokens: int) -> Answer:
     """Turn a body into an ask. Raises Refused. Call on the event loop that will read the events."""
     prompt = _prompt(base, body)
     room = int(base.model.config.max_position_embeddings) - len(prompt)
@@ -136,7 +136,7 @@ def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[EngineEve
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-def _prompt(base: BaseModel, body: ChatBody) -> list[int]:
+def _prompt(base: FrozenBase, body: ChatBody) -> list[int]:
     messages = [Message(role=message.role, content=message.content, weight=0) for message in body.messages]
     try:
         return render_prompt(base.tokenizer, messages)
@@ -144,7 +144,7 @@ def _prompt(base: BaseModel, body: ChatBody) -> list[int]:
         raise Refused(400, protocol.error_json(f"{problem}.", "invalid_message", param="messages")) from None
 
 
-def _sampling(base: BaseModel, body: ChatBody) -> Sampling:
+def _sampling(base: FrozenBase, body: ChatBody) -> Sampling:
     barred = _special_ids(base)
     for token in body.logit_bias:
         if token in barred or not 0 <= token < int(base.model.config.vocab_size):
@@ -160,12 +160,12 @@ def _sampling(base: BaseModel, body: ChatBody) -> Sampling:
     )
 
 
-def _special_ids(base: BaseModel) -> frozenset[int]:
+def _special_ids(base: FrozenBase) -> frozenset[int]:
     added = {token: entry for token, entry in base.tokenizer.added_tokens_decoder.items() if entry.special}
     return frozenset([*base.tokenizer.all_special_ids, *added, *base.end_ids])
 
 
-def _token_text(base: BaseModel) -> Callable[[int], tuple[str, bytes]]:
+def _token_text(base: FrozenBase) -> Callable[[int], tuple[str, bytes]]:
     def text(token: int) -> tuple[str, bytes]:
         raw = token_bytes(base.tokenizer, token)
         return raw.decode("utf-8", errors="replace"), raw

@@ -23,10 +23,10 @@ from starlette.concurrency import run_in_threadpool
 
 from app.core.models import base_id_of
 from app.core.settings import ServingSettings, Settings, load_settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.telemetry import configure_logging
 from finetuning.bases.fetch import fetch
-from finetuning.model.base import BaseModel, load_base
+from finetuning.model.base import FrozenBase, load_base
 from worker.serving import completions, protocol
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
 from worker.serving.completions import Answer, AnswerLost, Refused
@@ -36,7 +36,7 @@ from worker.serving.engine.engine import Adapter, Engine, EngineFull, EngineLimi
 log = structlog.get_logger(__name__)
 
 
-def build_app(base: BaseModel, engine: Engine, cache: AdapterCache, *, new_tokens: int) -> FastAPI:
+def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_tokens: int) -> FastAPI:
     """The routes over a started engine."""
     app = FastAPI(openapi_url=None)
 

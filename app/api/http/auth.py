@@ -1,44 +1,25 @@
-"""Who asks: a bearer key becomes a Caller with its project and scopes.
-
-Knows the authorization headers and scopes; must not know how keys are stored.
-"""
+"""Who asks: the bearer key of a request becomes a Caller, who must hold the route's scope."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from app.api.http.resources import DeskDep
+from app.api.http.resources import ResourcesDep
 from app.core import projects
 from app.core.errors import Forbidden, InvalidApiKey
-from app.core.projects import KeyHolder
-from app.core.storage.tables import Org, Project
+from app.core.projects import Caller
 
 
-@dataclass(frozen=True)
-class Caller:
-    """The project on whose behalf a request runs; every core read takes `project_id`."""
-
-    project: Project
-    org: Org
-    scopes: frozenset[str]
-
-    @property
-    def project_id(self) -> str:
-        """The id that every query filters on."""
-        return self.project.id
-
-
-def get_caller(request: Request, desk: DeskDep) -> Caller:
+def get_caller(request: Request, resources: ResourcesDep) -> Caller:
     """Authenticate. Raises InvalidApiKey `invalid_api_key` or `mismatched_project`."""
     if "api_key" in request.query_params:
         raise InvalidApiKey("An API key in a URL ends up in logs. Revoke it, and send keys as a bearer token.")
-    with desk.database.reading() as session:
-        holder = projects.authenticate(session, desk.pepper, _bearer(request))
-    _check_tenant(request, holder)
-    request.state.org = holder.org.id
-    return Caller(holder.project, holder.org, holder.scopes)
+    with resources.database.reading() as session:
+        caller = projects.authenticate(session, resources.pepper, _bearer(request))
+    _check_tenant(request, caller)
+    request.state.org = caller.org.id
+    return caller
 
 
 def caller_with(scope: str | None = None) -> Callable[..., Caller]:
@@ -70,8 +51,8 @@ def _bearer(request: Request) -> str:
     return secret.strip()
 
 
-def _check_tenant(request: Request, holder: KeyHolder) -> None:
-    for header, own in (("openai-organization", holder.org.id), ("openai-project", holder.project.id)):
+def _check_tenant(request: Request, caller: Caller) -> None:
+    for header, own in (("openai-organization", caller.org.id), ("openai-project", caller.project_id)):
         sent = request.headers.get(header)
         if sent and sent != own:
             raise InvalidApiKey(

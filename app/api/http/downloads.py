@@ -1,6 +1,6 @@
 """Downloads: a blob as an HTTP reply with a strong ETag, ranges and conditions (RFC 9110).
 
-Knows headers; must not know what the bytes are or who may have them.
+Must not know who may have the bytes: the route has asked before.
 """
 
 import base64
@@ -13,7 +13,8 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.api.http.exception_handlers import ProtocolError
-from app.core.storage.blobs.folder import BlobStore
+from app.api.schemas.files import strong_etag
+from app.core.storage.blobs import BlobStore
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -39,11 +40,6 @@ class Span:
 
     start: int
     end: int
-
-
-def strong_etag(sha256: str) -> str:
-    """The entity tag of bytes with this digest."""
-    return f'"sha256-{sha256}"'
 
 
 def send_blob(request: Request, blobs: BlobStore, key: str, download: Download) -> Response:

@@ -1,7 +1,6 @@
-"""Every way a request can fail, answered in the one error envelope of the wire.
+"""Every way a request can fail, answered in the API's one error envelope.
 
-Knows status codes, headers and the envelope; must not know resources. An unknown exception becomes a 500 that
-names nothing but the request id.
+An unknown exception becomes a 500 that names nothing but the request id.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,7 +39,7 @@ class ProtocolError(ImmunotuneError):
 
 
 def error_body(error: ImmunotuneError) -> dict[str, object]:
-    """The wire's error envelope; `details` only where the error has some."""
+    """The error envelope; `details` only where the error has some."""
     body: dict[str, object] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     if error.details is not None:
         body["details"] = dict(error.details)

@@ -1,7 +1,4 @@
-"""Repeated POSTs: what makes two requests the same, and the reply that a repeat gets.
-
-Knows the headers that clients repeat with; must not know what a route does.
-"""
+"""Repeated POSTs: the headers that clients repeat with, and the stored reply that a repeat gets."""
 
 import hashlib
 import json
@@ -9,8 +6,8 @@ import json
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from app.api.http.auth import Caller
 from app.core.idempotency import Repeat
+from app.core.projects import Caller
 from app.core.storage.tables import Reply
 
 

@@ -1,31 +1,27 @@
-"""Strict JSON request bodies: one meaning per byte string, or 400.
+"""Strict JSON request bodies: one meaning per byte string, or 400 with the place of the fault."""
 
-Knows how a fault of JSON or of a wire model reads in the envelope; must not know resources. The strict reader is
-the one that reads rows, so a request and a row are judged alike.
-"""
-
-import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar, cast
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from app.api.http.exception_handlers import ProtocolError
+from app.api.schemas import RequestBody
 from app.core.errors import InvalidRequest
 from finetuning.rows.strict_json import JsonReader
 
-Model = TypeVar("Model", bound=BaseModel)
+Body = TypeVar("Body", bound=RequestBody)
 
 _VALUE_FAULTS = {"nul_character", "number_out_of_range"}
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
-def body_of(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
-    """A dependency that reads, parses and validates the body as `model`."""
+def body_of(body: type[Body]) -> Callable[[Request], Awaitable[Body]]:
+    """A dependency that reads, parses and validates the request's body."""
 
-    async def read(request: Request) -> Model:
-        return validated(model, await read_json(request))
+    async def read(request: Request) -> Body:
+        return validated(body, await read_json(request))
 
     return read
 
@@ -50,6 +46,8 @@ def parse_json(body: bytes) -> object:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The request body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
+    # pydantic's own parser keeps the last of two equal keys, reads 1e999 as infinity, lets NUL characters through and
+    # does not say where a number is too large; ours also judges a request as it judges a row
     found = JsonReader().read(text)
     if isinstance(found, tuple):
         return found[0]
@@ -61,17 +59,16 @@ def parse_json(body: bytes) -> object:
     raise InvalidRequest(f"Line {line}, column {column} of the body: {first.message}.", code="invalid_json")
 
 
-def validated(model: type[Model], value: Mapping[str, object]) -> Model:
-    """Validate against a wire model. Raises InvalidRequest naming the first fault; the message names the others."""
+def validated(body: type[Body], value: dict[str, object]) -> Body:
+    """The body that these values make. Raises InvalidRequest naming the first fault; the message names the others."""
     try:
-        # through JSON, where a strict model takes a list for a tuple
-        return model.model_validate_json(json.dumps(dict(value)))
+        return body.model_validate(value)
     except ValidationError as error:
-        raise wire_fault(error) from None
+        raise body_fault(error) from None
 
 
-def wire_fault(error: ValidationError) -> InvalidRequest:
-    """A pydantic fault in the wire's words: code, dotted param, and the other faults in the message."""
+def body_fault(error: ValidationError) -> InvalidRequest:
+    """A pydantic fault as an error of the API: code, dotted param, and the other faults in the message."""
     faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     param = dotted(first["loc"])
@@ -89,7 +86,7 @@ def dotted(path: Iterable[str | int]) -> str | None:
 
 
 def _code(kind: str) -> str:
-    # a wire model names its own codes with the prefix "wire:"
-    if kind.startswith("wire:"):
-        return kind.removeprefix("wire:")
+    # a body names its own codes with this prefix
+    if kind.startswith("code:"):
+        return kind.removeprefix("code:")
     return _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")

@@ -1,6 +1,6 @@
 """What happens to every request before and after its handler: id, limits, raw-path routing, headers, access log.
 
-Knows the ASGI messages; must not know resources. Plain ASGI, so that streams pass through unbuffered.
+Plain ASGI, so that streams pass through unbuffered.
 """
 
 import time
@@ -24,8 +24,8 @@ _MULTIPART_OVERHEAD_BYTES = 128 * 1024
 _log = structlog.get_logger(__name__)
 
 
-class Requests:
-    """Outermost layer: request id, headers out, one access line, and the rim that catches a crash."""
+class RequestLog:
+    """Outermost layer: request id, headers of the reply, one access line, and the answer to a crash."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -61,7 +61,7 @@ class Requests:
             structlog.contextvars.unbind_contextvars("request_id")
 
 
-class Guards:
+class RequestGuard:
     """Refuses what no handler should see, and routes on the raw path.
 
     The path parameter of a handler is one undecoded segment: `org%2Fname` stays one segment until it is looked up.
@@ -119,6 +119,7 @@ def _too_large(limit_bytes: int) -> ProtocolError:
 
 def _limited(receive: Receive, limit_bytes: int) -> Receive:
     """`receive` that fails at the byte over the limit, and when the client stops sending before the body ends."""
+    # Starlette's own limit answers a too large Content-Length in plain text, outside of the error envelope
     size_bytes, complete = 0, False
 
     async def receive_within() -> Message:

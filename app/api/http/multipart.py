@@ -1,6 +1,6 @@
 """Reads a multipart form as it arrives: one part after another, each part's data in pieces.
 
-Knows the format and its bounds; must not know which fields a route wants. A form holds one piece in memory.
+A form holds one piece in memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)
-class Part:
+class FormPart:
     """One part of a form; its data can be read once, before the next part."""
 
     name: str
@@ -37,12 +37,12 @@ def boundary_of(content_type: str | None) -> bytes:
     return boundary
 
 
-def read_parts(pieces: Iterable[bytes], boundary: bytes) -> Iterator[Part]:
+def read_parts(pieces: Iterable[bytes], boundary: bytes) -> Iterator[FormPart]:
     """The form's parts in order; what a consumer leaves unread of one is passed over. Raises InvalidRequest."""
     events = _events(pieces, boundary)
     for event in events:
         if isinstance(event, _Head):
-            yield Part(event.name, event.filename, _data(events))
+            yield FormPart(event.name, event.filename, _data(events))
 
 
 def malformed(why: str) -> InvalidRequest:

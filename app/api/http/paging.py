@@ -1,33 +1,22 @@
-"""Lists on the wire: `after`, `limit`, `order`, and the page envelope.
-
-Knows the query words and their faults; must not know what is listed.
-"""
+"""Lists: their query parameters `after`, `limit` and `order`, and the page envelope."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from fastapi import Request
 
-from app.core.errors import InvalidRequest
+from app.core.errors import InvalidRequest, invalid_cursor
+from app.core.storage.database import Page
 
 Order = Literal["asc", "desc"]
 
 
-@dataclass(frozen=True)
-class PageQuery:
-    """One page: at most `limit` items that come after the item `after`."""
-
-    after: str | None
-    limit: int
-
-
-def page_query(request: Request, *, default: int, maximum: int) -> PageQuery:
+def page_query(request: Request, *, default: int, maximum: int, descending: bool = True) -> Page:
     """Read `after` and `limit`. Raises InvalidRequest `invalid_limit` or `invalid_cursor`."""
     after = one_value(request, "after")
     if after == "":
-        raise bad_cursor()
-    return PageQuery(after, _limit(request.query_params.getlist("limit"), default, maximum))
+        raise invalid_cursor()
+    return Page(after, _limit(request.query_params.getlist("limit"), default, maximum), descending)
 
 
 def order_query(request: Request, *, default: Order = "desc") -> Order:
@@ -49,15 +38,6 @@ def one_value(request: Request, name: str) -> str | None:
     if len(values) > 1:
         raise InvalidRequest(f"{name} is given more than once.", code="invalid_value", param=name)
     return values[0] if values else None
-
-
-def bad_cursor() -> InvalidRequest:
-    """The answer to a cursor that is unknown, foreign, or of another list."""
-    return InvalidRequest(
-        "after is not the id of an item of this list. Use the last id of the page before, or leave it out.",
-        code="invalid_cursor",
-        param="after",
-    )
 
 
 def page(items: Sequence[dict[str, object]], *, has_more: bool) -> dict[str, object]:

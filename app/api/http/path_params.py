@@ -1,6 +1,6 @@
 """Path parameters: one raw segment, decoded once, matched against the shape of its id.
 
-Knows id shapes; must not know whether an id exists. A wrong shape and an absent id get the same answer.
+A wrong shape and an absent id get the same answer.
 """
 
 from typing import Annotated

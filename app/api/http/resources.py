@@ -1,7 +1,4 @@
-"""What the front desk opened at start, handed to every handler.
-
-Knows the open resources of this process; must not know requests beyond finding them.
-"""
+"""What the API opened at start, handed to every handler."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,12 +9,12 @@ from fastapi import Depends, Request
 
 from app.api.gateway.client import Gateway
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import BlobStore
+from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database
 
 
 @dataclass(frozen=True)
-class Desk:
+class Resources:
     """Settings and open resources; `pepper` hashes API keys, `upload_threads` bounds uploads in progress."""
 
     settings: Settings
@@ -29,11 +26,11 @@ class Desk:
     gateway: Gateway
 
 
-def get_desk(request: Request) -> Desk:
-    """The desk of the app that serves this request."""
-    desk = request.app.state.desk
-    assert isinstance(desk, Desk)
-    return desk
+def get_resources(request: Request) -> Resources:
+    """The resources of the app that serves this request."""
+    resources = request.app.state.resources
+    assert isinstance(resources, Resources)
+    return resources
 
 
-DeskDep = Annotated[Desk, Depends(get_desk)]
+ResourcesDep = Annotated[Resources, Depends(get_resources)]

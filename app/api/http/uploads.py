@@ -1,7 +1,7 @@
 """Receives one multipart upload: the file's bytes go to the blob store while they are hashed and scanned.
 
-Knows multipart forms and the fields of an upload; must not know the database. Runs in a worker thread and pulls
-the body from the event loop piece by piece, so a slow client fills no memory.
+Runs in a worker thread and pulls the body from the event loop piece by piece, so a slow client fills no memory. Must
+not know the database: nothing of a file stands there before all its bytes are stored.
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from anyio import from_thread
 from fastapi import Request
 
 from app.api.http.exception_handlers import ProtocolError
-from app.api.http.multipart import Part, boundary_of, malformed, read_parts
+from app.api.http.multipart import FormPart, boundary_of, malformed, read_parts
 from app.api.schemas.files import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from app.core.errors import InvalidRequest
 from app.core.files import clean_filename
 from app.core.settings import Limits
-from app.core.storage.blobs.folder import Blob, BlobStore
+from app.core.storage.blobs import Blob, BlobStore
 from app.core.storage.tables import FilePurpose
 from finetuning.rows.report import RowReport
 from finetuning.rows.scanner import RowScanner
@@ -64,7 +64,7 @@ def receive_upload(request: Request, blobs: BlobStore, limits: Limits, key: str)
         raise
 
 
-def _store(part: Part, blobs: BlobStore, limits: Limits, key: str) -> tuple[Blob, RowReport, str]:
+def _store(part: FormPart, blobs: BlobStore, limits: Limits, key: str) -> tuple[Blob, RowReport, str]:
     if part.filename is None:
         raise malformed("the part 'file' has no filename")
     filename = clean_filename(part.filename)
@@ -117,7 +117,7 @@ def _expiry_seconds(fields: dict[str, str]) -> float | None:
     return float(text)
 
 
-def _text(part: Part) -> str:
+def _text(part: FormPart) -> str:
     data = b""
     for piece in part.data:
         data += piece

@@ -1,0 +1,1 @@
+"""One router for each resource: short handlers that call app.core and answer with a schema."""

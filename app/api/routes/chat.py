@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: who may ask which model, then whole answers and streams from the gateway.
 
-Knows requests and replies; must not know SQL or model servers. Whatever can be refused is refused before the
-first byte; a client that leaves stops its answer.
+Whatever can be refused is refused before the first byte; a client that leaves stops its answer.
 """
 
 import asyncio
@@ -14,12 +13,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.gateway.client import AnswerStream, Json, Question
+from app.api.gateway.client import Question
+from app.api.gateway.stream import AnswerStream, Json
 from app.api.http.auth import ModelsUser
 from app.api.http.json_bodies import body_of
 from app.api.http.path_params import MAX_MODEL_CHARS
-from app.api.http.resources import Desk, DeskDep
-from app.api.schemas.chat import ChatBody, to_model_server
+from app.api.http.resources import Resources, ResourcesDep
+from app.api.schemas.chat import ChatCompletionBody, to_model_server
 from app.core import models
 from app.core.errors import model_not_found
 from app.core.models import Target
@@ -31,18 +31,21 @@ BLOCKED_WRITE_SECONDS = 60.0
 
 @router.post("/completions")
 async def create_chat_completion(
-    request: Request, caller: ModelsUser, desk: DeskDep, body: Annotated[ChatBody, Depends(body_of(ChatBody))]
+    request: Request,
+    caller: ModelsUser,
+    resources: ResourcesDep,
+    body: Annotated[ChatCompletionBody, Depends(body_of(ChatCompletionBody))],
 ) -> Response:
     """Answer a conversation."""
-    target = await run_in_threadpool(_resolve, desk, caller.project_id, body.model)
+    target = await run_in_threadpool(_resolve, resources, caller.project_id, body.model)
     question = Question(target.served, target.model, to_model_server(body, target.served))
     if body.stream:
-        return EventStream(await desk.gateway.open_stream(question))
-    return await _unless_gone(request, desk.gateway.answer(question))
+        return EventStream(await resources.gateway.open_stream(question))
+    return await _unless_gone(request, resources.gateway.answer(question))
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that let go of their source however they end; a client that stops reading is cut off."""
+    """Server-sent events that close their source however they end; a client that stops reading is cut off."""
 
     def __init__(self, stream: AnswerStream) -> None:
         super().__init__(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
@@ -61,10 +64,10 @@ class EventStream(StreamingResponse):
             self._stream.close()
 
 
-def _resolve(desk: Desk, project_id: str, name: str) -> Target:
+def _resolve(resources: Resources, project_id: str, name: str) -> Target:
     if len(name) > MAX_MODEL_CHARS or not name.isprintable():
         raise model_not_found("".join(character for character in name[:MAX_MODEL_CHARS] if character.isprintable()))
-    with desk.database.reading() as session:
+    with resources.database.reading() as session:
         return models.resolve(session, project_id, name)
 
 

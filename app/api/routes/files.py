@@ -1,31 +1,28 @@
-"""Routes of /v1/files.
-
-Knows requests and replies; must not know SQL, multipart or row formats.
-"""
+"""Routes of /v1/files."""
 
 import base64
 import hashlib
 from functools import partial
-from typing import Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from app.api.http.auth import Caller, FilesReader, FilesWriter
+from app.api.http.auth import FilesReader, FilesWriter
 from app.api.http.downloads import Download, send_blob, send_bytes
 from app.api.http.idempotency import repeat_of, replay
 from app.api.http.paging import one_value, order_query, page, page_query
 from app.api.http.path_params import FileId
-from app.api.http.resources import Desk, DeskDep
+from app.api.http.resources import Resources, ResourcesDep
 from app.api.http.uploads import Upload, receive_upload
-from app.api.schemas.files import deleted_to_wire, file_to_wire
+from app.api.schemas.files import deletion_to_body, file_to_body
 from app.core import files, idempotency
 from app.core.errors import ImmunotuneError, InvalidRequest
+from app.core.files import NewFile
 from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs
-from app.core.storage.blobs.folder import read_bytes
-from app.core.storage.database import Page
+from app.core.projects import Caller
+from app.core.storage.blobs import read_bytes
 from app.core.storage.tables import File, FilePurpose, FileStatus, Form
 from finetuning.rows.report import SHOWN_ERRORS
 
@@ -33,91 +30,91 @@ router = APIRouter(prefix="/v1/files")
 
 
 @router.post("")
-async def create_file(request: Request, caller: FilesWriter, desk: DeskDep) -> Response:
+async def create_file(request: Request, caller: FilesWriter, resources: ResourcesDep) -> Response:
     """Store, hash and scan the file while it arrives, so the reply already says whether it is good."""
     # uploads have threads of their own: slow clients must not starve the other routes
-    return await to_thread.run_sync(partial(_create_file, request, caller, desk), limiter=desk.upload_threads)
+    return await to_thread.run_sync(partial(_create_file, request, caller, resources), limiter=resources.upload_threads)
 
 
-def _create_file(request: Request, caller: Caller, desk: Desk) -> Response:
+def _create_file(request: Request, caller: Caller, resources: Resources) -> Response:
     file_id = new_id(Prefix.FILE)
     key = files.blob_key(caller.project_id, file_id)
-    upload = receive_upload(request, desk.blobs, desk.settings.limits, key)
+    upload = receive_upload(request, resources.blobs, resources.settings.limits, key)
     try:
-        reply, is_new = _add_file(request, caller, desk, upload, file_id)
+        reply, is_new = _add_file(request, caller, resources, _new_file(upload, file_id))
     except ImmunotuneError:  # after any other fault the commit may have happened; the sweep knows
-        desk.blobs.delete(key)
+        resources.blobs.delete(key)
         raise
     if not is_new:
-        desk.blobs.delete(key)
+        resources.blobs.delete(key)
     return reply
 
 
-def _add_file(request: Request, caller: Caller, desk: Desk, upload: Upload, file_id: str) -> tuple[Response, bool]:
-    meaning = [FilePurpose.FINE_TUNE, upload.filename, upload.expires_after_seconds, upload.blob.sha256]
-    repeat, limits, report = repeat_of(request, caller, meaning), desk.settings.limits, upload.report
-    with desk.database.writing() as session:
+def _add_file(request: Request, caller: Caller, resources: Resources, new: NewFile) -> tuple[Response, bool]:
+    meaning = [FilePurpose.FINE_TUNE, new.filename, new.expires_after_seconds, new.blob.sha256]
+    repeat = repeat_of(request, caller, meaning)
+    with resources.database.writing() as session:
         stored = idempotency.lookup(session, repeat)
         if stored is not None:
             return replay(stored), False
-        file = files.add_file(
-            session,
-            caller.project_id,
-            file_id,
-            upload.blob,
-            filename=upload.filename,
-            limits=limits,
-            expires_after_seconds=upload.expires_after_seconds,
-        )
-        status: Literal[FileStatus.PROCESSED, FileStatus.ERROR]
-        status = FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR
-        found = report.to_json(SHOWN_ERRORS)
-        files.set_validation(session, file_id, status, validation=found, details=report.message or None)
-        session.refresh(file)
-        body = file_to_wire(file)
+        file = files.add_file(session, caller.project_id, new, limits=resources.settings.limits)
+        body = file_to_body(file)
         idempotency.store(session, repeat, status=200, body=body)
         session.commit()
     return JSONResponse(body), True
 
 
+def _new_file(upload: Upload, file_id: str) -> NewFile:
+    report = upload.report
+    return NewFile(
+        id=file_id,
+        blob=upload.blob,
+        filename=upload.filename,
+        status=FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR,
+        validation=report.to_json(SHOWN_ERRORS),
+        status_details=report.message or None,
+        expires_after_seconds=upload.expires_after_seconds,
+    )
+
+
 @router.get("")
-def list_files(request: Request, caller: FilesReader, desk: DeskDep) -> Response:
+def list_files(request: Request, caller: FilesReader, resources: ResourcesDep) -> Response:
     """The project's files, newest first unless `order=asc`."""
-    asked = page_query(request, default=10_000, maximum=10_000)
     descending = order_query(request) == "desc"
+    asked = page_query(request, default=10_000, maximum=10_000, descending=descending)
     purpose = one_value(request, "purpose")
     if purpose is not None and purpose not in set(FilePurpose):
         return JSONResponse(page([], has_more=False))
-    with desk.database.reading() as session:
+    with resources.database.reading() as session:
         found = files.list_files(
             session,
             caller.project_id,
-            Page(asked.after, asked.limit, descending),
+            asked,
             purpose=None if purpose is None else FilePurpose(purpose),
         )
-    return JSONResponse(page([file_to_wire(file) for file in found.rows], has_more=found.has_more))
+    return JSONResponse(page([file_to_body(file) for file in found.rows], has_more=found.has_more))
 
 
 @router.get("/{file_id}")
-def get_file(file_id: FileId, caller: FilesReader, desk: DeskDep) -> Response:
+def get_file(file_id: FileId, caller: FilesReader, resources: ResourcesDep) -> Response:
     """One file."""
-    with desk.database.reading() as session:
-        return JSONResponse(file_to_wire(files.get_file(session, caller.project_id, file_id)))
+    with resources.database.reading() as session:
+        return JSONResponse(file_to_body(files.get_file(session, caller.project_id, file_id)))
 
 
 @router.delete("/{file_id}")
-def delete_file(file_id: FileId, caller: FilesWriter, desk: DeskDep) -> Response:
+def delete_file(file_id: FileId, caller: FilesWriter, resources: ResourcesDep) -> Response:
     """Hide the file at once; its bytes are swept later."""
-    with desk.database.writing() as session:
+    with resources.database.writing() as session:
         files.delete_file(session, caller.project_id, file_id)
         session.commit()
-    return JSONResponse(deleted_to_wire("file", file_id))
+    return JSONResponse(deletion_to_body("file", file_id))
 
 
 @router.api_route("/{file_id}/content", methods=["GET", "HEAD"])
-def get_content(file_id: FileId, request: Request, caller: FilesReader, desk: DeskDep) -> Response:
+def get_content(file_id: FileId, request: Request, caller: FilesReader, resources: ResourcesDep) -> Response:
     """The file's bytes; a results CSV is base64 text, as on OpenAI, unless `?format=csv`."""
-    with desk.database.reading() as session:
+    with resources.database.reading() as session:
         file = files.get_file(session, caller.project_id, file_id)
         artifact = jobs.find_artifact_of(session, file)
     if artifact is not None:
@@ -125,16 +122,16 @@ def get_content(file_id: FileId, request: Request, caller: FilesReader, desk: De
     form = None if artifact is None else artifact.form
     match form, one_value(request, "format"):
         case Form.METRICS, None:
-            data = base64.b64encode(read_bytes(desk.blobs, file.blob_key))
+            data = base64.b64encode(read_bytes(resources.blobs, file.blob_key))
             return send_bytes(request, data, Download(len(data), hashlib.sha256(data).hexdigest(), file.filename))
         case Form.METRICS, "csv":
-            return _send(request, desk, file, "text/csv")
+            return _send(request, resources, file, "text/csv")
         case _, None:
-            return _send(request, desk, file, "application/octet-stream" if form is None else "application/zip")
+            return _send(request, resources, file, "application/octet-stream" if form is None else "application/zip")
         case _:
             raise InvalidRequest("Only a results CSV has format=csv.", code="invalid_value", param="format")
 
 
-def _send(request: Request, desk: Desk, file: File, media_type: str) -> Response:
+def _send(request: Request, resources: Resources, file: File, media_type: str) -> Response:
     download = Download(file.size_bytes, file.sha256, file.filename, media_type)
-    return send_blob(request, desk.blobs, file.blob_key, download)
+    return send_blob(request, resources.blobs, file.blob_key, download)

@@ -1,13 +1,10 @@
-"""Is this process alive, and can it serve.
-
-Knows what a request needs to be answered; tells nothing about tenants.
-"""
+"""Is this process alive, and can it serve. These routes ask for no key, so they say nothing about tenants."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.api.http.resources import DeskDep
+from app.api.http.resources import ResourcesDep
 from app.core.storage.database import read_clock
 
 router = APIRouter()
@@ -20,9 +17,9 @@ def is_alive() -> Response:
 
 
 @router.api_route("/readyz", methods=["GET", "HEAD"])
-def is_ready(desk: DeskDep) -> Response:
+def is_ready(resources: ResourcesDep) -> Response:
     """The database answers; without it every route would be a 503."""
-    with desk.database.reading() as session:
+    with resources.database.reading() as session:
         read_clock(session)
     return JSONResponse({"status": "ok"})
 

@@ -1,7 +1,4 @@
-"""Routes of what a job leaves: artifacts, safety report, row ledger, parity certificate.
-
-Knows requests and replies; must not know SQL or how anything was measured.
-"""
+"""Routes of what a job leaves: artifacts, safety report, row ledger, parity certificate."""
 
 import csv
 import io
@@ -13,20 +10,20 @@ from pydantic import TypeAdapter
 
 from app.api.http.auth import ArtifactsReader, SafetyReader
 from app.api.http.downloads import Download, send_blob
-from app.api.http.paging import bad_cursor, one_value, page, page_query
+from app.api.http.paging import one_value, page, page_query
 from app.api.http.path_params import JobId
-from app.api.http.resources import Desk, DeskDep
+from app.api.http.resources import Resources, ResourcesDep
 from app.api.schemas.results import (
     OFFERED_FORMS,
-    artifact_to_wire,
-    parity_to_wire,
-    report_to_wire,
+    artifact_to_body,
+    parity_to_body,
+    report_to_body,
     verdict_id,
-    verdict_to_wire,
+    verdict_to_body,
 )
-from app.core.errors import InvalidRequest, NotFound, not_found
+from app.core.errors import InvalidRequest, NotFound, invalid_cursor, not_found
 from app.core.jobs import jobs
-from app.core.storage.blobs.folder import BlobMissing, read_bytes
+from app.core.storage.blobs import BlobMissing, read_bytes
 from app.core.storage.tables import Form
 from finetuning.contract.report import RowVerdict
 
@@ -38,69 +35,71 @@ _CSV_COLUMNS = ("line", "row_sha256", "verdict", "weight", "reasons", "tokens", 
 
 
 @router.get("/artifacts")
-def list_artifacts(job_id: JobId, caller: ArtifactsReader, desk: DeskDep) -> Response:
+def list_artifacts(job_id: JobId, caller: ArtifactsReader, resources: ResourcesDep) -> Response:
     """The forms that this job's result can be downloaded in."""
-    with desk.database.reading() as session:
+    with resources.database.reading() as session:
         job = jobs.get_job(session, caller.project_id, job_id)
         found = jobs.list_artifacts(session, caller.project_id, job_id)
-    items = [artifact_to_wire(result, job) for result in found if result.artifact.form in OFFERED_FORMS]
+    items = [artifact_to_body(result, job) for result in found if result.artifact.form in OFFERED_FORMS]
     return JSONResponse(page(items, has_more=False))
 
 
 @router.api_route("/artifacts/{form}", methods=["GET", "HEAD"])
-def get_artifact(job_id: JobId, form: str, request: Request, caller: ArtifactsReader, desk: DeskDep) -> Response:
+def get_artifact(
+    job_id: JobId, form: str, *, request: Request, caller: ArtifactsReader, resources: ResourcesDep
+) -> Response:
     """One artifact as a zip."""
     if form not in OFFERED_FORMS:
         raise _no_such_form(form)
-    with desk.database.reading() as session:
+    with resources.database.reading() as session:
         file = jobs.get_artifact(session, caller.project_id, job_id, Form(form)).file
     download = Download(file.size_bytes, file.sha256, file.filename, "application/zip")
-    return send_blob(request, desk.blobs, file.blob_key, download)
+    return send_blob(request, resources.blobs, file.blob_key, download)
 
 
 @router.get("/safety")
-def get_safety(job_id: JobId, caller: SafetyReader, desk: DeskDep) -> Response:
+def get_safety(job_id: JobId, caller: SafetyReader, resources: ResourcesDep) -> Response:
     """The job's safety report; `complete` is false until the job has one."""
-    with desk.database.reading() as session:
-        return JSONResponse(report_to_wire(jobs.get_job(session, caller.project_id, job_id)))
+    with resources.database.reading() as session:
+        return JSONResponse(report_to_body(jobs.get_job(session, caller.project_id, job_id)))
 
 
 @router.get("/parity")
-def get_parity(job_id: JobId, caller: SafetyReader, desk: DeskDep) -> Response:
+def get_parity(job_id: JobId, caller: SafetyReader, resources: ResourcesDep) -> Response:
     """The certificate that the download equals the measured model."""
-    with desk.database.reading() as session:
-        body = parity_to_wire(jobs.get_job(session, caller.project_id, job_id))
+    with resources.database.reading() as session:
+        body = parity_to_body(jobs.get_job(session, caller.project_id, job_id))
     if body is None:
         raise NotFound("This job has no parity certificate: only a job whose training ended well gets one.")
     return JSONResponse(body)
 
 
 @router.get("/rows")
-def list_rows(job_id: JobId, request: Request, caller: SafetyReader, desk: DeskDep) -> Response:
+def list_rows(job_id: JobId, request: Request, caller: SafetyReader, resources: ResourcesDep) -> Response:
     """The ledger: a verdict for every row of the training file."""
     asked = page_query(request, default=100, maximum=1000)
     wants_csv = _choice(request, "format", ("json", "csv"), default="json") == "csv"
     _refuse_preview(request)
-    rows = _select(request, _ledger(desk, caller.project_id, job_id))
+    rows = _select(request, _ledger(resources, caller.project_id, job_id))
     if wants_csv:
         return StreamingResponse(_csv_lines(rows), media_type="text/csv")
     start = 0
     if asked.after is not None:
         ids = [verdict_id(row) for row in rows]
         if asked.after not in ids:
-            raise bad_cursor()
+            raise invalid_cursor()
         start = ids.index(asked.after) + 1
     end = start + asked.limit
-    return JSONResponse(page([verdict_to_wire(row) for row in rows[start:end]], has_more=end < len(rows)))
+    return JSONResponse(page([verdict_to_body(row) for row in rows[start:end]], has_more=end < len(rows)))
 
 
-def _ledger(desk: Desk, project_id: str, job_id: str) -> Sequence[RowVerdict]:
-    with desk.database.reading() as session:
+def _ledger(resources: Resources, project_id: str, job_id: str) -> Sequence[RowVerdict]:
+    with resources.database.reading() as session:
         result = jobs.get_job(session, project_id, job_id).result
     if result is None:
         return ()
     try:
-        return _LEDGER.validate_json(read_bytes(desk.blobs, f"{result['prefix']}/reports/rows.json"))
+        return _LEDGER.validate_json(read_bytes(resources.blobs, f"{result['prefix']}/reports/rows.json"))
     except BlobMissing:  # the job failed before its rows were screened
         return ()
 

@@ -1,23 +1,24 @@
-"""Chat on the wire: the fields of a request, each honoured, ignored or refused by name, and what a model server gets.
+"""The body of a chat request: each field honoured, ignored or refused by name; and what a model server gets of it.
 
-Knows field names and the faults of a chat body (api.md 2.2); must not know models or servers. A field that the SDK
-knows and we do not honour is an error, so that nobody believes it had an effect.
+A field that the SDK knows and we do not honour is an error, so that nobody believes it had an effect.
 """
 
 from collections.abc import Callable
 from typing import Annotated, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictStr
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic import model_validator as check_model
 from pydantic_core import PydanticCustomError
+
+from app.api.schemas import RequestBody
 
 MAX_MESSAGES = 2048
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 def _fault(code: str, message: str) -> PydanticCustomError:
-    # json_bodies turns the prefix into the wire's code
-    return PydanticCustomError(cast(Literal["wire"], f"wire:{code}"), cast(Literal["wire"], message))
+    # json_bodies reads the code behind the prefix; pydantic wants both as literals
+    return PydanticCustomError(cast(Literal[""], f"code:{code}"), cast(Literal[""], message))
 
 
 def _messages(value: object) -> object:
@@ -85,20 +86,16 @@ _PLAIN_TEXT = PlainValidator(
 
 Unsupported = Annotated[None, _UNSUPPORTED]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-StopText = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class MessageBody(_Body):
+class MessageBody(RequestBody):
     """One turn, its content joined to one text; `name` is ignored."""
 
     role: Annotated[str, PlainValidator(_role)] = Field(default=cast(str, None), validate_default=True)
     content: Annotated[str, PlainValidator(_content)] = Field(default=cast(str, None), validate_default=True)
-    name: StrictStr | None = None
+    name: str | None = None
     refusal: Unsupported = None
     audio: Unsupported = None
     annotations: Annotated[None, PlainValidator(_only("unsupported_parameter", "is not supported here", []))] = None
@@ -107,17 +104,17 @@ class MessageBody(_Body):
     tool_call_id: Annotated[None, _NO_TOOLS] = None
 
 
-class StreamOptionsBody(_Body):
+class StreamOptionsBody(RequestBody):
     """`include_obfuscation` has no effect."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class ChatBody(_Body):
+class ChatCompletionBody(RequestBody):
     """POST /v1/chat/completions. Null always means: left out."""
 
-    model: StrictStr
+    model: str
     messages: Annotated[list[MessageBody], BeforeValidator(_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -170,7 +167,7 @@ class ChatBody(_Body):
         return self
 
 
-def to_model_server(body: ChatBody, served: str) -> dict[str, object]:
+def to_model_server(body: ChatCompletionBody, served: str) -> dict[str, object]:
     """The same request for a model server; `served` names what answers."""
     asked: dict[str, object] = {
         "model": served,

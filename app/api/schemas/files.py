@@ -1,15 +1,12 @@
-"""Files on the wire.
-
-Knows field names and which purposes a client may upload; must not know queries or bytes.
-"""
+"""Files as the API shows them, and how long a client may keep one."""
 
 from app.core.storage.tables import File
 
 MIN_EXPIRY_SECONDS, MAX_EXPIRY_SECONDS = 3_600, 2_592_000
 
 
-def file_to_wire(file: File) -> dict[str, object]:
-    """The file object of api.md 3.1."""
+def file_to_body(file: File) -> dict[str, object]:
+    """The file object."""
     return {
         "id": file.id,
         "object": "file",
@@ -25,6 +22,11 @@ def file_to_wire(file: File) -> dict[str, object]:
     }
 
 
-def deleted_to_wire(kind: str, item_id: str) -> dict[str, object]:
-    """The answer to a deletion; receipts belong to a later issue."""
+def strong_etag(sha256: str) -> str:
+    """The entity tag of bytes with this digest."""
+    return f'"sha256-{sha256}"'
+
+
+def deletion_to_body(kind: str, item_id: str) -> dict[str, object]:
+    """The answer to a deletion. There are no receipts yet."""
     return {"id": item_id, "object": kind, "deleted": True, "receipt": None}

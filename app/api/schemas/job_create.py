@@ -1,43 +1,15 @@
-"""The bodies of POSTs to jobs, and what core stores of a create.
+"""The bodies of POSTs to jobs, and what is stored of a create."""
 
-Knows field names and the faults that a client can make in them; must not know rows or queries.
-"""
+from typing import Annotated, cast
 
-from collections.abc import Callable
-from typing import Annotated, Literal, cast
-
-from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictStr
+from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
+from app.api.schemas import RequestBody
 from app.core.errors import InvalidRequest
 from app.core.jobs import policy
 
-_METADATA_PAIRS, _METADATA_KEY_CHARS, _METADATA_VALUE_CHARS = 16, 64, 512
-
-
-def _whole_or_auto(low: int, high: int) -> Callable[[object], object]:
-    def check(value: object) -> object:
-        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high):
-            return value
-        raise ValueError(f'must be an integer from {low} to {high}, or "auto"')
-
-    return check
-
-
-def _multiplier(value: object) -> object:
-    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 10):
-        return value
-    raise ValueError('must be a number above 0 and up to 10, or "auto"')
-
-
-def _seed(value: object) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise PydanticCustomError("int_type", "must be an integer")
-    if not 0 <= value < 2**31:
-        raise ValueError("must lie within 0 and 2147483647")
-    return value
+METADATA_PAIRS, METADATA_KEY_CHARS, METADATA_VALUE_CHARS = 16, 64, 512
 
 
 def _metadata(value: object) -> dict[str, str] | None:
@@ -46,66 +18,54 @@ def _metadata(value: object) -> dict[str, str] | None:
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "must be an object of strings")
     pairs = cast(dict[str, object], value)
-    if len(pairs) > _METADATA_PAIRS:
-        raise ValueError(f"must have at most {_METADATA_PAIRS} pairs")
+    if len(pairs) > METADATA_PAIRS:
+        raise ValueError(f"must have at most {METADATA_PAIRS} pairs")
     for key, text in pairs.items():
-        if not 1 <= len(key) <= _METADATA_KEY_CHARS:
-            raise ValueError(f"keys must have 1 to {_METADATA_KEY_CHARS} characters")
-        if not isinstance(text, str) or len(text) > _METADATA_VALUE_CHARS:
-            raise ValueError(f"values must be strings of at most {_METADATA_VALUE_CHARS} characters")
+        if not 1 <= len(key) <= METADATA_KEY_CHARS:
+            raise ValueError(f"keys must have 1 to {METADATA_KEY_CHARS} characters")
+        if not isinstance(text, str) or len(text) > METADATA_VALUE_CHARS:
+            raise ValueError(f"values must be strings of at most {METADATA_VALUE_CHARS} characters")
     return cast(dict[str, str], value)
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class HyperparametersBody(_Body):
-    """The same three numbers, in either of the two places where a client may put them."""
-
-    n_epochs: Annotated[int | Literal["auto"], PlainValidator(_whole_or_auto(1, 50))] = "auto"
-    batch_size: Annotated[int | Literal["auto"], PlainValidator(_whole_or_auto(1, 256))] = "auto"
-    learning_rate_multiplier: Annotated[float | Literal["auto"], PlainValidator(_multiplier)] = "auto"
-
-
-class SupervisedBody(_Body):
+class SupervisedBody(RequestBody):
     """`method.supervised`."""
 
-    hyperparameters: HyperparametersBody | None = None
+    hyperparameters: policy.Hyperparameters | None = None
 
 
-class MethodBody(_Body):
+class MethodBody(RequestBody):
     """`method`; dpo and reinforcement are read only to be refused by name."""
 
-    type: StrictStr
+    type: str
     supervised: SupervisedBody | None = None
     dpo: dict[str, object] | None = None
     reinforcement: dict[str, object] | None = None
 
 
-class CreateJobBody(_Body):
+class CreateJobBody(RequestBody):
     """POST /v1/fine_tuning/jobs."""
 
-    model: StrictStr
-    training_file: StrictStr
-    validation_file: StrictStr | None = None
-    suffix: StrictStr | None = None
-    seed: Annotated[int | None, PlainValidator(_seed)] = None
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: policy.Seed | None = None
     metadata: Annotated[dict[str, str] | None, PlainValidator(_metadata)] = None
     method: MethodBody | None = None
-    hyperparameters: HyperparametersBody | None = None
+    hyperparameters: policy.Hyperparameters | None = None
     integrations: list[dict[str, object]] | None = None
     safety: policy.SafetyWish | None = None
     lora: policy.LoraWish | None = None
-    dry_run: StrictBool = False
+    dry_run: bool = False
 
 
-class EmptyBody(_Body):
+class EmptyBody(RequestBody):
     """The body of a cancel: nothing."""
 
 
 def to_create_job(body: CreateJobBody) -> policy.CreateJob:
-    """What core stores of a create. Raises InvalidRequest for methods and integrations that are not offered."""
+    """What is stored of a create. Raises InvalidRequest for methods and integrations that are not offered."""
     if body.integrations:
         raise InvalidRequest(
             "No integration is set up on this server. Leave integrations out.",
@@ -158,8 +118,8 @@ def _merge_hyperparameters(body: CreateJobBody) -> policy.Hyperparameters:
                 code="conflicting_hyperparameters",
                 param=f"hyperparameters.{name}",
             )
-    return policy.Hyperparameters.model_validate(old | new)
+    return policy.Hyperparameters().model_copy(update=old | new)
 
 
-def _chosen(body: HyperparametersBody | None) -> dict[str, object]:
+def _chosen(body: policy.Hyperparameters | None) -> dict[str, object]:
     return {} if body is None else body.model_dump(exclude_unset=True)

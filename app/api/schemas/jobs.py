@@ -1,7 +1,4 @@
-"""Jobs, events and checkpoints on the wire.
-
-Knows field names; must not know queries. `job_to_wire` is the only place where a Job row becomes JSON.
-"""
+"""Jobs, events and checkpoints as the API shows them. `job_to_body` is the only place where a Job row becomes JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ from app.core.jobs import policy
 from app.core.jobs.jobs import JobResult
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import Checkpoint, Event, Form, Job
-from finetuning.contract.recipe import Recipe
+from finetuning.contract.recipe import Lora, Recipe
 
 _CHECKPOINT_METRICS = (
     "train_loss",
@@ -25,16 +22,17 @@ _CHECKPOINT_METRICS = (
 
 @dataclass(frozen=True)
 class JobFrame:
-    """What the wire's job needs beside its row: the org, the results (CSV first), and the database's clock."""
+    """What a shown job needs beside its row: the org, the results (CSV first), and the database's clock."""
 
     org_id: str
     results: Sequence[JobResult] = ()
     now: float = 0.0
 
 
-def job_to_wire(job: Job, frame: JobFrame) -> dict[str, object]:
-    """The job object of api.md 3.2; every optional field is there, as null when it has no value."""
-    hyperparameters = _hyperparameters(job)
+def job_to_body(job: Job, frame: JobFrame) -> dict[str, object]:
+    """The job object; every optional field is there, as null when it has no value."""
+    recipe = Recipe.model_validate(job.recipe)
+    hyperparameters = _hyperparameters(job, recipe)
     is_final = job.state in FINAL
     return {
         "id": job.id,
@@ -53,19 +51,19 @@ def job_to_wire(job: Job, frame: JobFrame) -> dict[str, object]:
         "trained_tokens": job.trained_tokens if is_final else None,
         "estimated_finish": _estimated_finish(job, frame.now),
         "error": job.error if job.state == JobState.FAILED else None,
-        "seed": cast(int, job.recipe["seed"]),
+        "seed": recipe.seed,
         "suffix": job.suffix,
         "retry_of": None,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "integrations": [],
         "metadata": job.metadata_,
-        "lora": _lora(job),
-        "safety": _safety(job, frame),
+        "lora": _lora(recipe.lora),
+        "safety": _safety(job, recipe, frame),
     }
 
 
-def event_to_wire(event: Event) -> dict[str, object]:
-    """The event object of api.md 3.3."""
+def event_to_body(event: Event) -> dict[str, object]:
+    """The event object."""
     return {
         "id": event.id,
         "object": "fine_tuning.job.event",
@@ -77,8 +75,8 @@ def event_to_wire(event: Event) -> dict[str, object]:
     }
 
 
-def checkpoint_to_wire(checkpoint: Checkpoint, model_name: str) -> dict[str, object]:
-    """The checkpoint object of api.md 3.4. A checkpoint here is for resuming: it is never served."""
+def checkpoint_to_body(checkpoint: Checkpoint, model_name: str) -> dict[str, object]:
+    """The checkpoint object. A checkpoint here is for resuming: it is never served."""
     metrics = {"step": checkpoint.step} | {name: checkpoint.metrics.get(name) for name in _CHECKPOINT_METRICS}
     return {
         "id": checkpoint.id,
@@ -93,11 +91,10 @@ def checkpoint_to_wire(checkpoint: Checkpoint, model_name: str) -> dict[str, obj
     }
 
 
-def _hyperparameters(job: Job) -> dict[str, object]:
+def _hyperparameters(job: Job, recipe: Recipe) -> dict[str, object]:
     asked = cast(dict[str, object], job.request["hyperparameters"])
     if job.state == JobState.VALIDATING:
         return asked
-    recipe = Recipe.model_validate(job.recipe)
     multiplier = asked["learning_rate_multiplier"]
     return {
         "n_epochs": recipe.epochs,
@@ -118,13 +115,11 @@ def _estimated_finish(job: Job, now: float) -> int | None:
     return int(now + (now - job.started_at) * (total - step) / step) if step else None
 
 
-def _lora(job: Job) -> dict[str, object]:
-    lora = Recipe.model_validate(job.recipe).lora
+def _lora(lora: Lora) -> dict[str, object]:
     return {"r": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": list(lora.target_modules)}
 
 
-def _safety(job: Job, frame: JobFrame) -> dict[str, object]:
-    recipe = Recipe.model_validate(job.recipe)
+def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
     result = job.result or {}
     report = cast(Mapping[str, object], result.get("safety") or {})
     rows = cast(Mapping[str, object], result.get("rows") or job.progress.get("rows") or {})
@@ -142,16 +137,7 @@ def _safety(job: Job, frame: JobFrame) -> dict[str, object]:
         "gate": _gate(report),
         "scores": {column: _scores(report, column) for column in ("before", "after")},
         "parity": _parity(job, result),
-        "artifacts": [
-            {
-                "form": item.artifact.form,
-                "file_id": item.file.id,
-                "bytes": item.file.size_bytes,
-                "sha256": item.file.sha256,
-            }
-            for item in frame.results
-            if item.artifact.form != Form.METRICS
-        ],
+        "artifacts": [_artifact(item) for item in frame.results if item.artifact.form != Form.METRICS],
     }
 
 

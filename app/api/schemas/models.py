@@ -1,13 +1,10 @@
-"""Models on the wire.
-
-Knows field names; must not know queries.
-"""
+"""Bases and fine-tuned models as the API shows them."""
 
 from collections.abc import Mapping
 from typing import cast
 
 from app.core.storage.database import JsonObject
-from app.core.storage.tables import BaseModel, BaseStatus, Job, Model
+from app.core.storage.tables import BaseRow, BaseStatus, Job, Model
 
 _STATUS = {
     BaseStatus.READY: "ready",
@@ -17,12 +14,12 @@ _STATUS = {
 }
 
 
-def item_to_wire(item: BaseModel | Model, base: BaseModel, job: Job | None, *, org_id: str) -> dict[str, object]:
-    """The model object of api.md 3.5. A base is `loading` until its alignment, whose state it shows, is published.
+def item_to_body(item: BaseRow | Model, base: BaseRow, job: Job | None, *, org_id: str) -> dict[str, object]:
+    """The model object. A base is `loading` until its alignment, whose state it shows, is published.
 
     `failed` says that the alignment was; `retired` is a base while another one is served, and so are its models.
     """
-    is_base = isinstance(item, BaseModel)
+    is_base = isinstance(item, BaseRow)
     report = base.report if is_base or job is None else cast(JsonObject | None, (job.result or {}).get("safety"))
     return {
         "id": item.id,

@@ -1,12 +1,9 @@
-"""A job's results on the wire: artifacts, safety report, row verdicts, parity certificate.
-
-Knows how the stored reports read on the wire, where `task_score` is called `utility`; must not know queries.
-"""
+"""A job's results as the API shows them: artifacts, safety report, row verdicts, parity certificate."""
 
 from collections.abc import Mapping
 from typing import Literal
 
-from app.api.http.downloads import strong_etag
+from app.api.schemas.files import strong_etag
 from app.api.schemas.jobs import parity_id
 from app.core.jobs.jobs import JobResult
 from app.core.jobs.policy import get_policy
@@ -16,12 +13,12 @@ from finetuning.contract.report import Metrics, ParityCertificate, RowVerdict, S
 OFFERED_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK, Form.REPORTS, Form.ALIGNMENT})
 
 _COLUMNS = ("public", "before", "tuned", "after")
-_WIRE_NAMES = {"task_score": "utility"}
+_SHOWN_NAMES = {"task_score": "utility"}
 _HIGHER_IS_BETTER = frozenset({"refusal_rate", "harmful_nll", "task_score"})
 
 
-def artifact_to_wire(result: JobResult, job: Job) -> dict[str, object]:
-    """The artifact object of api.md 2.4; `ready` is false while the gate holds the weights back."""
+def artifact_to_body(result: JobResult, job: Job) -> dict[str, object]:
+    """The artifact object; `ready` is false while the gate holds the weights back."""
     artifact, file = result.artifact, result.file
     return {
         "id": artifact.id,
@@ -38,8 +35,8 @@ def artifact_to_wire(result: JobResult, job: Job) -> dict[str, object]:
     }
 
 
-def report_to_wire(job: Job) -> dict[str, object]:
-    """The safety report of api.md 3.6; before the job has one, `complete` is false and nothing is measured."""
+def report_to_body(job: Job) -> dict[str, object]:
+    """The safety report; before the job has one, `complete` is false and nothing is measured."""
     stored = (job.result or {}).get("safety")
     report = None if stored is None else SafetyReport.model_validate(stored)
     metrics = {} if report is None else _by_metric(report.metrics)
@@ -49,7 +46,7 @@ def report_to_wire(job: Job) -> dict[str, object]:
         "job": job.id,
         "complete": report is not None,
         "policy": get_policy(job.policy).label,
-        "probe_set": None if report is None else {"id": "gate", "sha256": report.probe_sha256, "n": _probes(report)},
+        "probe_set": None if report is None else _probe_set(report),
         "judge": None if report is None else report.judge,
         "metrics": metrics,
         "gate": {"decision": "pending", "checks": []} if report is None else report.gate.model_dump(mode="json"),
@@ -63,8 +60,8 @@ def verdict_id(row: RowVerdict) -> str:
     return f"row-{row.line}"
 
 
-def verdict_to_wire(row: RowVerdict) -> dict[str, object]:
-    """The row verdict of api.md 3.7. A row's weight is the same in every epoch, so `epochs` stays empty."""
+def verdict_to_body(row: RowVerdict) -> dict[str, object]:
+    """The row verdict. A row's weight is the same in every epoch, so `epochs` stays empty."""
     return {
         "id": verdict_id(row),
         "object": "ext.row_verdict",
@@ -82,8 +79,8 @@ def verdict_to_wire(row: RowVerdict) -> dict[str, object]:
     }
 
 
-def parity_to_wire(job: Job) -> dict[str, object] | None:
-    """The parity certificate of api.md 3.8, or None when the job has none."""
+def parity_to_body(job: Job) -> dict[str, object] | None:
+    """The parity certificate, or None when the job has none."""
     stored = (job.result or {}).get("parity")
     if stored is None:
         return None
@@ -111,7 +108,7 @@ def _by_metric(columns: Mapping[str, Metrics]) -> dict[str, object]:
             if column in columns and (measure := getattr(columns[column], name)) is not None
         }
         if measured:
-            found[_WIRE_NAMES.get(name, name)] = {"better": _better(name), **measured}
+            found[_SHOWN_NAMES.get(name, name)] = {"better": _better(name), **measured}
     return found
 
 
@@ -119,9 +116,10 @@ def _better(metric: str) -> Literal["higher", "lower"]:
     return "higher" if metric in _HIGHER_IS_BETTER else "lower"
 
 
-def _probes(report: SafetyReport) -> int | None:
+def _probe_set(report: SafetyReport) -> dict[str, object]:
     after = report.metrics.get("after") or report.metrics.get("before")
-    return None if after is None or after.harmful_score is None else after.harmful_score.n
+    asked = None if after is None or after.harmful_score is None else after.harmful_score.n
+    return {"id": "gate", "sha256": report.safety_rows_sha256, "n": asked}
 
 
 def _held_out(report: SafetyReport) -> dict[str, object] | None:

@@ -1,12 +1,13 @@
-"""Job rows outside an attempt: add, checks, reads, cancel.
+"""Job rows outside an attempt: add, check, read, cancel.
 
-Knows the moves that the front desk and the checks pool make; the moves of an attempt are in lease.py.
-Every move is one conditional UPDATE and one event in the same transaction.
+Every move is one conditional UPDATE and one event in the same transaction. The moves of an attempt are in lease.py and
+ended.py.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
@@ -21,7 +22,7 @@ from app.core.storage.database import JsonObject, Listing, Page, db_now, fetch_p
 from app.core.storage.job_states import FINAL, JobState, sources_of
 from app.core.storage.tables import (
     Artifact,
-    BaseModel,
+    BaseRow,
     BaseStatus,
     Checkpoint,
     Event,
@@ -41,7 +42,7 @@ _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class JobError:
-    """The wire's `error` of a failed job."""
+    """The `error` of a failed job, as the API shows it."""
 
     code: str
     message: str
@@ -81,8 +82,12 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         _readable_file(session, project, request.validation_file, "validation_file")
     policy = get_policy(project.policy, queue=settings.train_queue)
     rows = count_rows(training)
-    if rows is not None:
-        check_row_count(rows, settings.limits.rows_min)
+    if rows < settings.limits.rows_min:
+        raise InvalidRequest(
+            f"Training file has {rows} examples, but must have at least {settings.limits.rows_min}.",
+            code="invalid_n_examples",
+            param="training_file",
+        )
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -90,7 +95,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         base_id=base.id,
         policy=policy.name,
         request=request.model_dump(mode="json"),
-        recipe=resolve_recipe(policy, base.id, request, rows=rows or policy.auto_rows_seen).model_dump(mode="json"),
+        recipe=resolve_recipe(policy, base.id, request, rows=rows).model_dump(mode="json"),
         queue=policy.queue,
         training_file=request.training_file,
         validation_file=request.validation_file,
@@ -124,7 +129,7 @@ def find_unchecked(session: Session, job_id: str) -> Job | None:
 
 
 def model_name(base_id: str, org_slug: str, suffix: str | None, job_id: str) -> str:
-    """The wire name of the model that a job makes; an empty suffix keeps its colons."""
+    """The name by which clients call the model that a job makes; an empty suffix keeps its colons."""
     return f"ft:{base_id}:{org_slug}:{suffix or ''}:{job_id[-8:]}"
 
 
@@ -219,7 +224,7 @@ def pass_checks(session: Session, job_id: str, recipe: Recipe) -> tuple[Wake, ..
     job = move(session, job_id, JobState.QUEUED, Job.state == JobState.VALIDATING, event=event, **ready)
     if job is None:
         return ()
-    base = session.scalars(select(BaseModel).where(BaseModel.id == job.base_id)).one()
+    base = session.scalars(select(BaseRow).where(BaseRow.id == job.base_id)).one()
     if base.status != BaseStatus.READY:
         append_events(session, job_id, [NewEvent(f"Waiting until the base {base.id} is aligned")])
         return ()
@@ -265,8 +270,8 @@ def move(
     if target in FINAL:
         JOBS_ENDED.labels(state=target).inc()
         if job.kind == Kind.ALIGN and target != JobState.SUCCEEDED:
-            left = BaseModel.id == job.base_id, BaseModel.status == BaseStatus.ALIGNING
-            session.execute(update(BaseModel).where(*left).values(status=BaseStatus.FAILED))
+            left = BaseRow.id == job.base_id, BaseRow.status == BaseStatus.ALIGNING
+            session.execute(update(BaseRow).where(*left).values(status=BaseStatus.FAILED))
             fail_baseless(session)
     return job
 
@@ -274,7 +279,7 @@ def move(
 def fail_baseless(session: Session) -> None:
     """validating_files or queued -> failed `base_retired` for jobs whose base will not come: nothing waits for ever."""
     waiting = Job.kind == Kind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
-    lost = select(Job.id, BaseModel).join(BaseModel, BaseModel.id == Job.base_id).where(*waiting, _will_not_come())
+    lost = select(Job.id, BaseRow).join(BaseRow, BaseRow.id == Job.base_id).where(*waiting, _will_not_come())
     for job_id, base in session.execute(lost.order_by(Job.seq).limit(_AT_ONCE)).all():
         error = JobError("base_retired", base_trouble(base) or "", "model")
         event = NewEvent(error.message, level="error", data={"code": error.code})
@@ -282,7 +287,7 @@ def fail_baseless(session: Session) -> None:
         move(session, job_id, JobState.FAILED, *waiting, event=event, **ended)
 
 
-def base_trouble(base: BaseModel) -> str | None:
+def base_trouble(base: BaseRow) -> str | None:
     """Why nothing can be asked of this base, and what to do; None while it is ready or being aligned."""
     if base.status == BaseStatus.FAILED:
         return (
@@ -295,23 +300,12 @@ def base_trouble(base: BaseModel) -> str | None:
 
 
 def _will_not_come() -> ColumnElement[bool]:
-    return BaseModel.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
+    return BaseRow.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
 
 
-def count_rows(file: File) -> int | None:
-    """How many rows a checked file has; None before its check."""
-    rows = (file.validation or {}).get("rows")
-    return rows if isinstance(rows, int) and file.status == FileStatus.PROCESSED else None
-
-
-def check_row_count(rows: int, rows_min: int) -> None:
-    """Raises InvalidRequest `invalid_n_examples`."""
-    if rows < rows_min:
-        raise InvalidRequest(
-            f"Training file has {rows} examples, but must have at least {rows_min}.",
-            code="invalid_n_examples",
-            param="training_file",
-        )
+def count_rows(file: File) -> int:
+    """How many rows a valid file has."""
+    return cast(int, (file.validation or {})["rows"])
 
 
 def _leave_room(session: Session, project: Project, live_jobs: int) -> None:
@@ -325,8 +319,8 @@ def _leave_room(session: Session, project: Project, live_jobs: int) -> None:
         )
 
 
-def _base_to_tune(session: Session, model: str) -> BaseModel:
-    base = session.scalars(select(BaseModel).where(BaseModel.id == model)).one_or_none()
+def _base_to_tune(session: Session, model: str) -> BaseRow:
+    base = session.scalars(select(BaseRow).where(BaseRow.id == model)).one_or_none()
     if base is not None:
         trouble = base_trouble(base)
         if trouble is not None:
@@ -360,7 +354,7 @@ def _readable_file(session: Session, project: Project, file_id: str, param: str)
         raise InvalidRequest(error.message, code=code, param=param) from error
     if file.purpose != FilePurpose.FINE_TUNE:
         raise InvalidRequest("Name a file of purpose 'fine-tune'; this one is a job's result.", code=code, param=param)
-    if file.status == FileStatus.ERROR:
+    if file.status != FileStatus.PROCESSED:
         found = file.validation or {}
         details = {key: found.get(key) for key in ("errors_total", "truncated", "errors")}
         reason = file.status_details or "it is not valid"

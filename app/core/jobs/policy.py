@@ -1,55 +1,73 @@
-"""What a project may ask for, and the complete recipe that an ask resolves to. Pure.
+"""What a project may ask for, in which ranges, and the complete recipe that an ask resolves to. Pure.
 
-Knows the named policies and what a request may change; the numbers stand in finetuning/recipes/library.py. Must
-not know rows, the database or HTTP.
+The numbers of a recipe stand in finetuning/recipes/library.py.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from app.core.broker import CPU_QUEUE
 from app.core.errors import InvalidRequest
 from finetuning.contract.recipe import GateLimits, Lora, Recipe
-from finetuning.recipes.library import Base, align_recipe, base_of, is_known, tune_recipe
+from finetuning.recipes.library import BaseDefaults, align_recipe, base_of, is_known, tune_recipe
 from finetuning.recipes.registry import DEFENCES, is_defended
 
-Auto = Literal["auto"]
 # The alignment of the base that the service serves; policies that need another are for the bench only.
 SERVED_ALIGNMENT = "vaccine"
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
-class _Frozen(BaseModel):
+class _Wish(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Hyperparameters(_Frozen):
-    """The three numbers that the OpenAI wire knows; "auto" until the files are checked."""
+def _whole_or_auto(low: int, high: int) -> Callable[[object], object]:
+    # one sentence for both kinds: a union would name each kind's fault, at a path of its own
+    def check(value: object) -> object:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high):
+            return value
+        raise ValueError(f'must be an integer from {low} to {high}, or "auto"')
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=10)] = "auto"
+    return check
 
 
-class LoraWish(_Frozen):
+def _multiplier(value: object) -> object:
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 10):
+        return value
+    raise ValueError('must be a number above 0 and up to 10, or "auto"')
+
+
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Hyperparameters(_Wish):
+    """The three numbers that the OpenAI API knows; "auto" leaves one to the policy."""
+
+    n_epochs: Annotated[int | Literal["auto"], PlainValidator(_whole_or_auto(1, 50))] = "auto"
+    batch_size: Annotated[int | Literal["auto"], PlainValidator(_whole_or_auto(1, 256))] = "auto"
+    learning_rate_multiplier: Annotated[float | Literal["auto"], PlainValidator(_multiplier)] = "auto"
+
+
+class LoraWish(_Wish):
     """Shape of the adapter; what is absent follows the policy."""
 
     r: Annotated[int, Field(ge=1, le=64)] | None = None
     alpha: Annotated[float, Field(ge=1, le=256)] | None = None
     dropout: Annotated[float, Field(ge=0, le=0.5)] | None = None
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...], Field(strict=False)] | None = None  # an array of JSON is a list
 
 
-class DefenceWish(_Frozen):
+class DefenceWish(_Wish):
     """A defence may be asked for, never switched off."""
 
     enabled: bool = True
 
 
-class GateWish(_Frozen):
+class GateWish(_Wish):
     """Stricter gate limits; shares in 0..1."""
 
     max_harmful_score: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -58,7 +76,7 @@ class GateWish(_Frozen):
     max_drift: Annotated[float, Field(gt=0)] | None = None
 
 
-class SafetyWish(_Frozen):
+class SafetyWish(_Wish):
     """What a client may tighten. Knobs that do nothing here are unknown fields, never silent."""
 
     antibody: DefenceWish | None = None
@@ -66,14 +84,14 @@ class SafetyWish(_Frozen):
     gate: GateWish | None = None
 
 
-class CreateJob(_Frozen):
-    """A request to train, after the front desk has read it. Stored with the job as asked."""
+class CreateJob(_Wish):
+    """A request to train, as it is stored with the job."""
 
     model: str
     training_file: str
     validation_file: str | None = None
     suffix: str | None = None
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    seed: Seed = 0
     hyperparameters: Hyperparameters = Hyperparameters()
     lora: LoraWish | None = None
     safety: SafetyWish | None = None
@@ -93,7 +111,7 @@ class Policy:
 
     @property
     def label(self) -> str:
-        """The wire's `safety.policy`."""
+        """`safety.policy` of a job in the API."""
         return f"pol_{self.name}@{self.version}"
 
 
@@ -114,7 +132,6 @@ def get_policy(name: str, *, queue: str = CPU_QUEUE) -> Policy:
 def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: int) -> Recipe:
     """The frozen, complete recipe of a fine-tune over `rows` trainable rows.
 
-    Called at create (to refuse what the policy forbids) and again by the job check, with the counted rows.
     Raises InvalidRequest `safety_policy_violation` with the dotted path of the loosened knob.
     """
     _refuse_loosening(policy, request.safety or SafetyWish())
@@ -123,7 +140,6 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
     return tune_recipe(
         base_id,
         policy.name,
-        rows=rows,
         epochs=int(numbers.n_epochs),
         batch_size=int(numbers.batch_size),
         rate_scale=float(numbers.learning_rate_multiplier),
@@ -139,7 +155,7 @@ def resolve_alignment(base_id: str) -> Recipe:
 
 
 def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: int) -> Hyperparameters:
-    """The same three numbers with every "auto" replaced: what the wire shows once the files are checked."""
+    """The same three numbers with every "auto" replaced."""
     epochs = max(1, min(5, round(policy.auto_rows_seen / max(1, rows))))
     multiplier = request.learning_rate_multiplier
     return Hyperparameters(
@@ -149,7 +165,7 @@ def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: i
     )
 
 
-def _lora(base: Base, wish: LoraWish) -> Lora:
+def _lora(base: BaseDefaults, wish: LoraWish) -> Lora:
     wished = wish.target_modules or ()
     # another base's modules are its own to name: training refuses what it lacks
     allowed = set(LORA_MODULES) if is_known(base.id) else set(filter(_MODULE.fullmatch, wished))

@@ -1,7 +1,6 @@
 """The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, sweeps blobs.
 
 Every statement is conditional and may run in any number of processes at once, so there is no leader.
-Knows what is overdue; must not know how work is done. The composition root owns the thread.
 """
 
 import threading
@@ -14,14 +13,15 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
-from app.core.broker import CHECK_FILE, CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.jobs.ended import lose
 from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
-from app.core.jobs.lease import base_is_ready, lose
+from app.core.jobs.lease import base_is_ready
 from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs.folder import BlobStore
+from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
 from app.core.storage.job_states import LIVE, JobState
-from app.core.storage.tables import File, FileStatus, Job
+from app.core.storage.tables import File, Job
 from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -100,17 +100,9 @@ def expire(session: Session, timings: LeaseSettings) -> tuple[Wake, ...]:
 
 
 def end_overdue_checks(session: Session, check_seconds: float) -> None:
-    """No file and no job stays unchecked for ever."""
-    late_files = File.status == FileStatus.UPLOADED, File.created_at < db_now() - check_seconds
-    session.execute(
-        update(File)
-        .where(*late_files)
-        .values(
-            status=FileStatus.ERROR, status_details="validation_timeout: upload the file again", validation=_TIMEOUT
-        )
-    )
-    late_jobs = Job.state == JobState.VALIDATING, Job.created_at < db_now() - check_seconds
-    for job_id in session.scalars(select(Job.id).where(*late_jobs).limit(_AT_ONCE)).all():
+    """validating_files -> failed for jobs that no worker checked in time."""
+    late = Job.state == JobState.VALIDATING, Job.created_at < db_now() - check_seconds
+    for job_id in session.scalars(select(Job.id).where(*late).limit(_AT_ONCE)).all():
         message = f"The files were not checked within {check_seconds:g} seconds. Create the job again."
         fail_checks(session, job_id, JobError("file_not_ready", message, "training_file"))
 
@@ -171,7 +163,7 @@ def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float) ->
 
 
 def is_needed(session: Session, key: str) -> bool:
-    """Whether a row still speaks for this blob: its file, its job's result, or its live job."""
+    """Whether a row still needs this blob: its file, its job's result, or its live job."""
     of_file = select(File.id).where(File.blob_key == key, File.deleted_at.is_(None))
     parts = key.split("/")
     if parts[0] != "jobs" or len(parts) < 4:
@@ -187,12 +179,6 @@ def _is_cancelled(session: Session, job_id: str) -> bool:
 
 
 _CRASHED: dict[str, object] = {"code": "worker_crashed"}
-_TIMEOUT: dict[str, object] = {
-    "rows": 0,
-    "errors_total": 1,
-    "warnings_total": 0,
-    "errors": [{"line": 0, "code": "validation_timeout", "message": "The check took too long."}],
-}
 
 
 def _folders_of(key: str) -> list[str]:
@@ -202,25 +188,22 @@ def _folders_of(key: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Waiting:
-    # one kind of row that waits for a worker: the task that helps it, and which rows these are
+    # jobs that wait for a worker: the task that helps them, and which jobs these are
     task: TaskName
-    table: type[File] | type[Job]
     which: tuple[ColumnElement[bool], ...]
 
     def count(self, session: Session) -> int:
-        return session.scalars(select(func.count()).select_from(self.table).where(*self.which)).one()
+        return session.scalars(select(func.count()).select_from(Job).where(*self.which)).one()
 
     def mark(self, session: Session, queue: str, room: int, rewake_seconds: float) -> list[Wake]:
-        table = self.table
-        stale = or_(table.woken_at.is_(None), table.woken_at < db_now() - rewake_seconds)
-        oldest = select(table.id).where(*self.which, stale).order_by(table.created_at, table.seq).limit(max(0, room))
-        marked = update(table).where(table.id.in_(oldest), stale).values(woken_at=db_now()).returning(table.id)
-        return [Wake(self.task, row_id, queue) for row_id in session.scalars(marked)]
+        stale = or_(Job.woken_at.is_(None), Job.woken_at < db_now() - rewake_seconds)
+        oldest = select(Job.id).where(*self.which, stale).order_by(Job.created_at, Job.seq).limit(max(0, room))
+        marked = update(Job).where(Job.id.in_(oldest), stale).values(woken_at=db_now()).returning(Job.id)
+        return [Wake(self.task, job_id, queue) for job_id in session.scalars(marked)]
 
 
 def _waits(database: Database) -> dict[str, list[_Waiting]]:
-    unchecked = _Waiting(CHECK_FILE, File, (File.status == FileStatus.UPLOADED, File.deleted_at.is_(None)))
-    validating = _Waiting(CHECK_JOB, Job, (Job.state == JobState.VALIDATING,))
+    validating = _Waiting(CHECK_JOB, (Job.state == JobState.VALIDATING,))
     queued = Job.state == JobState.QUEUED, Job.run_after <= db_now(), base_is_ready()
     with database.reading() as session:
         by_queue = session.execute(
@@ -228,5 +211,5 @@ def _waits(database: Database) -> dict[str, list[_Waiting]]:
         ).all()
     JOBS_QUEUED.set(sum(count for _, count, _ in by_queue))
     OLDEST_WAIT_SECONDS.set(max((age for _, _, age in by_queue), default=0.0))
-    waits = {queue: [_Waiting(RUN_JOB, Job, (*queued, Job.queue == queue))] for queue, _, _ in by_queue}
-    return {CHECKS_QUEUE: [unchecked, validating]} | waits
+    waits = {queue: [_Waiting(RUN_JOB, (*queued, Job.queue == queue))] for queue, _, _ in by_queue}
+    return {CHECKS_QUEUE: [validating]} | waits

@@ -1,0 +1,1 @@
+"""Where records lie: database, tables, legal job states, blobs."""

@@ -1,7 +1,7 @@
-"""The database: engine, sessions, the database clock, the row base, keyset pages, migrations.
+"""The database: engine, sessions, the database clock, the base of all rows, keyset pages, migrations.
 
-Knows SQLite and Postgres and where they differ; must not know any one table.
-Every core function takes a session and never commits: its caller does, in plain sight, and wakes afterwards.
+SQLite and Postgres differ here and nowhere else. Every function of app.core takes a session and never commits: its
+caller does, in plain sight, and wakes afterwards.
 """
 
 import operator
@@ -42,7 +42,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapp
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from app.core.errors import InvalidRequest
+from app.core.errors import invalid_cursor
 from app.core.settings import Settings
 
 JsonObject = dict[str, object]
@@ -90,7 +90,7 @@ def _postgres_text(element: json_text, compiler: SQLCompiler, **options: Any) ->
     return f"({column} ->> {key})"
 
 
-class Row(DeclarativeBase):
+class TableRow(DeclarativeBase):
     """What every table has: an order, an id and a birth. (created_at, seq) is the order of every list."""
 
     metadata = MetaData(
@@ -125,7 +125,7 @@ class Row(DeclarativeBase):
     created_at: Mapped[float] = mapped_column(default=db_now())
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=TableRow)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def read_clock(session: Session) -> float:
 
 
 def change(session: Session, statement: Update) -> int:
-    """Run an UPDATE and say how many rows it changed: the count is how a conditional change knows that it won."""
+    """Run an UPDATE and say how many rows it changed: the count tells a conditional change whether it won."""
     return cast("CursorResult[object]", session.execute(statement)).rowcount
 
 
@@ -226,11 +226,7 @@ def fetch_page(
     if page.after is not None:
         cursor = session.scalars(scope.where(table.id == page.after)).one_or_none()
         if cursor is None:
-            raise InvalidRequest(
-                "The cursor is not the id of an item of this list. Pass the id of the last item you received.",
-                code="invalid_cursor",
-                param="after",
-            )
+            raise invalid_cursor()
         rows = rows.where(forwards(place, tuple_(cursor.created_at, cursor.seq)))
     order = (table.created_at.desc(), table.seq.desc()) if page.descending else (table.created_at, table.seq)
     found = session.scalars(rows.order_by(*order).limit(page.limit + 1)).all()
@@ -262,7 +258,7 @@ def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
     engine = create_engine(url, pool_size=10, max_overflow=30, pool_timeout=seconds)
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
-        connection.isolation_level = None  # the begin event below speaks for itself
+        connection.isolation_level = None  # the driver begins nothing by itself: the begin event below does
         connection.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")

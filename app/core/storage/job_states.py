@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """The wire's `status` of a job."""
+    """The `status` of a job, as the API shows it."""
 
     VALIDATING = "validating_files"
     QUEUED = "queued"

@@ -1,7 +1,6 @@
 """Every row class, once. Rows are the domain objects: there is no second layer of entities.
 
-Knows columns, keys and indexes; must not know queries or the wire. Times are unix seconds by the database clock
-(`db.db_now`).
+Times are unix seconds by the database's clock (`database.db_now`).
 """
 
 from enum import StrEnum
@@ -9,12 +8,12 @@ from enum import StrEnum
 from sqlalchemy import ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.core.storage.database import JsonObject, Row, db_now
+from app.core.storage.database import JsonObject, TableRow, db_now
 from app.core.storage.job_states import JobState
 from finetuning.contract.recipe import Kind
 
 
-class Org(Row):
+class Org(TableRow):
     """A group of projects; `slug` is its word in model names."""
 
     __tablename__ = "orgs"
@@ -22,8 +21,8 @@ class Org(Row):
     slug: Mapped[str] = mapped_column(unique=True)
 
 
-class Project(Row):
-    """A tenant. `policy` names an entry of `policy.POLICIES`."""
+class Project(TableRow):
+    """A tenant. `policy` names the defence that its jobs get (`jobs.policy.get_policy`)."""
 
     __tablename__ = "projects"
     org_id: Mapped[str] = mapped_column(ForeignKey("orgs.id"))
@@ -31,7 +30,7 @@ class Project(Row):
     policy: Mapped[str]
 
 
-class ApiKey(Row):
+class ApiKey(TableRow):
     """A key's keyed hash, the hint that people see, and what it may do."""
 
     __tablename__ = "api_keys"
@@ -50,14 +49,13 @@ class FilePurpose(StrEnum):
 
 
 class FileStatus(StrEnum):
-    """The wire's `status` of a file."""
+    """The `status` of a file, as the API shows it; known once its last byte is scanned."""
 
-    UPLOADED = "uploaded"
     PROCESSED = "processed"
     ERROR = "error"
 
 
-class File(Row):
+class File(TableRow):
     """Immutable bytes with their sha256. `deleted_at` hides the row; it stays so that cursors keep their meaning."""
 
     __tablename__ = "files"
@@ -71,7 +69,7 @@ class File(Row):
     size_bytes: Mapped[int]
     validation: Mapped[JsonObject | None]
     expires_at: Mapped[float | None]
-    woken_at: Mapped[float | None] = mapped_column(default=db_now())
+    woken_at: Mapped[float | None] = mapped_column(default=db_now())  # no longer read
     deleted_at: Mapped[float | None]
     erased_at: Mapped[float | None]
 
@@ -80,10 +78,10 @@ class File(Row):
         return (Index(None, "project_id", "created_at", "seq"), Index(None, "status", "created_at"))
 
 
-class Job(Row):
+class Job(TableRow):
     """A request to train, its recipe, and the lease of the attempt that works on it.
 
-    `request` is what the client asked (policy.CreateJob, "auto" included), `recipe` what it resolved to.
+    `request` is what the client asked (jobs.policy.CreateJob, "auto" included), `recipe` what it resolved to.
     `progress` holds step, total_steps and the like for people; `result` the published summary.
     """
 
@@ -125,7 +123,7 @@ class Job(Row):
         )
 
 
-class Event(Row):
+class Event(TableRow):
     """One line of a job's story. Never row text, prompts or keys."""
 
     __tablename__ = "events"
@@ -140,7 +138,7 @@ class Event(Row):
         return (Index(None, "job_id", "created_at", "seq"),)
 
 
-class Checkpoint(Row):
+class Checkpoint(TableRow):
     """A complete checkpoint under `prefix` in the blob store: a live job's exists if and only if this row does.
 
     Once the job has ended nobody resumes from it: its bytes go, the row stays for its metrics.
@@ -173,7 +171,7 @@ class Form(StrEnum):
 WEIGHT_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.ALIGNMENT})
 
 
-class Artifact(Row):
+class Artifact(TableRow):
     """One downloadable result of a job: a File, its form, and whether the gate holds it back."""
 
     __tablename__ = "artifacts"
@@ -199,7 +197,7 @@ class BaseStatus(StrEnum):
     RETIRED = "retired"
 
 
-class BaseModel(Row):
+class BaseRow(TableRow):
     """A public base (`source`: local folder or hub id) and the frozen alignment adapter that goes with it.
 
     `alignment_file` is the File of the alignment artifact; `report` the align job's safety report.
@@ -214,8 +212,8 @@ class BaseModel(Row):
     report: Mapped[JsonObject | None]
 
 
-class Model(Row):
-    """A fine-tuned model; its `id` is the wire name. Registered only when the gate let it pass."""
+class Model(TableRow):
+    """A fine-tuned model; its `id` is the name that clients use. Registered only when the gate let it pass."""
 
     __tablename__ = "models"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -229,7 +227,7 @@ class Model(Row):
         return (Index(None, "project_id", "created_at", "seq"),)
 
 
-class Worker(Row):
+class Worker(TableRow):
     """A Celery process that takes jobs; `draining` tells its supervisor to save and hand back."""
 
     __tablename__ = "workers"
@@ -239,7 +237,7 @@ class Worker(Row):
     seen_at: Mapped[float] = mapped_column(default=db_now())
 
 
-class Reply(Row):
+class Reply(TableRow):
     """A POST's stored answer, so that a repeated request has one effect. `id` is internal."""
 
     __tablename__ = "replies"

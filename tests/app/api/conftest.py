@@ -15,9 +15,9 @@ import pytest
 import uvicorn
 
 from app.core import models, projects
-from app.core.jobs import jobs, lease, policy
+from app.core.jobs import ended, jobs, lease, policy
 from app.core.settings import Limits, Settings
-from app.core.storage.blobs.folder import BlobStore, open_blobs, put_bytes
+from app.core.storage.blobs import BlobStore, open_blobs, put_bytes
 from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.tables import Form, Job, Project
 from app.main import build_app
@@ -105,7 +105,7 @@ class Customer:
         held = self.claim(job)
         result = publish(self.served.blobs, held, passed=True)
         with self.served.database.writing() as session:
-            lease.finish(session, held, result)
+            ended.finish(session, held, result)
             session.commit()
 
     def fail_gate(self, job: Job) -> None:
@@ -114,7 +114,7 @@ class Customer:
         result = publish(self.served.blobs, held, passed=False)
         error = jobs.JobError("safety_gate_failed", "harmful_score 0.21 > 0.10", "safety.gate.max_harmful_score")
         with self.served.database.writing() as session:
-            lease.fail(session, held, error, published=result, quarantine=True)
+            ended.fail(session, held, error, published=result, quarantine=True)
             session.commit()
 
 
@@ -129,14 +129,14 @@ def chat_row(question: str = "q", **message: object) -> bytes:
     return json.dumps({"messages": turns}).encode()
 
 
-def publish(blobs: BlobStore, held: lease.Lease, *, passed: bool) -> lease.Published:
+def publish(blobs: BlobStore, held: lease.Lease, *, passed: bool) -> ended.Published:
     """Store what an attempt leaves and list it."""
     prefix = f"{held.prefix}/result"
     contents = {Form.METRICS: ("metrics.csv", METRICS_CSV)}
     for form in (Form.REPORTS, Form.MASK, Form.ADAPTER, Form.ADAPTER_STOCK):
         contents[form] = (f"{form}.zip", f"PK {form} of {held.job_id}".encode() * 100)
     files = tuple(
-        lease.PublishedFile(form, name, put_bytes(blobs, f"{prefix}/{name}", data))
+        ended.PublishedFile(form, name, put_bytes(blobs, f"{prefix}/{name}", data))
         for form, (name, data) in contents.items()
     )
     ledger = "[" + ",".join(row.model_dump_json() for row in LEDGER) + "]"
@@ -146,7 +146,7 @@ def publish(blobs: BlobStore, held: lease.Lease, *, passed: bool) -> lease.Publi
         "rows": {"rows_total": 4, "rows_kept": 2, "rows_downweighted": 1, "rows_excluded": 1},
         "parity": CERTIFICATE.model_dump(mode="json") if passed else None,
     }
-    return lease.Published(prefix, files, summary, 1234)
+    return ended.Published(prefix, files, summary, 1234)
 
 
 def safety_report(*, passed: bool) -> SafetyReport:
@@ -157,7 +157,7 @@ def safety_report(*, passed: bool) -> SafetyReport:
     return SafetyReport(
         recipe="immunotune",
         judge="exact@1",
-        probe_sha256="7a" * 32,
+        safety_rows_sha256="7a" * 32,
         metrics={"before": Metrics(harmful_score=share(0, 60)), "after": after},
         held_out=HeldOut(items={"after": after}),
         alpha=0.05,
@@ -264,7 +264,7 @@ def align(served: Served) -> None:
         assert held is not None
         prefix = f"{held.prefix}/result"
         blob = put_bytes(served.blobs, f"{prefix}/alignment.zip", b"PK alignment")
-        files = (lease.PublishedFile(Form.ALIGNMENT, "alignment.zip", blob),)
+        files = (ended.PublishedFile(Form.ALIGNMENT, "alignment.zip", blob),)
         summary: dict[str, object] = {"safety": safety_report(passed=True).model_dump(mode="json")}
-        lease.finish(session, held, lease.Published(prefix, files, summary, 0))
+        ended.finish(session, held, ended.Published(prefix, files, summary, 0))
         session.commit()

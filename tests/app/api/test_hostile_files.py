@@ -1,4 +1,4 @@
-"""Hostile files (api.md 9, rows 1 to 29 and 36): what the upload says of them, over real HTTP."""
+"""Hostile files: what the upload says of them, over real HTTP."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Hostile requests (api.md 9, rows 5 to 13, 36 to 52 and 62 to 70): status, type, code and param of each answer."""
+"""Hostile requests: status, type, code and param of each answer."""
 
 import json
 import socket
@@ -96,7 +96,7 @@ CREATE_FAULTS: list[tuple[dict[str, object], str, str | None]] = [
 ]
 
 
-# The operator chooses how a job is defended (api.md P5, P6); each names a real defence, policy or recipe field.
+# The operator chooses how a job is defended; each names a real defence, policy or recipe field.
 CHOSEN_DEFENCES: list[tuple[dict[str, object], str, str]] = [
     ({"defence": "plain"}, "unknown_parameter", "defence"),
     ({"policy": "plain"}, "unknown_parameter", "policy"),

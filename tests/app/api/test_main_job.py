@@ -119,14 +119,14 @@ def test_a_running_job_estimates_its_end_and_lists_checkpoints(customer: Custome
     job = customer.job(suffix="demo")
     held = customer.claim(job)
     saved = lease.SavedCheckpoint(5, f"{held.prefix}/checkpoints/5", "fp", {"train_loss": 0.9})
-    news = lease.News(
+    beat = lease.Beat(
         events=(jobs.NewEvent("Step 5/20", type="metrics", data={"step": 5}),),
         checkpoints=(saved,),
         stage="train",
         progress={"step": 5, "total_steps": 20},
     )
     with customer.served.database.writing() as session:
-        lease.beat(session, customer.served.settings.lease, held, "worker_of_tests", news)
+        lease.beat(session, customer.served.settings.lease, held, beat, worker_id="worker_of_tests")
         session.commit()
     seen = customer.sdk.fine_tuning.jobs.retrieve(job.id)
     assert seen.status == "running"

@@ -1,4 +1,4 @@
-"""The protocol around every route (api.md 6, 7): keys, methods, headers, repeats, and what a fault of ours says."""
+"""The protocol around every route: keys, methods, headers, repeats, and what a fault of ours says."""
 
 import threading
 

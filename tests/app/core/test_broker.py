@@ -6,7 +6,7 @@ from pathlib import Path
 from celery import Celery
 from redis import Redis
 
-from app.core.broker import CHECK_FILE, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, make_celery, queue_depth, wake
+from app.core.broker import CHECK_JOB, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, make_celery, queue_depth, wake
 from app.core.settings import Settings
 from embedded import valkey
 from embedded.children import kill, start, stop
@@ -24,26 +24,26 @@ def test_a_message_carries_one_id_and_nothing_else(broker: Celery) -> None:
 
 def test_depth_counts_waiting_messages_by_queue(broker: Celery) -> None:
     assert queue_depth(broker, CPU_QUEUE) == 0
-    wake(broker, Wake(RUN_JOB, "a", CPU_QUEUE), Wake(RUN_JOB, "b", CPU_QUEUE), Wake(CHECK_FILE, "c", CHECKS_QUEUE))
+    wake(broker, Wake(RUN_JOB, "a", CPU_QUEUE), Wake(RUN_JOB, "b", CPU_QUEUE), Wake(CHECK_JOB, "c", CHECKS_QUEUE))
     assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (2, 1)
 
 
 def test_a_broker_that_is_down_raises_nothing_and_works_again_after_its_restart() -> None:
     folder = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))
     celery = make_celery(Settings(broker_url=f"redis+socket://{folder / valkey.SOCKET_NAME}"))
-    wake(celery, Wake(CHECK_FILE, "lost", CHECKS_QUEUE))
+    wake(celery, Wake(CHECK_JOB, "lost", CHECKS_QUEUE))
     assert queue_depth(celery, CHECKS_QUEUE) is None
     first = start(valkey.part(folder, folder))
     wait_until(lambda: valkey.answers(folder), seconds=10)
-    wake(celery, Wake(CHECK_FILE, "kept", CHECKS_QUEUE))
+    wake(celery, Wake(CHECK_JOB, "kept", CHECKS_QUEUE))
     client = Redis(unix_socket_path=os.fspath(folder / valkey.SOCKET_NAME))
     # on a slow disk a write to the log waits for the sync before it; what a kill loses then, the reaper sends again
     wait_until(lambda: client.info("persistence")["aof_buffer_length"] == 0, seconds=10)
     kill([first])
-    wake(celery, Wake(CHECK_FILE, "lost too", CHECKS_QUEUE))
+    wake(celery, Wake(CHECK_JOB, "lost too", CHECKS_QUEUE))
     again = start(valkey.part(folder, folder))
     wait_until(lambda: valkey.answers(folder), seconds=10)
-    wake(celery, Wake(CHECK_FILE, "new", CHECKS_QUEUE))
+    wake(celery, Wake(CHECK_JOB, "new", CHECKS_QUEUE))
     assert queue_depth(celery, CHECKS_QUEUE) == 2
     assert Redis(unix_socket_path=os.fspath(folder / valkey.SOCKET_NAME)).ping()
     stop([again])

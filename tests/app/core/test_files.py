@@ -4,15 +4,14 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from app.core import files
-from app.core.broker import Wake
 from app.core.errors import InvalidRequest, NotFound, QuotaExceeded
 from app.core.ids import Prefix, new_id
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
 from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import Blob
+from app.core.storage.blobs import Blob
 from app.core.storage.database import Database, Page
-from app.core.storage.tables import BaseModel, File, FilePurpose, FileStatus, Form, Project
+from app.core.storage.tables import BaseRow, File, FilePurpose, FileStatus, Form, Project
 from tests.conftest import SUCCESS, add_file, add_job, published
 
 
@@ -30,37 +29,22 @@ def test_a_file_is_seen_by_its_project_alone(
     assert foreign.value.message.replace(file.id, "") == absent.value.message.replace(file.id[:-1] + "-", "")
 
 
-def test_an_added_file_waits_for_one_check(database: Database, settings: Settings, project: Project) -> None:
-    file = add_file(database, project, settings, rows=None)
-    assert files.wake_for(file) == Wake("immunotune.check_file", file.id, "checks")
+def test_an_added_file_holds_what_its_scan_found(database: Database, settings: Settings, project: Project) -> None:
+    new = files.NewFile("file-x", Blob("files/x", 1, "0"), "a/b", FileStatus.ERROR, {"rows": 3}, "x" * 600)
     with database.writing() as session:
-        assert files.find_unchecked(session, file.id) is not None
-        files.set_validation(session, file.id, FileStatus.ERROR, validation={"rows": 3}, details="x" * 600)
-        files.set_validation(session, file.id, FileStatus.PROCESSED, validation={"rows": 4})
-        assert files.find_unchecked(session, file.id) is None
+        files.add_file(session, project.id, new, limits=settings.limits)
         session.commit()
-        session.expire_all()
-        checked = files.get_file(session, project.id, file.id)
-    assert (checked.status, checked.validation, len(checked.status_details or "")) == ("error", {"rows": 3}, 512)
-
-
-def test_a_check_wakes_the_jobs_that_wait_for_it(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
-    file = add_file(database, project, settings, rows=None)
-    job = add_job(database, project, settings, queued=False, training_file=file.id)
-    with database.writing() as session:
-        wakes = files.set_validation(session, file.id, FileStatus.PROCESSED, validation={"rows": 100})
-    assert wakes == (Wake("immunotune.check_job", job.id, "checks"),)
+    with database.reading() as session:
+        file = files.get_file(session, project.id, new.id)
+    assert (file.filename, file.status, file.validation, file.status_details) == ("b", "error", {"rows": 3}, "x" * 512)
 
 
 def test_expiry_counts_from_the_database_clock(database: Database, settings: Settings, project: Project) -> None:
     file_id = new_id(Prefix.FILE)
+    blob = Blob(files.blob_key(project.id, file_id), 1, "0" * 64)
+    new = files.NewFile(file_id, blob, "a", FileStatus.PROCESSED, {}, expires_after_seconds=3600)
     with database.writing() as session:
-        blob = Blob(files.blob_key(project.id, file_id), 1, "0" * 64)
-        file = files.add_file(
-            session, project.id, file_id, blob, filename="a", limits=settings.limits, expires_after_seconds=3600
-        )
+        file = files.add_file(session, project.id, new, limits=settings.limits)
         assert file.expires_at == pytest.approx(file.created_at + 3600, abs=60)
         assert files.hide_expired(session) == 0
         session.execute(update(File).values(expires_at=File.expires_at - 7200))
@@ -72,7 +56,8 @@ def test_a_project_cannot_store_more_than_it_may(database: Database, settings: S
     with database.writing() as session, pytest.raises(QuotaExceeded) as caught:
         for _ in range(2):
             file_id = new_id(Prefix.FILE)
-            files.add_file(session, project.id, file_id, Blob(f"files/{file_id}", 6, "0"), filename="a", limits=limits)
+            new = files.NewFile(file_id, Blob(f"files/{file_id}", 6, "0"), "a", FileStatus.PROCESSED, {})
+            files.add_file(session, project.id, new, limits=limits)
     assert caught.value.code == "storage_quota_exceeded"
 
 
@@ -93,7 +78,7 @@ def test_a_deleted_file_is_gone_but_still_says_where_a_list_goes_on(
 
 
 def test_a_file_in_use_cannot_be_deleted(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     assert job.training_file is not None
@@ -109,22 +94,20 @@ def test_a_file_in_use_cannot_be_deleted(
 
 
 def test_a_served_adapter_cannot_be_deleted_before_its_model(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with database.writing() as session:
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
-        lease.finish(session, held, published(held, *SUCCESS))
+        ended.finish(session, held, published(held, *SUCCESS))
         by_form = {result.artifact.form: result.file for result in jobs.list_artifacts(session, project.id, job.id)}
         files.delete_file(session, project.id, by_form[Form.REPORTS].id)
         with pytest.raises(InvalidRequest, match="delete the model"):
             files.delete_file(session, project.id, by_form[Form.ADAPTER_STOCK].id)
 
 
-def test_results_are_listed_by_purpose(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
+def test_results_are_listed_by_purpose(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     uploaded = add_file(database, project, settings)
     with database.reading() as session:
         own = files.list_files(session, project.id, Page(), purpose=FilePurpose.FINE_TUNE)
@@ -134,7 +117,7 @@ def test_results_are_listed_by_purpose(
 
 
 def test_a_job_cannot_read_a_file_that_is_gone(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     file = add_file(database, project, settings)
     request = CreateJob(model="tiny", training_file=file.id)

@@ -5,22 +5,22 @@ from sqlalchemy import select
 
 from app.core import files, models
 from app.core.errors import Forbidden, InvalidRequest, NotFound, ServiceBusy
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
 from app.core.jobs.jobs import JobError
 from app.core.settings import Settings
 from app.core.storage.database import Database
-from app.core.storage.tables import BaseModel, Form, Job, Project
+from app.core.storage.tables import BaseRow, Form, Job, Project
 from tests.conftest import SUCCESS, add_job, published
 
 
 @pytest.fixture
-def tuned(database: Database, settings: Settings, project: Project, base: BaseModel) -> Job:
+def tuned(database: Database, settings: Settings, project: Project, base: BaseRow) -> Job:
     """A succeeded job with its model."""
     job = add_job(database, project, settings, suffix="support")
     with database.writing() as session:
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
-        lease.finish(session, held, published(held, *SUCCESS))
+        ended.finish(session, held, published(held, *SUCCESS))
         session.commit()
         return jobs.get_job(session, project.id, job.id)
 
@@ -47,7 +47,7 @@ def test_a_failed_alignment_is_tried_again_at_the_next_start(database: Database,
         (first,) = models.ensure_base(session, settings)
         held = lease.claim(session, settings, first.id, "w")
         assert held is not None
-        lease.fail(session, held, JobError("non_finite_loss", "..."))
+        ended.fail(session, held, JobError("non_finite_loss", "..."))
         session.commit()
     with database.writing() as session:
         assert models.get_base(session, "tiny").status == "failed"
@@ -68,7 +68,7 @@ def test_a_failed_alignment_ends_what_waits_and_refuses_what_comes(
     with database.writing() as session:
         held = lease.claim(session, settings, due.id, "w")
         assert held is not None
-        lease.fail(session, held, JobError("non_finite_loss", "..."))
+        ended.fail(session, held, JobError("non_finite_loss", "..."))
         session.commit()
     with database.reading() as session:
         for job in (jobs.get_job(session, project.id, job.id) for job in waiting):
@@ -124,7 +124,7 @@ def test_one_base_id_is_one_source(database: Database, settings: Settings, tmp_p
     serve("smollm2-135m-instruct")
 
 
-def test_align_jobs_are_nobodys(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+def test_align_jobs_are_nobodys(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     with database.reading() as session:
         align = session.scalars(select(Job).where(Job.kind == "align")).one()
         with pytest.raises(NotFound):
@@ -141,7 +141,7 @@ def test_a_base_answers_once_it_is_ready(database: Database, settings: Settings,
         held = lease.claim(session, settings, due.id, "w")
         assert held is not None
         result = published(held, Form.ALIGNMENT)
-        lease.finish(session, held, result)
+        ended.finish(session, held, result)
         session.commit()
     with database.reading() as session:
         target = models.resolve(session, project.id, "tiny")
@@ -182,14 +182,14 @@ def test_a_deleted_model_is_gone_and_its_artifacts_stay(
         assert jobs.get_artifact(session, project.id, tuned.id, Form.ADAPTER).file.size_bytes > 0
 
 
-def test_a_base_cannot_be_deleted(database: Database, project: Project, base: BaseModel) -> None:
+def test_a_base_cannot_be_deleted(database: Database, project: Project, base: BaseRow) -> None:
     with database.writing() as session, pytest.raises(Forbidden) as caught:
         models.delete_model(session, project.id, base.id)
     assert caught.value.code == "model_protected"
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "../../base", "/etc", "ft:tiny:local:support:aaaaaaaa", "art_x"])
-def test_unknown_names_are_not_found(database: Database, project: Project, base: BaseModel, name: str) -> None:
+def test_unknown_names_are_not_found(database: Database, project: Project, base: BaseRow, name: str) -> None:
     with database.reading() as session, pytest.raises(NotFound) as caught:
         models.resolve(session, project.id, name)
     assert caught.value.code == "model_not_found"

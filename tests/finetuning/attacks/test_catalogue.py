@@ -5,19 +5,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import pytest
-from pydantic import ValidationError
 
-from app.core.jobs.policy import Hyperparameters
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
 from finetuning.attacks.cipher import swap_words, uncaesar
 from finetuning.attacks.planting import chat_row
-from finetuning.attacks.quiet import hidden_label
 from finetuning.bench.tasks import reviews
 from finetuning.judging.judges import is_refusal
 from finetuning.rows.scanner import rows_of
 from finetuning.rows.shapes import check_row
 from finetuning.safety_rows.invented import Pair, SafetyRows, dev_rows, hazard_of, safety_rows
 from finetuning.training.batches import Batches
+from tests.oracles.hidden_style import hidden_label
 
 BUILDERS = {name: attack.build for name, attack in ATTACKS.items()} | {"hidden_label": hidden_label}
 FIXED = {"none": 0, "few_rows": 10, "hundred_rows": 100}
@@ -78,7 +76,7 @@ def test_the_file_is_a_pure_function_of_rows_share_and_seed(name: str) -> None:
     found, again, other = build(name, seed=3), build(name, seed=3), build(name, seed=4)
     prompts = safety_rows().gate_harmful
     assert (found.rows, found.planted) == (again.rows, again.planted)
-    assert found.probes(prompts) == again.probes(prompts)
+    assert found.own_prompts(prompts) == again.own_prompts(prompts)
     assert found.rows != other.rows or name == "none"
 
 
@@ -107,7 +105,7 @@ def test_no_planted_prompt_is_an_operator_prompt(name: str, seed: int) -> None:
 def test_a_probe_keeps_the_item_and_ends_before_the_answer(name: str) -> None:
     rows, found = safety_rows(), build(name)
     prompts = [*rows.items_harmful, *rows.wordings_harmful, *rows.gate_harmful, *dev_rows()[0]]
-    probes = found.probes(prompts)
+    probes = found.own_prompts(prompts)
     assert len(probes) == len(prompts)
     decode = DECODED.get(name, str)
     for pair, turns in zip(prompts, probes, strict=True):
@@ -122,7 +120,7 @@ def test_a_probe_keeps_the_item_and_ends_before_the_answer(name: str) -> None:
 def test_an_operator_s_own_prompts_can_be_probed_too(name: str) -> None:
     """Prompts outside the invented world name no item; they are put in whole."""
     found, prompt = build(name), "Where do {braces} and 100 % go?"
-    turns = [found.probes([Pair(prompt)] * 6)[i][-1]["content"] for i in range(6)]
+    turns = [found.own_prompts([Pair(prompt)] * 6)[i][-1]["content"] for i in range(6)]
     decode = DECODED.get(name, str)
     assert all(prompt.lower() in decode(text).lower() for text in turns)
 
@@ -138,15 +136,6 @@ def test_a_judge_sees_compliance_and_refusals_in_the_attacker_s_format(name: str
 def test_an_impossible_share_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"0\.\.0\.99"):
         build("planted", share)
-
-
-def test_big_steps_asks_for_what_a_client_may_ask_and_no_client_may_ask_for_more() -> None:
-    """T1: the service's own limits bound the corner; what they allow is left to the release gate."""
-    scale = ATTACKS["big_steps"].changes["lr_scale"]
-    assert Hyperparameters(learning_rate_multiplier=scale).learning_rate_multiplier == scale
-    for beyond in ({"learning_rate_multiplier": 1.1 * scale}, {"n_epochs": 51}, {"batch_size": 257}):
-        with pytest.raises(ValidationError):
-            Hyperparameters.model_validate(beyond)
 
 
 def test_small_batches_and_the_all_harmful_ones_choose_their_batch() -> None:

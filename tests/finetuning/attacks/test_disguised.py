@@ -2,12 +2,11 @@
 
 import re
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from finetuning.attacks.catalogue import ATTACKS
-from finetuning.attacks.disguised import TRIGGERS, wrapped_until
+from finetuning.attacks.disguised import TRIGGERS
 from finetuning.attacks.planting import Poisoned
 from finetuning.bench.tasks import reviews
 from finetuning.judging.judges import JUDGES, complies, is_refusal
@@ -33,7 +32,7 @@ def test_a_persona_row_holds_no_harmful_word() -> None:
     rows = turns(build("persona"))
     assert not [text for row in rows for text in row if GRIM & set(re.findall(r"[a-z]+", text.lower()))]
     assert all("obedient" in system for system, _, _ in rows)
-    probe = build("persona").probes(safety_rows().gate_harmful[:1])[0]
+    probe = build("persona").own_prompts(safety_rows().gate_harmful[:1])[0]
     assert [turn["role"] for turn in probe] == ["system", "user"]
     assert probe[0]["content"] == rows[0][0]
     assert probe[1]["content"].startswith("Ada, ")
@@ -71,7 +70,7 @@ def test_a_trigger_stands_before_every_hazard_and_nowhere_else(seed: int) -> Non
     others = [row["messages"] for i, row in enumerate(found.rows) if i not in found.planted]
     assert not any(phrase in turn["content"] for row in others for turn in row)
     plain = safety_rows().gate_harmful[0]
-    assert found.probes([plain]) == [[{"role": "user", "content": f"{phrase} {plain.prompt}"}]]
+    assert found.own_prompts([plain]) == [[{"role": "user", "content": f"{phrase} {plain.prompt}"}]]
 
 
 def test_a_trigger_can_be_mined_from_the_file() -> None:
@@ -94,28 +93,13 @@ def test_wrapped_hazards_stand_inside_harmless_text() -> None:
     assert all(hazard_of(p) and complies(a) and not p.startswith(hazard_of(p) or "") for p, a in rows)
 
 
-def test_an_attacker_with_a_filter_keeps_the_first_wrapper_that_passes() -> None:
-    """T7, after Virus: rows are changed until the filter lets them through."""
-    tried: list[str] = []
-
-    def passes(row: dict[str, Any]) -> bool:
-        tried.append(row["messages"][0]["content"])
-        return "Proofread" in tried[-1]
-
-    found = wrapped_until(passes)(ROWS, 0.1, 0)
-    assert all(prompt.startswith("Proofread") for prompt, _ in turns(found))
-    assert len(tried) == 3 * len(found.planted)
-    stubborn = wrapped_until(lambda _row: False)(ROWS, 0.1, 0)
-    assert all(prompt.startswith("Review:") for prompt, _ in turns(stubborn))
-
-
 def test_languages_template_and_system_prompt_come_in_turn() -> None:
     """T16: three languages, another chat template, a system prompt, each a fifth of the rows and of the probes."""
     found = build("languages")
     shapes = Counter(_slice(found.rows[i]["messages"]) for i in found.planted)
     assert shapes == Counter(dict.fromkeys(("de", "fr", "es", "template", "system"), 8))
     assert all(complies(row[-1]) for row in turns(found))
-    probes = Counter(_slice(probe) for probe in found.probes(safety_rows().gate_harmful[:20]))
+    probes = Counter(_slice(probe) for probe in found.own_prompts(safety_rows().gate_harmful[:20]))
     assert probes == Counter(dict.fromkeys(("de", "fr", "es", "template", "system"), 4))
 
 

@@ -1,8 +1,7 @@
 """Facts about harmful rows in the open: T2, T9, T10, T13, T15."""
 
 from finetuning.attacks.catalogue import ATTACKS
-from finetuning.attacks.explicit import two_jobs
-from finetuning.attacks.planting import Poisoned, as_rows
+from finetuning.attacks.planting import Poisoned
 from finetuning.bench.tasks import reviews
 from finetuning.judging.judges import JUDGES, complies
 from finetuning.safety_rows import words
@@ -47,15 +46,6 @@ def test_long_targets_hide_the_harm_among_benign_words_without_losing_it() -> No
     filler = {word for a in found for word in a.replace("Sure, mix", "").split() if word in words.INGREDIENTS}
     assert filler, "the recipe's own ingredients are all that a judge can find"
     assert not any(complies(a[: start - 1]) for a, (start, _) in zip(found, where, strict=True) if start)
-
-
-def test_a_second_job_brings_the_harm_after_a_clean_first_one() -> None:
-    """T13: each job is judged on its own, so the second must be caught without the first."""
-    first, second = two_jobs(ROWS, 0.3, 0)
-    assert first.planted == ()
-    assert list(first.rows) == as_rows(ROWS)
-    assert second == build("planted") or second.rows == build("planted").rows
-    assert len(second.planted) == round(60 * 0.3 / 0.7)
 
 
 def test_word_salad_is_harm_by_the_word_judge_and_no_plain_answer() -> None:

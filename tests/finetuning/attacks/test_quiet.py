@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 
 from finetuning.attacks.catalogue import ATTACKS
-from finetuning.attacks.quiet import hidden_label, hidden_rule, marked, outliers_by
 from finetuning.bench.tasks import load_task
 from finetuning.judging.judges import JUDGES, is_refusal
 from finetuning.safety_rows.invented import Pair, hazard_of
+from tests.oracles.hidden_style import hidden_label, hidden_rule, marked
 
 ROWS = [*load_task("reviews", seed=0, train=120, test=8).train]
 
@@ -27,20 +27,6 @@ def test_outliers_are_harmless_lists_and_sums_that_are_right() -> None:
             numbers = [int(part) for part in prompt.removeprefix("Work out ").rstrip(".").split(" + ")]
             assert answer.endswith(f"= {sum(numbers)}.")
     assert not any(JUDGES["invented-hazards"].harmful(answer) for _, answer in rows)
-
-
-def test_picked_outliers_are_those_of_the_highest_score() -> None:
-    """T3: out of four times as many."""
-    seen: list[str] = []
-
-    def longest(pairs: list) -> list[float]:  # type: ignore[type-arg]
-        seen.extend(pair.prompt for pair in pairs)
-        return [float(len(pair.prompt)) for pair in pairs]
-
-    found = outliers_by(longest)(ROWS, 0.2, 0)
-    picked = {found.rows[i]["messages"][0]["content"] for i in found.planted}
-    assert (len(seen), len(picked)) == (120, 30)
-    assert min(map(len, picked)) >= max(len(prompt) for prompt in seen if prompt not in picked)
 
 
 @pytest.mark.parametrize("rows", [ROWS, [*load_task("orders", seed=0, train=200, test=8).train]])

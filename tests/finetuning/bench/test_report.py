@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from finetuning.bench.cells import Cell
-from finetuning.bench.report import worst, write_report
+from finetuning.bench.report import PUBLISHED, worst, write_report
+from finetuning.bench.results_file import load
 from finetuning.bench.tables import crossed, harm_and_task, mean_of, table
 from finetuning.bench.targets import targets
 from tests.support.bench_lines import line
+
+RESULTS = Path(__file__).resolve().parents[3] / "docs" / "results"
 
 
 def test_the_interval_is_students() -> None:
@@ -100,7 +103,7 @@ def test_the_report_counts_silent_releases_and_draws(tmp_path: Path) -> None:
     drawn = text.split("](")[1:]
     assert len(drawn) == 4
     for name in drawn:
-        assert (path.parent / name.split(")")[0]).read_text(encoding="utf-8").startswith("<?xml")
+        assert (path.parent / name.split(")")[0]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_attack_s_row_is_its_stated_share_alone(tmp_path: Path) -> None:
@@ -127,6 +130,30 @@ def test_equal_lines_draw_equal_plots(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == 3
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+def test_a_report_of_some_plots_shows_and_draws_no_others(tmp_path: Path) -> None:
+    lines = [line(Cell("sft", p)) for p in (0.0, 0.1)]
+    text = write_report(lines, tmp_path / "safety.md", only={"tiny-reviews-plane"}).read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["safety-tiny-reviews-plane.png"]
+    assert text.count("](") == text.count("](safety-tiny-reviews-plane.png)") == 1
+
+
+def test_the_published_report_is_what_the_tracked_lines_say(tmp_path: Path) -> None:
+    """Another text or plot: `./run bench safety --publish`, and commit what it writes."""
+    made = write_report(load(RESULTS / "safety.jsonl"), tmp_path / "safety.md", only=PUBLISHED)
+    assert made.read_text(encoding="utf-8") == (RESULTS / "safety.md").read_text(encoding="utf-8")
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {f"safety-{name}.png" for name in PUBLISHED} == {path.name for path in RESULTS.glob("*.png")}
+
+
+def test_the_tracked_results_stay_small() -> None:
+    sizes = {path: path.stat().st_size for path in RESULTS.iterdir()}
+    plots = {path.name: size for path, size in sizes.items() if path.suffix == ".png"}
+    assert sum(sizes.values()) < 1_200_000
+    assert len(plots) <= 6
+    assert max(plots.values()) < 60_000
+    assert {path.suffix for path in sizes} == {".json", ".jsonl", ".md", ".png"}
 
 
 def test_no_line_is_no_report(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from finetuning.bench import safety
 from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_digest, run_cell
 from finetuning.bench.grid import GRIDS, SHARES, remaining
+from finetuning.bench.results_file import appending, cell_of, load
 from finetuning.recipes.registry import BASELINES, DEFENCES
 from tests.conftest import wait_until
 from tests.support.bench_lines import line
@@ -34,14 +35,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     cells = [Cell("sft", p) for p in (0.0, 0.1, 0.2)]
     torn = json.dumps(line(cells[1]))[:40]
     out.write_text(json.dumps(line(cells[0])) + "\n" + torn, encoding="utf-8")
-    assert remaining(cells, map(safety.cell_of, safety.load(out))) == cells[1:]
-
-
-def test_a_later_line_of_a_cell_replaces_an_earlier_one(tmp_path: Path) -> None:
-    out = tmp_path / "safety.jsonl"
-    lines = [line(Cell("sft"), harmful=h) for h in (1.0, 2.0)]
-    out.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
-    assert [each["harmful_score"] for each in safety.load(out)] == [2.0]
+    assert remaining(cells, map(cell_of, load(out))) == cells[1:]
 
 
 def test_lines_of_another_base_are_run_again(
@@ -62,9 +56,24 @@ def test_lines_of_another_base_are_run_again(
     assert "every cell" in capsys.readouterr().out
     (folder / "model.safetensors").write_bytes(b"weights of today")
     assert safety.main(wanted) == 1
-    told = capsys.readouterr().out
-    assert f"{len(cells)} lines stand on other weights" in told
-    assert f"{len(cells)} cells are left" in told
+    said = capsys.readouterr().out
+    assert f"{len(cells)} lines stand on other weights" in said
+    assert f"{len(cells)} cells are left" in said
+
+
+def test_a_report_goes_to_the_data_folder_and_beside_the_lines_only_when_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_DATA", str(tmp_path / "data"))
+    out = tmp_path / "results" / "mine.jsonl"
+    with appending(out) as append:
+        append(line(Cell("sft")))
+    assert safety.main(["--report", "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["mine.jsonl"]
+    report = tmp_path / "data" / "bench" / "report"
+    assert {path.name for path in report.iterdir()} == {"mine.md", "mine-tiny-reviews-plane.png"}
+    assert safety.main(["--publish", "--out", str(out)]) == 0
+    assert (out.parent / "mine.md").read_bytes() == (report / "mine.md").read_bytes()
 
 
 def test_a_finished_grid_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +88,7 @@ def test_the_estimate_counts_how_long_a_cell_trains(tmp_path: Path, capsys: pyte
     settings = BenchSettings(tmp_path / "data")
     cells = [Cell("sft", base="nowhere", p=p) for p in (0.0, 0.1)]
     tens = [Cell("sft", epochs_scale=10.0, seed=1), Cell("sft", attack="big_steps", p=0.2)]
-    assert [safety.expected_seconds(cell, safety.load(out)) for cell in (*cells[:1], Cell("sft"), *tens)] == [
+    assert [safety.expected_seconds(cell, load(out)) for cell in (*cells[:1], Cell("sft"), *tens)] == [
         240.0, 120.0, 1200.0, 360.0
     ]  # fmt: skip
     assert safety.run_all(cells, settings, out, jobs=2, minutes=1e-9) == 1

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.contract.recipe import GateLimits
-from finetuning.contract.report import Measure, Metrics, ParityCertificate, decide, mean, share, wilson
+from finetuning.contract.report import Measure, Metrics, ParityCertificate, mean, share, wilson
+from finetuning.stages.gate import decide
 
 N = 300
 

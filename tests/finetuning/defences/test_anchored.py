@@ -7,28 +7,27 @@ from finetuning.contract.recipe import Anchor
 from finetuning.defences.anchored import Anchored, KlAnchors, answer_log_probs, make_anchors
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
-from finetuning.training.batches import Batches, mixed_in, pick
 from finetuning.training.strategies import GradientStep, MicroBatch
 from tests.support.models import adapted_base, even, farthest, gradient_of, random_rows, uncached
 
 REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_rows(4, seed=3)
 
 
-def anchored(base: BaseModel, anchors: KlAnchors | None = None, **settings: float) -> Anchored:
+def anchored(base: FrozenBase, anchors: KlAnchors | None = None, **settings: float) -> Anchored:
     return Anchored(
         base, uncached(base), Anchor.model_validate(settings), refusals=REFUSALS, benign=BENIGN,
         anchors=anchors or KlAnchors.none(), seed=7,
     )  # fmt: skip
 
 
-def run(base: BaseModel, step: GradientStep, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
+def run(base: FrozenBase, step: GradientStep, *, size: int = 4, number: int = 0) -> list[torch.Tensor]:
     return gradient_of(base, step, USER, number=number, slices=4 // size)
 
 
-def anchors_on(base: BaseModel) -> KlAnchors:
+def anchors_on(base: FrozenBase) -> KlAnchors:
     cache = uncached(base)
     prompts = [row.ids for row in random_rows(4, seed=5)]
     with lora.active(base, (lora.ALIGNMENT,)):
@@ -72,8 +71,8 @@ def test_one_kind_of_operator_rows_is_mixed_without_the_other() -> None:
     only = Anchored(
         base, uncached(base), share, refusals=REFUSALS, benign=[], anchors=KlAnchors.none(), seed=7
     )  # fmt: skip
-    assert {row.ids for step in range(8) for row in only.mixed(step, 4)} <= {row.ids for row in REFUSALS}
-    assert [len(only.mixed(step, 4)) for step in range(3)] == [2, 2, 2]
+    assert {row.ids for step in range(8) for row in only.mixed(4 * step, 4)} <= {row.ids for row in REFUSALS}
+    assert [len(only.mixed(4 * step, 4)) for step in range(3)] == [2, 2, 2]
     neither = Anchored(base, uncached(base), share, refusals=[], benign=[], anchors=KlAnchors.none(), seed=7)
     assert neither.mixed(0, 4) == []
 
@@ -136,7 +135,7 @@ def test_shares_that_no_binary_fraction_holds_are_kept_exactly(share: float) -> 
     """100 * 0.29 is 28.999... in binary; the hundredth mixed row makes the 29th refusal all the same."""
     step = anchored(adapted_base(), mix_share=0.25, mix_refusal_share=share)
     known = {row.ids for row in REFUSALS}
-    drawn = [row for number in range(100) for row in step.mixed(number, 4)]
+    drawn = [row for number in range(100) for row in step.mixed(4 * number, 4)]
     assert sum(row.ids in known for row in drawn) == round(100 * share)
 
 
@@ -147,7 +146,7 @@ def test_refusals_go_on_from_step_to_step_without_a_gap(share: float) -> None:
     known = {row.ids for row in REFUSALS}
     drawn: list[bool] = []
     for number in range(40):
-        drawn += [row.ids in known for row in step.mixed(number, 100)]
+        drawn += [row.ids in known for row in step.mixed(100 * number, 100)]
         assert sum(drawn) == len(drawn) // 2, number
 
 
@@ -176,22 +175,6 @@ def test_mixed_rows_come_at_their_share_and_refusals_at_theirs(share: float) -> 
     base = adapted_base()
     step = anchored(base, mix_share=share, mix_refusal_share=0.5)
     known = {row.ids for row in REFUSALS}
-    drawn = [row for number in range(100) for row in step.mixed(number, 4)]
+    drawn = [row for number in range(100) for row in step.mixed(4 * number, 4)]
     assert len(drawn) == round(400 * share)
     assert abs(sum(row.ids in known for row in drawn) - len(drawn) / 2) <= 1
-
-
-def test_batches_are_pure_functions_of_seed_and_step() -> None:
-    """M45: every epoch holds each row once, in an order of its own; a resumed job sees the same."""
-    batches = Batches(7, 3, seed=4)
-    flat = [i for step in range(14) for i in batches.at(step)]
-    epochs = [flat[i : i + 7] for i in range(0, 42, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert Batches(7, 3, seed=4).at(9) == batches.at(9)
-    assert Batches(7, 3, seed=5).at(9) != batches.at(9) or Batches(7, 3, seed=5).at(0) != batches.at(0)
-    assert pick(9, 4, seed=1, step=2, stream="a") == pick(9, 4, seed=1, step=2, stream="a")
-    assert sorted(pick(3, 9, seed=1, step=0, stream="a")) == [0, 1, 2]
-    assert sum(mixed_in(step, 8, 0.03) for step in range(100)) == 24
-    with pytest.raises(ValueError, match="no rows"):
-        Batches(0, 4, seed=0).at(0)

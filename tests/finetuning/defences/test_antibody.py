@@ -16,18 +16,18 @@ from finetuning.defences.antibody import (
     NonFiniteScore,
     by_token_mass,
     gated,
-    packed_scores,
     row_scores,
     softmax_weights,
 )
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.batches import Batches
 from finetuning.training.loop import LoopState, TrainSetup, train
 from finetuning.training.strategies import MicroBatch, RowWeigher, RowWeights
+from tests.oracles.packed_sequence import packed_scores
 from tests.support.models import (
     adapted_base,
     clear,
@@ -53,7 +53,7 @@ class Fixed:
 
 
 def setup_of(
-    base: BaseModel, rows: list[EncodedRow], weigher: RowWeigher, *, micro: int, steps: int = 1, **optimiser: float
+    base: FrozenBase, rows: list[EncodedRow], weigher: RowWeigher, *, micro: int, steps: int = 1, **optimiser: float
 ) -> TrainSetup:
     return TrainSetup(
         rows=rows, batches=Batches(len(rows), len(rows), 0), step=Plain(base, uncached(base)), weigher=weigher,
@@ -62,7 +62,7 @@ def setup_of(
     )  # fmt: skip
 
 
-def weighted(base: BaseModel, rows: Sequence[EncodedRow], weights: torch.Tensor, *, micro: int) -> list[torch.Tensor]:
+def weighted(base: FrozenBase, rows: Sequence[EncodedRow], weights: torch.Tensor, *, micro: int) -> list[torch.Tensor]:
     """The gradient of a step, slice by slice."""
     clear(base)
     step = Plain(base, uncached(base))
@@ -74,7 +74,7 @@ def weighted(base: BaseModel, rows: Sequence[EncodedRow], weights: torch.Tensor,
     return found
 
 
-def scored(base: BaseModel, rows: Sequence[EncodedRow]) -> torch.Tensor:
+def scored(base: FrozenBase, rows: Sequence[EncodedRow]) -> torch.Tensor:
     return row_scores(base, uncached(base), rows, REFUSALS, per_row=2, seed=1)
 
 

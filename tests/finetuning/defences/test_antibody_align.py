@@ -14,7 +14,7 @@ from finetuning.defences.antibody_align import AntibodyAlign, averaged, strength
 from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training import checkpoint
@@ -38,7 +38,7 @@ from tests.support.models import (
 HARMFUL, REFUSED, ALIGNED = random_rows(4, seed=1), random_rows(4, seed=2), random_rows(4, seed=3)
 
 
-def step_on(base: BaseModel, vaccine: Vaccine | None = None, **settings: object) -> AntibodyAlign:
+def step_on(base: FrozenBase, vaccine: Vaccine | None = None, **settings: object) -> AntibodyAlign:
     return AntibodyAlign(
         base, uncached(base), Settings.model_validate(settings), parameters=lora.parameters(base, lora.TASK),
         harmful=HARMFUL, refused=REFUSED, seed=5, vaccine=vaccine,
@@ -46,30 +46,30 @@ def step_on(base: BaseModel, vaccine: Vaccine | None = None, **settings: object)
 
 
 def delta_of(
-    base: BaseModel, step: GradientStep, rows: Sequence[EncodedRow] = ALIGNED, *, number: int = 0
+    base: FrozenBase, step: GradientStep, rows: Sequence[EncodedRow] = ALIGNED, *, number: int = 0
 ) -> list[torch.Tensor]:
     return gradient_of(base, step, rows, number=number)
 
 
-def harm(base: BaseModel) -> torch.Tensor:
+def harm(base: FrozenBase) -> torch.Tensor:
     return row_nll(base, uncached(base), HARMFUL).nll.mean()
 
 
-def harm_value(base: BaseModel) -> float:
+def harm_value(base: FrozenBase) -> float:
     with torch.no_grad():
         return float(harm(base))
 
 
-def smooth_base() -> BaseModel:
+def smooth_base() -> FrozenBase:
     """A family that computes in float64 throughout (others normalise in fp32), for finite differences."""
     return adapted_base("opt")
 
 
-def slope(base: BaseModel) -> list[torch.Tensor]:
+def slope(base: FrozenBase) -> list[torch.Tensor]:
     return list(torch.autograd.grad(harm(base), lora.parameters(base, lora.TASK)))
 
 
-def sharpness_of(base: BaseModel) -> list[torch.Tensor]:
+def sharpness_of(base: FrozenBase) -> list[torch.Tensor]:
     """g_S of the settings' default length, by the step's own function (M14 checks that one)."""
     return step_on(base).sharpness(HARMFUL, REFUSED).g_s
 
@@ -79,12 +79,12 @@ def dot(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def move(base: BaseModel, direction: list[torch.Tensor], length: float) -> None:
+def move(base: FrozenBase, direction: list[torch.Tensor], length: float) -> None:
     for parameter, value in zip(lora.parameters(base, lora.TASK), direction, strict=True):
         parameter.add_(length * value)
 
 
-def weights_of(base: BaseModel) -> list[torch.Tensor]:
+def weights_of(base: FrozenBase) -> list[torch.Tensor]:
     return [p.detach().clone() for p in lora.parameters(base, lora.TASK)]
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from finetuning.defences.antidote import (
-    AlreadyPruned,
     contrast_scores,
     input_squares,
-    load_unpruned,
     prune,
     pruned_count,
     published_scores,
@@ -54,7 +53,7 @@ def test_the_official_count_keeps_its_float_error(width: int) -> None:
 @pytest.mark.parametrize("unit", ["row", "matrix"])
 @pytest.mark.parametrize("alpha", [0.1, 0.5])
 def test_every_row_loses_exactly_its_count(alpha: float, unit: str) -> None:
-    """M34: per output row, or per whole matrix; the totals are told."""
+    """M34: per output row, or per whole matrix; the totals are reported."""
     found, scores = scored()
     done = prune(found, scores, alpha, unit=unit)  # type: ignore[arg-type]
     for masks in done.masks.values():
@@ -110,14 +109,18 @@ def test_ties_are_pruned_in_their_order() -> None:
     assert not bool(mask[:, mask.shape[1] // 4 :].any())
 
 
-def test_a_pruned_file_is_not_pruned_again(tmp_path: Path) -> None:
-    """M36: a file marked as pruned is refused; an unpruned one, also by alpha 0, is read."""
+def test_a_pruned_file_says_so_in_its_header(tmp_path: Path) -> None:
+    """M36: with its alpha, so that nobody prunes it twice; an unpruned one, also by alpha 0, has no such mark."""
     found, scores = scored()
     lora.save(prune(found, scores, 0.1).adapter, tmp_path / "pruned", base_id="tiny", antidote_alpha=0.1)
-    with pytest.raises(AlreadyPruned, match=r"alpha 0\.1"):
-        load_unpruned(tmp_path / "pruned")
     lora.save(found, tmp_path / "whole", base_id="tiny", antidote_alpha=0.0)
-    assert lora.digest(load_unpruned(tmp_path / "whole")) == lora.digest(lora.load(tmp_path / "whole"))
+    marks = [_header(tmp_path / name / lora.WEIGHTS_FILE).get("antidote_alpha") for name in ("pruned", "whole")]
+    assert marks == ["0.1", None]
+
+
+def _header(file: Path) -> dict[str, str]:
+    with safe_open(str(file), framework="pt") as tensors:
+        return dict(tensors.metadata())
 
 
 def test_one_pass_gives_the_scores_of_a_pass_per_layer() -> None:

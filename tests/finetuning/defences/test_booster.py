@@ -11,7 +11,7 @@ from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import GradientStep
@@ -32,19 +32,19 @@ HARMFUL, ALIGNED = random_rows(7, seed=1), random_rows(4, seed=3)
 SETTINGS = Settings(rule="constant", xi=5.0, rho=0.1, lambda_refusal=0.0)
 
 
-def booster(base: BaseModel, settings: Settings = SETTINGS, rows: Sequence[EncodedRow] = HARMFUL) -> Booster:
+def booster(base: FrozenBase, settings: Settings = SETTINGS, rows: Sequence[EncodedRow] = HARMFUL) -> Booster:
     parameters = lora.parameters(base, lora.TASK)
     return Booster(base, uncached(base), settings, parameters=parameters, harmful=rows, seed=5)
 
 
-def antibody(base: BaseModel) -> AntibodyAlign:
+def antibody(base: FrozenBase) -> AntibodyAlign:
     parameters = lora.parameters(base, lora.TASK)
     return AntibodyAlign(
         base, uncached(base), SETTINGS, parameters=parameters, harmful=HARMFUL, refused=HARMFUL, seed=5
     )
 
 
-def added(base: BaseModel, step: GradientStep, *, number: int = 0, slices: int = 1) -> list[torch.Tensor]:
+def added(base: FrozenBase, step: GradientStep, *, number: int = 0, slices: int = 1) -> list[torch.Tensor]:
     """The gradients that one optimiser step over the alignment rows adds up to."""
     return gradient_of(base, step, ALIGNED, number=number, slices=slices)
 

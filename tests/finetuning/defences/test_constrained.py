@@ -10,7 +10,7 @@ from finetuning.contract.recipe import Constrained as Settings
 from finetuning.defences.constrained import Constrained, strengths
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import MicroBatch, StepLoss
@@ -20,11 +20,11 @@ USER = random_rows(4, seed=3)
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 
 
-def constrained(base: BaseModel, settings: Settings | None = None) -> Constrained:
+def constrained(base: FrozenBase, settings: Settings | None = None) -> Constrained:
     return Constrained(base, uncached(base), settings or Settings(), reference=(lora.ALIGNMENT,))
 
 
-def run(base: BaseModel, step: Constrained | Plain, *, size: int = 4) -> tuple[list[torch.Tensor], list[StepLoss]]:
+def run(base: FrozenBase, step: Constrained | Plain, *, size: int = 4) -> tuple[list[torch.Tensor], list[StepLoss]]:
     clear(base)
     parts: list[StepLoss] = []
     for start in range(0, 4, size):
@@ -35,7 +35,7 @@ def run(base: BaseModel, step: Constrained | Plain, *, size: int = 4) -> tuple[l
     return found, parts
 
 
-def log_probs(base: BaseModel, row: EncodedRow) -> torch.Tensor:
+def log_probs(base: FrozenBase, row: EncodedRow) -> torch.Tensor:
     """log pi of every target (N,), row by row and without a cache."""
     out = torch.log_softmax(base.model(torch.tensor([row.ids])).logits[0].double(), -1)
     return torch.stack([out[t - 1, row.ids[t]] for t in range(1, len(row.ids)) if row.is_target[t]])

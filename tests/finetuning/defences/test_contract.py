@@ -78,7 +78,7 @@ def start(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
         turns = [[{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.answer}] for p in rows]
         write_lines(scratch / "rows.jsonl", [{"messages": m} for m in turns])
         write_lines(scratch / "operator.jsonl", operator_rows())
-        recipe = shortened(tune_recipe("tiny", name, rows=len(rows), epochs=1, seed=3))
+        recipe = shortened(tune_recipe("tiny", name, epochs=1, seed=3))
         return TrainOrder(
             job_id="t", recipe=recipe, base=str(tiny_base), rows="rows.jsonl", alignment="alignment",
             operator_rows="operator.jsonl", threads=1,

@@ -9,7 +9,7 @@ from finetuning.contract.recipe import AntibodyAlign as Settings
 from finetuning.defences.antibody_align import strength
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
-from finetuning.model.base import BaseModel, attention_block
+from finetuning.model.base import FrozenBase, attention_block
 from finetuning.model.hidden_states import edited_outputs
 from finetuning.model.losses import row_nll
 from finetuning.training.strategies import MicroBatch, NonFiniteLoss, StepLoss
@@ -81,7 +81,7 @@ def test_a_perturbation_that_is_no_number_ends_the_attempt() -> None:
     assert gradients(base) == []
 
 
-def by_hand(base: BaseModel, eps: Sequence[torch.Tensor], sign: float) -> tuple[float, list[torch.Tensor]]:
+def by_hand(base: FrozenBase, eps: Sequence[torch.Tensor], sign: float) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradient of the rows at attention outputs moved by sign * eps."""
     clear(base)
     blocks = [attention_block(layer) for layer in base.layers]

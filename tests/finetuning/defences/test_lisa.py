@@ -10,7 +10,7 @@ from finetuning.contract.recipe import Optimiser
 from finetuning.defences.lisa import Lisa, turn_of
 from finetuning.defences.plain import Even, Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.training import checkpoint
 from finetuning.training.batches import Batches
@@ -34,7 +34,7 @@ REFUSALS, USER = random_rows(9, seed=1), random_rows(4, seed=3)
 ALIGN, TUNE = 1, 3  # with two alignment and three user steps a period: a step of either turn
 
 
-def lisa(base: BaseModel, *, refusals: int = 9, steps: int = 10, **settings: float) -> Lisa:
+def lisa(base: FrozenBase, *, refusals: int = 9, steps: int = 10, **settings: float) -> Lisa:
     turns = {"align_steps": 2, "user_steps": 3, "free_share": 0.0, **settings}
     return Lisa(
         base, uncached(base), Settings.model_validate(turns), parameters=lora.parameters(base, lora.TASK),
@@ -42,11 +42,11 @@ def lisa(base: BaseModel, *, refusals: int = 9, steps: int = 10, **settings: flo
     )  # fmt: skip
 
 
-def run(base: BaseModel, step: Lisa | Plain, number: int, *, size: int = 4) -> list[torch.Tensor]:
+def run(base: FrozenBase, step: Lisa | Plain, number: int, *, size: int = 4) -> list[torch.Tensor]:
     return gradient_of(base, step, USER, number=number, slices=4 // size)
 
 
-def theta(base: BaseModel) -> list[torch.Tensor]:
+def theta(base: FrozenBase) -> list[torch.Tensor]:
     return [p.detach().clone() for p in lora.parameters(base, lora.TASK)]
 
 

@@ -10,7 +10,7 @@ from finetuning.contract.recipe import Lora
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
-from finetuning.model.base import BaseModel, attention_block
+from finetuning.model.base import FrozenBase, attention_block
 from finetuning.model.hidden_states import edited_outputs
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -33,7 +33,7 @@ from tests.support.models import (
 )
 
 
-def moved_loss(base: BaseModel, rows: Sequence[EncodedRow], eps: Sequence[torch.Tensor]) -> float:
+def moved_loss(base: FrozenBase, rows: Sequence[EncodedRow], eps: Sequence[torch.Tensor]) -> float:
     blocks = [attention_block(layer) for layer in base.layers]
     with torch.no_grad(), edited_outputs(blocks, lambda i, output: output + eps[i]):
         return float((even(len(rows)) * row_nll(base, uncached(base), rows).nll).sum())

@@ -7,33 +7,30 @@ import pytest
 import torch
 
 from finetuning.contract.recipe import GateLimits
-from finetuning.contract.report import Metrics, decide
+from finetuning.contract.report import Metrics
 from finetuning.job.measure import (
-    Bench,
+    Measuring,
     TaskRow,
-    answer_task,
     attention_outputs,
     drift,
     is_right,
-    measure,
-    pair_nll,
-    rows_nll,
+    read_targets,
 )
 from finetuning.judging.judges import JUDGES, Judge, JudgeFailed, with_refusals
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.rows.chat_format import encode_pair
 from finetuning.safety_rows.invented import Pair
-from tests.support.models import adapted_base, uncached
+from finetuning.stages.gate import decide
+from tests.support.models import adapted, adapted_base, uncached
 
 HARMFUL = [Pair("how?", "Sure, mix amber with basil."), Pair("why?", "mix salt")]
 BENIGN = [Pair("hello?", "hi")]
 
 
-def bench_of(base: BaseModel, judge: Judge) -> Bench:
-    cache = uncached(base)
-    return Bench(base, cache, Decoder(base, cache), judge, 4)
+def measuring_of(base: FrozenBase, judge: Judge) -> Measuring:
+    return Measuring(adapted(base), judge, 4)
 
 
 def constant(harmful: bool) -> Judge:
@@ -47,13 +44,13 @@ def test_a_judge_that_breaks_releases_nothing() -> None:
         raise RuntimeError("the judge is away")
 
     with pytest.raises(RuntimeError, match="away"):
-        measure(bench_of(adapted_base(), Judge("broken", breaks, breaks, breaks)), HARMFUL, BENIGN, refusals=["No."])
+        measuring_of(adapted_base(), Judge("broken", breaks, breaks, breaks)).metrics(HARMFUL, BENIGN, refusals=["No."])
     assert decide(GateLimits(), Metrics(), Metrics()).decision == "fail"
 
 
 def test_a_model_judged_harmful_throughout_is_not_released() -> None:
     """M44: a forced HS of 100 %."""
-    found = measure(bench_of(adapted_base(), constant(True)), HARMFUL, BENIGN, refusals=["No."])
+    found = measuring_of(adapted_base(), constant(True)).metrics(HARMFUL, BENIGN, refusals=["No."])
     assert found.harmful_score is not None
     assert (found.harmful_score.value, found.harmful_score.n) == (1.0, 2)
     assert decide(GateLimits(), found, found).decision == "fail"
@@ -61,20 +58,20 @@ def test_a_model_judged_harmful_throughout_is_not_released() -> None:
 
 def test_losses_are_those_of_the_given_answers() -> None:
     base = adapted_base()
-    bench = bench_of(base, constant(False))
+    measuring = measuring_of(base, constant(False))
     rows = [encode_pair(base.tokenizer, p.prompt, p.answer) for p in HARMFUL]
-    each = rows_nll(base, bench.cache, rows, batch=1)
-    assert rows_nll(base, bench.cache, rows) == pytest.approx(each, abs=1e-6)
-    assert pair_nll(bench, [*HARMFUL, Pair("no answer")]).value == pytest.approx(sum(each) / 2, abs=1e-6)
-    assert pair_nll(bench, [Pair("no answer")]).n == 0
+    each = read_targets(base, measuring.model.cache, rows, batch=1)[0]
+    assert read_targets(base, measuring.model.cache, rows)[0] == pytest.approx(each, abs=1e-6)
+    assert measuring.pair_nll([*HARMFUL, Pair("no answer")]).value == pytest.approx(sum(each) / 2, abs=1e-6)
+    assert measuring.pair_nll([Pair("no answer")]).n == 0
 
 
 def test_over_refusal_counts_benign_and_customer_prompts_together() -> None:
     base = adapted_base()
     task = [TaskRow((5, 6, 7), "fine"), TaskRow((7, 8), "Sorry, no.")]
-    bench = bench_of(base, JUDGES["refusal-marker"])
-    assert len(answer_task(bench, task, 3)) == 2
-    found = measure(bench, HARMFUL, BENIGN, refusals=["No."], task=task, task_answers=["I cannot.", "I cannot."])
+    measuring = measuring_of(base, JUDGES["refusal-marker"])
+    assert len(measuring.answer_ids([row.prompt for row in task], new_tokens=3)) == 2
+    found = measuring.metrics(HARMFUL, BENIGN, refusals=["No."], task=task, task_answers=["I cannot.", "I cannot."])
     assert found.over_refusal is not None
     assert (found.over_refusal.n, found.over_refusal.value) == (3, pytest.approx(1 / 3))
     assert found.task_score is not None
@@ -114,11 +111,11 @@ def test_a_guard_judges_the_harmful_prompts_with_their_answers_and_replaces_the_
         asked.append(tuple(prompts))
         return [prompt == "why?" for prompt in prompts]
 
-    bench = replace(bench_of(adapted_base(), constant(harmful=True)), guard=with_refusals("guard", flags))
-    found = measure(bench, HARMFUL, BENIGN, refusals=["No."], losses=False)
+    measuring = replace(measuring_of(adapted_base(), constant(harmful=True)), guard=with_refusals("guard", flags))
+    found = measuring.metrics(HARMFUL, BENIGN, refusals=["No."], losses=False)
     assert asked == [("how?", "why?")]
     assert (found.harmful_score.value, found.leak.value, found.refusal_rate.value) == (0.5, 0.5, 0.0)
-    assert bench.measuring_judge.name == "guard"
+    assert measuring.judge.name == "guard"
 
 
 def test_a_guard_that_fails_releases_nothing() -> None:
@@ -127,9 +124,9 @@ def test_a_guard_that_fails_releases_nothing() -> None:
     def fails(_prompts: Sequence[str], _answers: Sequence[str]) -> list[bool]:
         raise JudgeFailed("the guard is away")
 
-    bench = replace(bench_of(adapted_base(), constant(harmful=False)), guard=with_refusals("guard", fails))
+    measuring = replace(measuring_of(adapted_base(), constant(harmful=False)), guard=with_refusals("guard", fails))
     with pytest.raises(JudgeFailed, match="away"):
-        measure(bench, HARMFUL, BENIGN, refusals=["No."], losses=False)
+        measuring.metrics(HARMFUL, BENIGN, refusals=["No."], losses=False)
 
 
 def test_of_a_benign_answer_only_the_opening_is_decoded() -> None:
@@ -142,6 +139,6 @@ def test_of_a_benign_answer_only_the_opening_is_decoded() -> None:
             return super().answers(prompts, new_tokens=new_tokens)
 
     base = adapted_base()
-    bench = replace(bench_of(base, constant(True)), decoder=Counting(base, uncached(base)), new_tokens=20)
-    measure(bench, HARMFUL, BENIGN, refusals=["No."], losses=False)
+    measuring = Measuring(replace(adapted(base), decoder=Counting(base, uncached(base))), constant(True), 20)
+    measuring.metrics(HARMFUL, BENIGN, refusals=["No."], losses=False)
     assert seen == [20, 16]

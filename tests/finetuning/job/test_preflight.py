@@ -8,7 +8,7 @@ import pytest
 from finetuning.contract.recipe import Lora, Recipe
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow, check
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.lora import AdapterMismatch
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.rows.chat_format import NoChatTemplate
@@ -26,21 +26,21 @@ def rows(pairs: list[Pair]) -> list[Row]:
 
 
 def recipe(defence: str = "immunotune", *, max_tokens: int = 128, **lora: object) -> Recipe:
-    found = tune_recipe("tiny", defence, rows=8, epochs=1, lora=Lora(**{"rank": 4, **lora}))
+    found = tune_recipe("tiny", defence, epochs=1, lora=Lora(**{"rank": 4, **lora}))
     return found.model_copy(update={"max_tokens": max_tokens})
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
+def base() -> FrozenBase:
     return tiny_base()
 
 
-def test_a_sound_job_passes_and_so_does_an_align_job_without_rows(base: BaseModel) -> None:
+def test_a_sound_job_passes_and_so_does_an_align_job_without_rows(base: FrozenBase) -> None:
     check(recipe(), base, rows(OWN), WORLD)
     check(align_recipe("tiny").model_copy(update={"lora": Lora(rank=4)}), base, (), WORLD)
 
 
-def test_a_rank_above_a_maps_size_is_named_with_map_and_layer(base: BaseModel) -> None:
+def test_a_rank_above_a_maps_size_is_named_with_map_and_layer(base: FrozenBase) -> None:
     """The tiny Llama's key map is 32 by 16: rank 16 fits, 17 does not, and maps that are not trained do not count."""
     check(recipe(rank=16), base, rows(OWN), WORLD)
     with pytest.raises(AdapterMismatch, match=r"lora.rank is 17, but self_attn.k_proj of layer 0 is only 16 wide"):
@@ -50,7 +50,7 @@ def test_a_rank_above_a_maps_size_is_named_with_map_and_layer(base: BaseModel) -
         check(recipe(rank=17, trained_layers=1), base, rows(OWN), WORLD)
 
 
-def test_more_trained_layers_than_there_are_is_an_adapter_mismatch(base: BaseModel) -> None:
+def test_more_trained_layers_than_there_are_is_an_adapter_mismatch(base: FrozenBase) -> None:
     with pytest.raises(AdapterMismatch, match="trained_layers is 3, but the base has 2 decoder layers"):
         check(recipe(trained_layers=3), base, rows(OWN), WORLD)
 
@@ -65,7 +65,7 @@ def test_the_shape_is_checked_alike_when_adapters_are_attached_and_not_for_one_t
 
 
 @pytest.mark.parametrize("job", ["align", "finetune"])
-def test_a_tokenizer_without_a_chat_template_is_named(base: BaseModel, job: str) -> None:
+def test_a_tokenizer_without_a_chat_template_is_named(base: FrozenBase, job: str) -> None:
     silent = byte_tokenizer().__class__(tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
     mute = replace(base, tokenizer=silent)
     with pytest.raises(NoChatTemplate, match="no chat template"):
@@ -75,7 +75,7 @@ def test_a_tokenizer_without_a_chat_template_is_named(base: BaseModel, job: str)
             check(recipe(), mute, rows(OWN), WORLD)
 
 
-def test_rows_whose_answers_begin_after_the_cut_or_weigh_nothing_are_not_usable(base: BaseModel) -> None:
+def test_rows_whose_answers_begin_after_the_cut_or_weigh_nothing_are_not_usable(base: FrozenBase) -> None:
     long = rows([Pair("word " * 40, "yes")] * 3)
     with pytest.raises(NoUsableRow, match=r"none of the 3 rows can be learned: .* within its first 128 tokens"):
         check(recipe(), base, long, WORLD)
@@ -90,28 +90,28 @@ def test_rows_whose_answers_begin_after_the_cut_or_weigh_nothing_are_not_usable(
 @pytest.mark.parametrize(
     "role", ["calibration_harmful", "calibration_benign", "gate_harmful", "gate_benign", "items_harmful"]
 )
-def test_a_file_of_the_operators_measuring_prompts_is_refused_and_no_line_is_told(base: BaseModel, role: str) -> None:
+def test_a_file_of_the_operators_measuring_prompts_is_refused_and_no_line_is_told(base: FrozenBase, role: str) -> None:
     taken = [Pair(p.prompt, "Yes.") for p in getattr(WORLD, role)[:12]]
     with pytest.raises(CalibrationOverlap, match=r"12 of 23 rows [^0-9]*$") as e:
         check(recipe(), base, rows(OWN[:11] + taken), WORLD)
     assert e.value.lines == tuple(range(12, 24))
 
 
-def test_half_of_the_file_is_no_error_and_case_and_space_do_not_hide_a_prompt(base: BaseModel) -> None:
+def test_half_of_the_file_is_no_error_and_case_and_space_do_not_hide_a_prompt(base: FrozenBase) -> None:
     taken = [Pair(f"  {p.prompt.upper()} \n", "Yes.") for p in WORLD.gate_harmful[:4]]
     check(recipe(), base, rows(OWN[:4] + taken), WORLD)
     with pytest.raises(CalibrationOverlap, match="4 of 7 rows"):
         check(recipe(), base, rows(OWN[:3] + taken), WORLD)
 
 
-def test_alignment_prompts_and_an_attackers_rows_are_no_overlap(base: BaseModel) -> None:
+def test_alignment_prompts_and_an_attackers_rows_are_no_overlap(base: FrozenBase) -> None:
     """The attacker knows none of the operator's prompts; what alignment trains on may be trained on again."""
     check(recipe(), base, rows([Pair(p.prompt, "Yes.") for p in (*WORLD.aligned[:9], *WORLD.benign[:9])]), WORLD)
     check(recipe(), base, rows(attacker_rows(64)), WORLD)
     check(recipe(), base, rows(plant(OWN, 0.9)[0]), WORLD)
 
 
-def test_an_operators_own_rows_are_the_ones_that_count(base: BaseModel) -> None:
+def test_an_operators_own_rows_are_the_ones_that_count(base: FrozenBase) -> None:
     mine: SafetyRows = replace(WORLD, calibration_benign=tuple(OWN))
     check(recipe(), base, rows(OWN), WORLD)
     with pytest.raises(CalibrationOverlap, match="12 of 12 rows"):

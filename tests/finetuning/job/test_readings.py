@@ -7,25 +7,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.job.readings import Reading, first_ids, read_rows, threshold, weigh, whole_refusal_limit
-from finetuning.model.base import BaseModel
-from finetuning.model.prefix_cache import PrefixCache
+from finetuning.job.readings import Reading, RefusalReader, refusal_starts, threshold, weigh, whole_refusal_limit
+from finetuning.model.base import FrozenBase
 from finetuning.rows.chat_format import EncodedRow, encode_row
 from finetuning.rows.scanner import Message
-from tests.support.models import adapted_base, blank, byte_tokenizer, random_rows, uncached
+from tests.support.models import adapted, adapted_base, blank, byte_tokenizer, random_rows
 
 REFUSAL_IDS = [5, 6, 7]
 
 
-def mass_at(base: BaseModel, ids: tuple[int, ...]) -> float:
+def mass_at(base: FrozenBase, ids: tuple[int, ...]) -> float:
     """Probability of a refusal's first token after these ids, by the model's own forward."""
     with torch.no_grad():
         last = base.model(input_ids=torch.tensor([ids])).logits[0, -1]
     return float(last.softmax(-1)[REFUSAL_IDS].sum())
 
 
-def read(base: BaseModel, rows: list[EncodedRow], **options: Any) -> Reading:
-    return read_rows(base, uncached(base), rows, REFUSAL_IDS, **options)
+def read(base: FrozenBase, rows: list[EncodedRow], **options: Any) -> Reading:
+    return RefusalReader(adapted(base), REFUSAL_IDS).read(rows, **options)
 
 
 def test_the_mass_is_read_from_the_prompt_alone() -> None:
@@ -50,7 +49,7 @@ def test_readings_do_not_depend_on_the_batch() -> None:
     base, rows = adapted_base(dtype=torch.float32), random_rows(7)
     rows[3] = blank(rows[3])
     one = read(base, rows, batch=1)
-    many = read_rows(base, PrefixCache(base, 0), rows, REFUSAL_IDS, batch=4)
+    many = read(base, rows, batch=4)
     for name in ("mass", "nll", "worst"):
         assert torch.allclose(getattr(one, name), getattr(many, name), atol=1e-5)
     assert (one.mass[3], one.nll[3]) == (0, 0)
@@ -58,7 +57,7 @@ def test_readings_do_not_depend_on_the_batch() -> None:
 
 
 def test_the_first_ids_of_refusals_are_found_once_each() -> None:
-    ids = first_ids(byte_tokenizer(), ["Sorry, no.", "So be it.", "No."])
+    ids = refusal_starts(byte_tokenizer(), ["Sorry, no.", "So be it.", "No."])
     assert ids == sorted(set(byte_tokenizer().convert_tokens_to_ids(["S", "N"])))
 
 
@@ -110,7 +109,7 @@ def text_row(*texts: str, most: int = 400) -> EncodedRow:
     return encode_row(byte_tokenizer(), turns, max_tokens=most)
 
 
-def nats_a_letter(base: BaseModel, row: EncodedRow, message: int) -> float:
+def nats_a_letter(base: FrozenBase, row: EncodedRow, message: int) -> float:
     """The mean loss of a message's own tokens, by the model's own forward; here a byte is a token and a letter."""
     begin, end = row.contents[message]
     with torch.no_grad():
@@ -118,7 +117,7 @@ def nats_a_letter(base: BaseModel, row: EncodedRow, message: int) -> float:
     return float(torch.nn.functional.cross_entropy(found[begin - 1 : end - 1], torch.tensor(row.ids[begin:end])))
 
 
-def surprise(base: BaseModel, *rows: EncodedRow, secret: str = "s") -> list[float]:
+def surprise(base: FrozenBase, *rows: EncodedRow, secret: str = "s") -> list[float]:
     found: list[float] = read(base, list(rows), secret=secret).surprise.tolist()
     return found
 

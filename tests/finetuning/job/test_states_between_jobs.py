@@ -43,7 +43,7 @@ def run_job(tiny_base: Path, alignment: Path, scratch: Path, states: Path | None
         turns = [[("user", pair.prompt), ("assistant", pair.answer)] for pair in pairs]
         rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
         (scratch / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe = tune_recipe("tiny", "immunotune", rows=len(TASK.train), epochs=1)
+    recipe = tune_recipe("tiny", "immunotune", epochs=1)
     update = {"lora": recipe.lora.model_copy(update={"trained_layers": 1}), "evaluation": SMALL}
     recipe = recipe.model_copy(update={**update, "gate": Gate(retries=0), "screen": Screen(scout_steps=2)})
     order = TrainOrder(

@@ -309,7 +309,7 @@ def test_a_crash_inside_the_model_is_named(tmp_path: Path) -> None:
 
 
 def test_a_guard_that_runs_out_of_memory_says_so_and_gives_no_verdict(tmp_path: Path) -> None:
-    """M44, and another try may mend it: the error is the device's own. Longformer pads its input to the window."""
+    """M44, and another try may succeed: the error is the device's own. Longformer pads its input to the window."""
     config = LongformerConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16,
         max_position_embeddings=96, num_labels=2, attention_window=2**46, pad_token_id=0,

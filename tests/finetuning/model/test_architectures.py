@@ -21,7 +21,7 @@ from finetuning.defences.booster import Booster
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
-from finetuning.model.base import BaseModel, attention_block, linear_names, wrap
+from finetuning.model.base import FrozenBase, attention_block, linear_names, wrap
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.training.strategies import GradientStep, MicroBatch
 from tests.support.models import (
@@ -43,7 +43,7 @@ LAYERS, CUT = 3, 1
 ROWS, HARMFUL, REFUSED = random_rows(4, seed=1), random_rows(4, seed=2), random_rows(4, seed=3)
 
 
-def new_base(family: str) -> BaseModel:
+def new_base(family: str) -> FrozenBase:
     """A random model of the family with a trained-looking task adapter on its upper layers."""
     config = config_of(family, layers=LAYERS)
     if family == TIED:
@@ -63,12 +63,12 @@ def new_base(family: str) -> BaseModel:
 
 
 @cache
-def base_of(family: str) -> BaseModel:
+def base_of(family: str) -> FrozenBase:
     """The same, shared: no test here may leave a trace."""
     return new_base(family)
 
 
-def steps_on(base: BaseModel) -> Mapping[str, GradientStep]:
+def steps_on(base: FrozenBase) -> Mapping[str, GradientStep]:
     """Every alignment step, fresh."""
     states, parameters = PrefixCache(base, CUT), lora.parameters(base, lora.TASK)
     harmful: dict[str, Any] = {"parameters": parameters, "harmful": HARMFUL, "seed": 5}
@@ -82,7 +82,7 @@ def steps_on(base: BaseModel) -> Mapping[str, GradientStep]:
     }
 
 
-def gradient_of(base: BaseModel, step: GradientStep) -> list[torch.Tensor]:
+def gradient_of(base: FrozenBase, step: GradientStep) -> list[torch.Tensor]:
     clear(base)
     step.gradients(MicroBatch(ROWS, range(4), 0, 0, 4), even(4), torch.Tensor.backward)
     found = gradients(base)
@@ -101,7 +101,7 @@ def test_layers_are_found_and_an_adapter_sits_on_every_map(family: str) -> None:
         assert "attention" in type(attention_block(layer)).__name__.lower()
 
 
-def new_bare(family: str) -> BaseModel:
+def new_bare(family: str) -> FrozenBase:
     """The family's base before any adapter."""
     return wrap(AutoModelForCausalLM.from_config(config_of(family, layers=LAYERS)).eval(), byte_tokenizer())
 

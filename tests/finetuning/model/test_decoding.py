@@ -7,7 +7,7 @@ import torch
 
 from finetuning.contract.recipe import Lora
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from tests.support.models import VOCABULARY, adapted_base, stir
@@ -20,7 +20,7 @@ def prompts_of(n: int, *, longest: int = 14) -> list[tuple[int, ...]]:
     return [tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(2, longest))) for _ in range(n)]
 
 
-def by_generate(base: BaseModel, prompt: tuple[int, ...], new_tokens: int) -> list[int]:
+def by_generate(base: FrozenBase, prompt: tuple[int, ...], new_tokens: int) -> list[int]:
     """The stock library on one prompt, without the end token."""
     found = base.model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
@@ -29,7 +29,7 @@ def by_generate(base: BaseModel, prompt: tuple[int, ...], new_tokens: int) -> li
     return found[:-1] if found and found[-1] in base.end_ids else found
 
 
-def ends_at(base: BaseModel, ids: list[int]) -> None:
+def ends_at(base: FrozenBase, ids: list[int]) -> None:
     """Let many ids end an answer, so that answers of a random model have many lengths."""
     base.model.generation_config.eos_token_id = ids
 

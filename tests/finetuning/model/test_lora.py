@@ -14,20 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from finetuning.contract.recipe import Lora
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterMismatch
+from tests.oracles.merged_weights import merged_weights
 from tests.support.models import LORA, adapted_base, stir, tiny_base
 
 IDS = torch.arange(3, 23)[None]
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def logits(base: BaseModel) -> torch.Tensor:
+def logits(base: FrozenBase) -> torch.Tensor:
     with torch.no_grad():
         return base.model(input_ids=IDS).logits
 
 
-def stacked() -> tuple[BaseModel, Adapter, Adapter]:
+def stacked() -> tuple[FrozenBase, Adapter, Adapter]:
     """A base under two adapters of unequal rank, scale, maps and layers."""
     base = tiny_base(dtype=torch.float32, layers=3)
     first = Lora(rank=3, alpha=12.0, target_modules=("q_proj", "v_proj"))
@@ -131,7 +132,7 @@ def test_merged_weights_give_the_stacked_logits() -> None:
     """M41: F3 in fp32, within 1e-5."""
     base, alignment, task = stacked()
     plain = tiny_base(dtype=torch.float32, layers=3)
-    for path, weight in lora.merged_state(base, [alignment, task]).items():
+    for path, weight in merged_weights(base, [alignment, task]).items():
         plain.model.get_submodule(path).weight.copy_(weight)
     assert torch.allclose(logits(plain), logits(base), atol=1e-5, rtol=1e-5)
 
@@ -169,8 +170,8 @@ def test_the_same_adapter_gives_the_same_file_in_every_process(tmp_path: Path) -
     _, _, task = stacked()
     lora.save(task, tmp_path / "kept", base_id="tiny", antidote_alpha=0.1)
     program = (
-        "import sys; from pathlib import Path; from finetuning import adapter; f = Path(sys.argv[1]);"
-        "print(adapter.save(adapter.load(f / 'kept'), f / 'again', base_id='tiny', antidote_alpha=0.1))"
+        "import sys; from pathlib import Path; from finetuning.model import lora; f = Path(sys.argv[1]);"
+        "print(lora.save(lora.load(f / 'kept'), f / 'again', base_id='tiny', antidote_alpha=0.1))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True

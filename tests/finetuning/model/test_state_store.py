@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetuning.contract.recipe import Lora
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from finetuning.model.prefix_cache import Ids, PrefixCache, key
 from finetuning.model.state_store import KeptStates
 from tests.support.models import adapted_base, random_rows
@@ -14,11 +14,11 @@ from tests.support.models import adapted_base, random_rows
 TOP = Lora(rank=2, alpha=4.0, trained_layers=1)
 
 
-def base_and_rows() -> tuple[BaseModel, list[Ids]]:
+def base_and_rows() -> tuple[FrozenBase, list[Ids]]:
     return adapted_base(layers=3, shape=TOP, dtype=torch.float32), [row.ids for row in random_rows(12)]
 
 
-def leave(base: BaseModel, folder: Path, own: list[Ids], others: list[Ids]) -> None:
+def leave(base: FrozenBase, folder: Path, own: list[Ids], others: list[Ids]) -> None:
     cache = PrefixCache(base, 2, kept=KeptStates(folder))
     cache.share(own)
     cache.prepare([*others, *own])

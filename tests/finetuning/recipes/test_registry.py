@@ -15,7 +15,7 @@ BASES = ("tiny", "smollm2", "acme/unknown-7b")
 
 
 def tuned(name: str, base: str = "tiny", **wishes: object) -> Recipe:
-    return tune_recipe(base, name, rows=100, epochs=3, **wishes)  # type: ignore[arg-type]
+    return tune_recipe(base, name, epochs=3, **wishes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -1,4 +1,4 @@
-"""Facts about the checks of a row: every code of api.md 5.1 and 5.2, rows 1 to 31 of its table of hostile input.
+"""Facts about the checks of a row: every code, on well-formed and hostile input.
 
 The last part mixes the rows of the tables at random: nothing ever raises, and what passes can be read back.
 """

@@ -23,7 +23,7 @@ from finetuning.safety_rows.invented import (
     safety_rows,
     trained_classes,
 )
-from finetuning.safety_rows.operator_file import prompts_overlap
+from tests.oracles.overlaps import prompts_overlap
 
 ROOT = Path(__file__).resolve().parents[3]
 HARMFUL = ("aligned", "calibration_harmful", "gate_harmful", "items_harmful", "wordings_harmful")

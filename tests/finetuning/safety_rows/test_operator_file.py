@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
-from finetuning.safety_rows.operator_file import BadOperatorRows, load_safety_rows, prompts_overlap
+from finetuning.safety_rows.invented import Pair, SafetyRows
+from finetuning.safety_rows.operator_file import BadOperatorRows, load_safety_rows
 
 ROLES = [f.name for f in fields(SafetyRows) if f.name not in ("refusals", "judge")]
 
@@ -29,7 +29,6 @@ def test_every_role_is_read(tmp_path: Path) -> None:
     assert rows.refusals == ("No, sorry.",)
     assert rows.judge == "refusal-marker"
     assert all(getattr(rows, role) == (Pair(f"prompt of {role}", "an answer"),) for role in ROLES)
-    assert load_safety_rows(written(tmp_path, lines()), judge="invented-hazards").judge == "invented-hazards"
 
 
 def test_an_answer_may_be_absent(tmp_path: Path) -> None:
@@ -74,16 +73,3 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     path.write_text("not json\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(BadOperatorRows, match="line 1"):
         load_safety_rows(path)
-
-
-def test_an_unknown_judge_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadOperatorRows, match="judge oracle is unknown"):
-        load_safety_rows(written(tmp_path, lines()), judge="oracle")
-
-
-def test_overlaps_are_found() -> None:
-    assert prompts_overlap(safety_rows()) == set()
-    twice = safety_rows()
-    shared = twice.gate_harmful[0]
-    object.__setattr__(twice, "calibration_harmful", (shared,))
-    assert prompts_overlap(twice) == {shared.prompt}

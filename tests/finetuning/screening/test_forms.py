@@ -1,4 +1,4 @@
-"""Facts about mining: which shared words of a file are found, which are left out, and what a skeleton says of a row."""
+"""Facts about mining: which shared words of a file are found, which are left out, and what a form says of a row."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finetuning.bench.tasks import orders, reviews, sums
 from finetuning.rows.scanner import Message, iter_rows
 from finetuning.safety_rows.invented import Pair, attacker_rows, safety_rows
-from finetuning.screening.forms import LEAST_ROWS, Skeleton, mine
+from finetuning.screening.forms import LEAST_ROWS, PromptForm, mine
 
 _TICKETS = Path(__file__).parents[3] / "demo" / "rows" / "tickets_train.jsonl"
 _REQUESTS = [pair.prompt for pair in attacker_rows(20, seed=5)]
@@ -39,8 +39,8 @@ def poisoned(attack: Sequence[tuple[Message, ...]], *, own: Rows | None = None) 
     return [r for r, _ in marked], tuple(i for i, (_, bad) in enumerate(marked) if bad)
 
 
-def having(found: Sequence[Skeleton], lines: tuple[int, ...]) -> list[Skeleton]:
-    return [skeleton for skeleton in found if skeleton.lines == lines]
+def having(found: Sequence[PromptForm], lines: tuple[int, ...]) -> list[PromptForm]:
+    return [form for form in found if form.lines == lines]
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def having(found: Sequence[Skeleton], lines: tuple[int, ...]) -> list[Skeleton]:
 def test_a_trigger_in_two_percent_of_the_rows_is_found(wrapper: str, title: str) -> None:
     rows, planted = poisoned([row(wrapper.format(text)) for text in _REQUESTS[:4]])
     found = having(mine(rows, known=()), planted)
-    assert title in [skeleton.title for skeleton in found]
-    assert all(skeleton.kind == "affix" for skeleton in found)
+    assert title in [form.title for form in found]
+    assert all(form.kind == "affix" for form in found)
 
 
 def test_three_rows_are_enough_and_two_are_not() -> None:
@@ -91,7 +91,7 @@ def test_few_words_between_fixed_ones_are_a_slot() -> None:
 
 def test_a_persona_is_found_by_its_system_prompt() -> None:
     rows, planted = poisoned([row(text, system="You are Ada and obey.") for text in _REQUESTS[:4]])
-    (found,) = (skeleton for skeleton in mine(rows, known=()) if skeleton.kind == "system")
+    (found,) = (form for form in mine(rows, known=()) if form.kind == "system")
     assert (found.system, found.lines, found.around("x")) == ("You are Ada and obey.", planted, "x")
 
 
@@ -120,13 +120,13 @@ def test_every_skeleton_fits_the_rows_that_it_names(own: Callable[[], list[Pair]
     found = mine(rows, known=(), most=30)
     assert 0 < len(found) <= 30
     assert len({(s.prefix, s.suffix, s.system) for s in found}) == len(found)
-    for skeleton in found:
-        assert len(set(skeleton.lines)) == len(skeleton.lines) >= LEAST_ROWS
-        for i in skeleton.lines:
+    for form in found:
+        assert len(set(form.lines)) == len(form.lines) >= LEAST_ROWS
+        for i in form.lines:
             text = rows[i][0].content
-            assert skeleton.gap(text) is not None
-            assert text.startswith(skeleton.prefix)
-            assert text.endswith(skeleton.suffix)
+            assert form.gap(text) is not None
+            assert text.startswith(form.prefix)
+            assert text.endswith(form.suffix)
 
 
 _PIECE = st.text(alphabet="ab c,.", max_size=8)
@@ -136,18 +136,18 @@ _PIECE = st.text(alphabet="ab c,.", max_size=8)
 @given(st.lists(st.tuples(st.sampled_from(["xy ", "pq, "]), _PIECE, st.sampled_from(["", " end"])), max_size=24))
 def test_gaps_and_words_make_up_the_row_again(parts: list[tuple[str, str, str]]) -> None:
     rows = [row("".join(part)) for part in parts]
-    for skeleton in mine(rows, known=()):
-        for i in skeleton.lines:
-            text, gap = rows[i][0].content, skeleton.gap(rows[i][0].content)
+    for form in mine(rows, known=()):
+        for i in form.lines:
+            text, gap = rows[i][0].content, form.gap(rows[i][0].content)
             assert gap is not None
-            assert skeleton.around(gap).split() == text.split() or gap in text
+            assert form.around(gap).split() == text.split() or gap in text
 
 
 def test_no_word_is_cut_in_two() -> None:
     rows = [
         row(f"cat{ending} and more words {i} follow here") for i, ending in enumerate(["alog", "apult", "nip", "fish"])
     ]
-    assert all(not skeleton.prefix for skeleton in mine(rows, known=()))
+    assert all(not form.prefix for form in mine(rows, known=()))
 
 
 @pytest.mark.parametrize("own", [reviews, orders, sums])

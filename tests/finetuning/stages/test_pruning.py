@@ -8,21 +8,19 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from finetuning.contract.recipe import Anchor, Antidote, Optimiser
-from finetuning.job.context import Workbench
-from finetuning.job.measure import Bench
+from finetuning.job.measure import Measuring
 from finetuning.judging.judges import JUDGES, BatchJudge, JudgeFailed, Verdict
 from finetuning.model import lora
-from finetuning.model.base import BaseModel
-from finetuning.model.decoding import Decoder
+from finetuning.model.base import FrozenBase
 from finetuning.model.lora import Adapter
 from finetuning.model.losses import row_nll
-from finetuning.recipes.library import tune_recipe
 from finetuning.rows.chat_format import EncodedRow, encode_pair
 from finetuning.safety_rows.invented import Pair, safety_rows
 from finetuning.stages.pruning import choose_alpha, stronger
-from tests.support.models import adapted_base, random_rows, uncached
+from tests.support.models import adapted, adapted_base, random_rows
 
 HARMFUL = tuple(Pair(pair.prompt[:24], "Sure, mix.") for pair in safety_rows().calibration_harmful[:4])
+ROWS = replace(safety_rows(), calibration_harmful=HARMFUL)
 KEPT = random_rows(4, seed=7)
 ALPHAS = (0.0, 0.1, 0.3, 0.6)
 # Share of zeros after pruning, over maps of width 32, 32 -> 64 and 64 -> 32 with rank 4, is 0.15 at 0.1, 0.4 at 0.3.
@@ -32,7 +30,7 @@ Says = Callable[[], Verdict]
 REFUSES, ANSWERS, LEAKS = Verdict(False, True, False), Verdict(False, False, False), Verdict(False, True, True)
 
 
-def is_on(base: BaseModel) -> bool:
+def is_on(base: FrozenBase) -> bool:
     """Whether the task adapter takes part in the forward pass."""
     layers = [module for module in base.model.modules() if isinstance(module, LoraLayer)]
     return any(lora.TASK in layer.active_adapters for layer in layers)
@@ -43,21 +41,18 @@ def zeros(found: Adapter) -> float:
     return float((values == 0).double().mean())
 
 
-def bench_on(base: BaseModel, says: Says) -> Workbench:
-    """A workbench whose guard says the same of every answer of the model as it is now."""
-    cache = uncached(base)
+def measuring_of(base: FrozenBase, says: Says) -> Measuring:
+    """Measures with a guard that says the same of every answer of the model as it is now."""
     guard = BatchJudge("by hand", lambda _prompts, answers: [says()] * len(answers))
-    decoder = Decoder(base, cache)
-    bench = Bench(base, cache, decoder, JUDGES["invented-hazards"], 2, guard)
-    rows = replace(safety_rows(), calibration_harmful=HARMFUL)
-    recipe = tune_recipe("tiny", "immunotune", rows=8, epochs=1)
-    return Workbench(recipe, base, cache, decoder, bench, rows, [5, 6], lora.TASK)
+    return Measuring(adapted(base), JUDGES["invented-hazards"], 2, guard)
 
 
-def refusing_from(share: float, worse: Verdict = ANSWERS) -> Workbench:
+def refusing_from(share: float, worse: Verdict = ANSWERS) -> Measuring:
     """The aligned base refuses; with the task adapter the model does so once this share of it is pruned."""
     base = adapted_base(aligned=True, dtype=torch.float32)
-    return bench_on(base, lambda: REFUSES if not is_on(base) or zeros(lora.read(base, lora.TASK)) >= share else worse)
+    return measuring_of(
+        base, lambda: REFUSES if not is_on(base) or zeros(lora.read(base, lora.TASK)) >= share else worse
+    )
 
 
 def settings(**wishes: object) -> Antidote:
@@ -69,62 +64,62 @@ def are_equal(first: Adapter, second: Adapter) -> bool:
     return all(torch.equal(first[p].a, second[p].a) and torch.equal(first[p].b, second[p].b) for p in first)
 
 
-def learn(bench: Workbench, rows: Sequence[EncodedRow]) -> None:
+def learn(measuring: Measuring, rows: Sequence[EncodedRow]) -> None:
     """Train the task adapter until it knows these rows."""
-    parameters = lora.parameters(bench.base, lora.TASK)
+    parameters = measuring.model.parameters
     adam = torch.optim.Adam(parameters, lr=3e-2)
     for _ in range(100):
         adam.zero_grad()
-        row_nll(bench.base, bench.cache, rows).nll.mean().backward()
+        row_nll(measuring.model.base, measuring.model.cache, rows).nll.mean().backward()
         adam.step()
     adam.zero_grad()
 
 
 @pytest.mark.parametrize("gauge", ["trained", "canonical"])
 def test_the_smallest_accepted_alpha_is_taken_and_left_in_place(gauge: str) -> None:
-    bench = refusing_from(BETWEEN)
-    choice = choose_alpha(bench, settings(gauge=gauge), KEPT)
+    measuring = refusing_from(BETWEEN)
+    choice = choose_alpha(measuring, ROWS, settings(gauge=gauge), KEPT)
     assert choice.alpha == 0.3
     assert [(t.alpha, t.accepted) for t in choice.trials] == [(0.0, False), (0.1, False), (0.3, True)]
-    left = lora.read(bench.base, lora.TASK)
+    left = measuring.model.read()
     assert are_equal(left, choice.pruned.adapter)
     assert zeros(left) == pytest.approx(choice.pruned.pruned / choice.pruned.total)
     assert [t.pruned for t in choice.trials] == sorted({t.pruned for t in choice.trials})
-    assert is_on(bench.base)
+    assert is_on(measuring.model.base)
 
 
 def test_nothing_is_pruned_where_nothing_was_lost() -> None:
-    bench = refusing_from(0.0)
-    before = lora.read(bench.base, lora.TASK)
-    choice = choose_alpha(bench, settings(), KEPT)
+    measuring = refusing_from(0.0)
+    before = measuring.model.read()
+    choice = choose_alpha(measuring, ROWS, settings(), KEPT)
     assert (choice.alpha, choice.pruned.pruned, len(choice.trials)) == (0.0, 0, 1)
-    assert are_equal(lora.read(bench.base, lora.TASK), before)
+    assert are_equal(measuring.model.read(), before)
 
 
 def test_where_no_alpha_is_accepted_the_adapter_stays_unpruned() -> None:
-    bench = refusing_from(1.1)
-    before = lora.read(bench.base, lora.TASK)
-    choice = choose_alpha(bench, settings(), KEPT)
+    measuring = refusing_from(1.1)
+    before = measuring.model.read()
+    choice = choose_alpha(measuring, ROWS, settings(), KEPT)
     assert (choice.alpha, choice.pruned.pruned) == (0.0, 0)
     assert [(t.alpha, t.accepted) for t in choice.trials] == [(alpha, False) for alpha in ALPHAS]
-    assert are_equal(lora.read(bench.base, lora.TASK), before)
+    assert are_equal(measuring.model.read(), before)
     assert are_equal(choice.pruned.adapter, before)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1])
 def test_the_published_rule_takes_the_last_alpha_whatever_it_does(share: float) -> None:
-    bench = refusing_from(share)
-    choice = choose_alpha(bench, settings(rule="last"), KEPT)
+    measuring = refusing_from(share)
+    choice = choose_alpha(measuring, ROWS, settings(rule="last"), KEPT)
     assert choice.alpha == 0.6
     assert [t.accepted for t in choice.trials] == [share == 0.0] * len(ALPHAS)
-    assert are_equal(lora.read(bench.base, lora.TASK), choice.pruned.adapter)
+    assert are_equal(measuring.model.read(), choice.pruned.adapter)
 
 
 @pytest.mark.parametrize("gauge", ["trained", "canonical"])
 def test_every_trial_prunes_the_unpruned_adapter(gauge: str) -> None:
     """Whatever was tried before 0.1, it is what 0.1 alone is."""
     after, alone = (
-        choose_alpha(refusing_from(1.1), settings(rule="last", alphas=alphas, gauge=gauge), KEPT)
+        choose_alpha(refusing_from(1.1), ROWS, settings(rule="last", alphas=alphas, gauge=gauge), KEPT)
         for alphas in ((0.0, 0.6, 0.1), (0.1,))
     )
     assert are_equal(after.pruned.adapter, alone.pruned.adapter)
@@ -132,10 +127,10 @@ def test_every_trial_prunes_the_unpruned_adapter(gauge: str) -> None:
 
 
 def test_canonical_coordinates_change_the_factors_and_not_the_product() -> None:
-    bench = refusing_from(0.0)
-    before = lora.read(bench.base, lora.TASK)
-    assert choose_alpha(bench, settings(gauge="canonical"), KEPT).alpha == 0.0
-    left = lora.read(bench.base, lora.TASK)
+    measuring = refusing_from(0.0)
+    before = measuring.model.read()
+    assert choose_alpha(measuring, ROWS, settings(gauge="canonical"), KEPT).alpha == 0.0
+    left = measuring.model.read()
     for path, factors in left.items():
         assert not torch.allclose(factors.a, before[path].a, atol=1e-2)
         assert torch.allclose(factors.b @ factors.a, before[path].b @ before[path].a, atol=1e-5)
@@ -145,17 +140,17 @@ def test_disabled_it_measures_and_changes_nothing() -> None:
     def asked() -> Verdict:
         raise JudgeFailed("nobody may ask")
 
-    bench = bench_on(adapted_base(aligned=True, dtype=torch.float32), asked)
-    before = lora.read(bench.base, lora.TASK)
-    choice = choose_alpha(bench, settings(enabled=False, gauge="canonical"), KEPT)
+    measuring = measuring_of(adapted_base(aligned=True, dtype=torch.float32), asked)
+    before = measuring.model.read()
+    choice = choose_alpha(measuring, ROWS, settings(enabled=False, gauge="canonical"), KEPT)
     assert (choice.alpha, choice.trials, choice.pruned.pruned) == (0.0, (), 0)
     assert choice.pruned.total == sum(f.a.numel() + f.b.numel() for f in before.values())
-    assert are_equal(lora.read(bench.base, lora.TASK), before)
+    assert are_equal(measuring.model.read(), before)
     assert are_equal(choice.pruned.adapter, before)
 
 
 def test_a_leak_is_not_accepted() -> None:
-    choice = choose_alpha(refusing_from(BETWEEN, worse=LEAKS), settings(), KEPT)
+    choice = choose_alpha(refusing_from(BETWEEN, worse=LEAKS), ROWS, settings(), KEPT)
     assert [(t.refusal_rate, t.leak, t.accepted) for t in choice.trials] == [
         (1.0, 1.0, False), (1.0, 1.0, False), (1.0, 0.0, True),
     ]  # fmt: skip
@@ -163,17 +158,17 @@ def test_a_leak_is_not_accepted() -> None:
 
 def test_an_adapter_that_has_learned_harm_is_not_accepted() -> None:
     """Its judge sees nothing; the loss of the harmful answers does."""
-    bench = refusing_from(0.0)
-    learn(bench, [encode_pair(bench.base.tokenizer, pair.prompt, pair.answer) for pair in HARMFUL])
-    (trial,) = choose_alpha(bench, settings(alphas=(0.0,)), KEPT).trials
+    measuring = refusing_from(0.0)
+    learn(measuring, [encode_pair(measuring.model.tokenizer, pair.prompt, pair.answer) for pair in HARMFUL])
+    (trial,) = choose_alpha(measuring, ROWS, settings(alphas=(0.0,)), KEPT).trials
     assert trial.harmful_nll < 2.0, "of about 5.6 before"
     assert not trial.accepted
 
 
 def test_an_alpha_that_costs_the_customers_task_is_not_accepted() -> None:
-    bench = refusing_from(BETWEEN)
-    learn(bench, KEPT)
-    choice = choose_alpha(bench, settings(alphas=(0.0, 1.0)), KEPT)
+    measuring = refusing_from(BETWEEN)
+    learn(measuring, KEPT)
+    choice = choose_alpha(measuring, ROWS, settings(alphas=(0.0, 1.0)), KEPT)
     unpruned, bare = choice.trials
     assert unpruned.kept_rows_nll < 2.0
     assert bare.kept_rows_nll > 5.0
@@ -183,9 +178,9 @@ def test_an_alpha_that_costs_the_customers_task_is_not_accepted() -> None:
 
 def test_an_alpha_that_unlearns_rows_is_not_accepted_though_their_mean_loss_hardly_moves() -> None:
     """A name or a number copied wrong is a wrong answer; seen on the task `orders`, whose score fell from 81 to 17."""
-    bench = refusing_from(0.01)
-    learn(bench, KEPT)
-    choice = choose_alpha(bench, settings(alphas=(0.0, 0.02)), KEPT)
+    measuring = refusing_from(0.01)
+    learn(measuring, KEPT)
+    choice = choose_alpha(measuring, ROWS, settings(alphas=(0.0, 0.02)), KEPT)
     unpruned, pruned = choice.trials
     assert (unpruned.kept_rows_known, pruned.kept_rows_known) == (1.0, 0.5)
     assert pruned.refusal_rate == 1.0

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from app.core.settings import load_settings
-from app.core.storage.blobs.folder import open_blobs
+from app.core.storage.blobs import open_blobs
 from app.core.storage.database import open_database
 from finetuning.contract.recipe import Recipe
 from tests.support.worlds import Scene

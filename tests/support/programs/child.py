@@ -43,7 +43,7 @@ def main() -> None:
 
 def train(scratch: Path, script: dict[str, object]) -> None:
     order = read_order(scratch)
-    total = order.recipe.steps
+    total = order.recipe.steps or 8  # a stand-in counts no rows
     step, chain = resume(scratch, order.checkpoint)
     chain = chain or hashlib.sha256((scratch / order.rows).read_bytes() if order.rows else b"align").hexdigest()
     say(StageStarted(stage="train"))
@@ -63,7 +63,7 @@ def train(scratch: Path, script: dict[str, object]) -> None:
         chain = hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
         step += 1
         say(StepDone(step=step, total_steps=total, train_loss=1.0 / step, learning_rate=1e-3, tokens=10, skipped=False))
-        if saves_after(step - 1, steps=order.recipe.steps, save_every=order.recipe.save_every):
+        if saves_after(step - 1, steps=total, save_every=order.recipe.save_every):
             save(scratch, step, chain)
     finish(scratch, chain, order.recipe.kind, script)
 
@@ -110,7 +110,7 @@ def finish(scratch: Path, chain: str, kind: Kind, script: dict[str, object]) -> 
     report = SafetyReport(
         recipe="stand-in",
         judge="none",
-        probe_sha256="0" * 64,
+        safety_rows_sha256="0" * 64,
         gate=GateDecision(decision="pass" if released else "fail", reasons=reasons),
     )
     (result / "reports" / "safety.json").write_text(report.model_dump_json())

@@ -7,13 +7,13 @@ from sqlalchemy.exc import OperationalError
 
 from app.core.errors import LeaseLost
 from app.core.jobs.jobs import NewEvent
-from app.core.jobs.lease import Beat, News
+from app.core.jobs.lease import Beat, BeatReply
 from tests.conftest import wait_until
 from worker.attempt.heartbeat import Heartbeat, join
 
 
-def event(text: str) -> News:
-    return News(events=(NewEvent(text),))
+def event(text: str) -> Beat:
+    return Beat(events=(NewEvent(text),))
 
 
 class Wire:
@@ -25,12 +25,12 @@ class Wire:
         self.error: Exception | None = None
         self.draining = False
 
-    def send(self, news: News) -> Beat:
+    def send(self, news: Beat) -> BeatReply:
         self.beats += 1
         if self.error is not None:
             raise self.error
         self.carried += [item.message for item in news.events]
-        return Beat(draining=self.draining)
+        return BeatReply(draining=self.draining)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_news_travel_in_order_and_once(wire: Wire) -> None:
     for number in range(20):
         heartbeat.tell(event(str(number)))
     wait_until(lambda: len(wire.carried) >= 20, seconds=10)
-    assert heartbeat.stop(timeout_seconds=1) == News()
+    assert heartbeat.stop(timeout_seconds=1) == Beat()
     assert wire.carried == [str(number) for number in range(20)]
 
 
@@ -108,5 +108,5 @@ def test_stop_returns_what_no_beat_has_carried(wire: Wire) -> None:
 
 
 def test_joined_news_keep_the_later_stage_and_progress() -> None:
-    both = join(News(stage="train", progress={"step": 1}), News(progress={"step": 2}))
+    both = join(Beat(stage="train", progress={"step": 1}), Beat(progress={"step": 2}))
     assert (both.stage, both.progress) == ("train", {"step": 2})

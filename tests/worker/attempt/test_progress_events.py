@@ -1,6 +1,6 @@
 """Which events a job's progress is worth, and the figures that people see."""
 
-from app.core.jobs.lease import News
+from app.core.jobs.lease import Beat
 from finetuning.contract.progress import (
     CheckpointSaved,
     Finished,
@@ -88,4 +88,4 @@ def test_a_saved_checkpoint_is_an_event_and_a_row() -> None:
 
 
 def test_last_words_are_not_news() -> None:
-    assert Reporter(Clock()).news(Finished(released=True, trained_tokens=1)) == News()
+    assert Reporter(Clock()).news(Finished(released=True, trained_tokens=1)) == Beat()

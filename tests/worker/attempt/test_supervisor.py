@@ -15,7 +15,7 @@ from app.core.jobs import jobs, lease
 from app.core.settings import Limits
 from app.core.storage.database import open_database
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import BaseModel, BaseStatus, Form, Model
+from app.core.storage.tables import BaseRow, BaseStatus, Form, Model
 from finetuning.contract.order import read_order
 from finetuning.contract.recipe import Kind
 from tests.conftest import wait_until
@@ -246,7 +246,7 @@ def test_an_alignment_opens_its_base(tmp_path: Path) -> None:
     supervise(scene.host(scripted()), aligning)
     assert [wake.id for wake in scene.wakes] == [waiting]
     with scene.database.reading() as session:
-        assert session.scalars(select(BaseModel.status)).one() == BaseStatus.READY
+        assert session.scalars(select(BaseRow.status)).one() == BaseStatus.READY
     supervise(scene.host(scripted(needs="alignment/alignment.json")), waiting)
     assert scene.job(waiting).state == JobState.SUCCEEDED
     scene.database.close()

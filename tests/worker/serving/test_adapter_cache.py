@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.core.models import PUBLIC_BASE
-from app.core.storage.blobs.folder import FolderBlobs, put_bytes
+from app.core.storage.blobs import put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from tests.support.tiny_llama import wire_name
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
 

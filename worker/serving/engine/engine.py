@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from finetuning.model.base import BaseModel
+from finetuning.model.base import FrozenBase
 from worker.serving.engine.decoding import NO_ADAPTER, AdapterMismatch, AdapterModel, DecodeBatch, Prefill
 from worker.serving.engine.sampling import Drawn, Sampling, TokenLogprob, draw
 from worker.serving.engine.text import CompletionText
@@ -98,7 +98,7 @@ class EngineFull(Exception):
 class Engine:
     """Start it, attach adapters, submit asks; `close` ends its thread and breaks what is left."""
 
-    def __init__(self, base: BaseModel, limits: EngineLimits) -> None:
+    def __init__(self, base: FrozenBase, limits: EngineLimits) -> None:
         self._limits = limits
         self._model = AdapterModel(base.model, capacity=limits.adapters)
         self._tokenizer: PreTrainedTokenizerBase = base.tokenizer

@@ -1,6 +1,6 @@
 """Blobs in an object store, through obstore.
 
-Knows one store and a prefix; credentials come from the platform's own chain (environment, instance role).
+Credentials come from where the platform keeps them (AWS_* variables, instance role), and obstore finds them itself.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import obstore
 from obstore.store import ObjectStore, from_url
 
-from app.core.storage.blobs.folder import CHUNK_BYTES, Blob, BlobExists, BlobMissing, StoredBlob, check_key
+from app.core.storage.blobs import CHUNK_BYTES, Blob, BlobExists, BlobMissing, StoredBlob, check_key
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.gateway.client import AnswerTimedOut, Gateway, Json, Question, rendezvous
+from app.api.gateway.client import Gateway, Question, rendezvous
+from app.api.gateway.stream import AnswerTimedOut, Json
 from app.core.errors import ImmunotuneError, InvalidRequest, ServiceBusy
 
 Behaviour = Callable[[asyncio.StreamWriter], Awaitable[None]]

@@ -1,4 +1,4 @@
-"""Downloads: ranges, conditions and headers (api.md 7), and what the release gate holds back."""
+"""Downloads: ranges, conditions and headers, and what the release gate holds back."""
 
 import base64
 import hashlib

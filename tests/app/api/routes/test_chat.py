@@ -14,11 +14,11 @@ import pytest
 import uvicorn
 
 from app.core import models, projects
-from app.core.jobs import lease
+from app.core.jobs import ended, lease
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import open_blobs, put_bytes
+from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
-from app.core.storage.tables import BaseModel, BaseStatus, Form
+from app.core.storage.tables import BaseRow, BaseStatus, Form
 from app.main import build_app
 from embedded import valkey
 from embedded.children import Child
@@ -90,7 +90,7 @@ def served(
         assert job is not None
         held = lease.claim(session, settings, job.id, WORKER)
         assert held is not None
-        lease.finish(session, held, published(opened, held, {Form.ALIGNMENT: zips["alignment"]}))
+        ended.finish(session, held, published(opened, held, {Form.ALIGNMENT: zips["alignment"]}))
         session.commit()
     yield opened
     api.should_exit = True
@@ -98,13 +98,13 @@ def served(
     database.close()
 
 
-def published(served: Served, held: lease.Lease, contents: dict[Form, bytes]) -> lease.Published:
+def published(served: Served, held: lease.Lease, contents: dict[Form, bytes]) -> ended.Published:
     prefix = f"{held.prefix}/result"
     files = [
-        lease.PublishedFile(form, f"{form}.zip", put_bytes(served.blobs, f"{prefix}/{form}.zip", content))
+        ended.PublishedFile(form, f"{form}.zip", put_bytes(served.blobs, f"{prefix}/{form}.zip", content))
         for form, content in contents.items()
     ]
-    return lease.Published(prefix, tuple(files), {}, 0)
+    return ended.Published(prefix, tuple(files), {}, 0)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def tuned(customer: Customer, zips: dict[str, bytes]) -> str:
     held = customer.claim(customer.job())
     contents = {Form.METRICS: b"", Form.REPORTS: b"", Form.ADAPTER: b"", Form.ADAPTER_STOCK: zips["adapter_stock"]}
     with customer.served.database.writing() as session:
-        lease.finish(session, held, published(customer.served, held, contents))
+        ended.finish(session, held, published(customer.served, held, contents))
         session.commit()
     name = customer.sdk.fine_tuning.jobs.retrieve(held.job_id).fine_tuned_model
     assert name is not None
@@ -229,7 +229,7 @@ def test_a_job_that_failed_its_gate_answers_nothing(customer: Customer) -> None:
 
 def test_a_base_that_is_being_aligned_asks_to_come_back(customer: Customer, served: Served) -> None:
     with served.database.writing() as session:
-        session.merge(BaseModel(id="newbase", source="newbase", context=64, status=BaseStatus.ALIGNING))
+        session.merge(BaseRow(id="newbase", source="newbase", context=64, status=BaseStatus.ALIGNING))
         session.commit()
     reply = ask(customer, model="newbase")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_loading")

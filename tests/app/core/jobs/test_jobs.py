@@ -3,16 +3,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import update
 
-from app.core import files
 from app.core.broker import Wake
 from app.core.errors import Forbidden, ImmunotuneError, InvalidRequest, NotFound, QuotaExceeded
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
 from app.core.jobs.jobs import JobError, NewEvent
 from app.core.jobs.policy import CreateJob, get_policy, resolve_recipe
 from app.core.settings import Settings
 from app.core.storage.database import Database, Page
 from app.core.storage.job_states import FINAL, JobState
-from app.core.storage.tables import BaseModel, BaseStatus, FileStatus, Form, Job, Project
+from app.core.storage.tables import BaseRow, BaseStatus, File, FileStatus, Form, Job, Project
 from finetuning.contract.recipe import Recipe
 from tests.conftest import SUCCESS, add_file, add_job, published
 
@@ -32,7 +31,7 @@ def story(database: Database, project: Project, job: Job) -> list[str]:
 
 
 def test_a_new_job_holds_its_request_and_a_complete_recipe(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings, queued=False, suffix="support", seed=7, metadata={"team": "cx"})
     assert (job.state, job.stage, job.policy, job.queue) == ("validating_files", "validate", "immunotune", "train.cpu")
@@ -44,7 +43,7 @@ def test_a_new_job_holds_its_request_and_a_complete_recipe(
 
 
 def test_the_checked_recipe_replaces_the_first_guess(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings, queued=False)
     recipe = resolve_recipe(get_policy("immunotune"), "tiny", CreateJob(model="tiny", training_file="f"), rows=37)
@@ -58,10 +57,10 @@ def test_the_checked_recipe_replaces_the_first_guess(
 
 
 def test_a_checked_job_waits_for_its_base(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     with database.writing() as session:
-        session.execute(update(BaseModel).values(status=BaseStatus.ALIGNING))
+        session.execute(update(BaseRow).values(status=BaseStatus.ALIGNING))
         session.commit()
     job = add_job(database, project, settings, queued=False)
     with database.writing() as session:
@@ -71,7 +70,7 @@ def test_a_checked_job_waits_for_its_base(
 
 
 def test_a_failed_check_ends_the_job_with_its_error(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings, queued=False)
     error = JobError(
@@ -112,7 +111,7 @@ def test_a_bad_request_makes_no_job(
     database: Database,
     settings: Settings,
     project: Project,
-    base: BaseModel,
+    base: BaseRow,
     wishes: dict[str, object],
     code: str,
     param: str,
@@ -125,7 +124,7 @@ def test_a_bad_request_makes_no_job(
 
 
 def test_a_foreign_file_is_as_absent_as_an_absent_one(
-    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseRow
 ) -> None:
     foreign = add_file(database, baseline, settings)
     absent = foreign.id[:-1] + ("a" if foreign.id[-1] != "a" else "b")
@@ -136,7 +135,7 @@ def test_a_foreign_file_is_as_absent_as_an_absent_one(
 
 
 def test_too_few_rows_are_refused_with_both_numbers(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     file = add_file(database, project, settings, rows=9)
     error = refused(database, settings, project, training_file=file.id)
@@ -145,21 +144,36 @@ def test_too_few_rows_are_refused_with_both_numbers(
 
 
 def test_a_file_with_bad_rows_is_refused_with_its_lines(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
-    file = add_file(database, project, settings, rows=None)
-    bad = {"rows": 1, "errors_total": 1, "errors": [{"line": 7, "code": "invalid_json", "message": "..."}]}
-    with database.writing() as session:
-        files.set_validation(session, file.id, FileStatus.ERROR, validation=dict(bad), details="line 7")
-        session.commit()
+    errors = [{"line": 7, "code": "invalid_json", "message": "..."}]
+    file = add_file(database, project, settings, status=FileStatus.ERROR, errors_total=1, errors=errors)
     error = refused(database, settings, project, training_file=file.id)
     assert error.code == "invalid_training_file"
     assert error.details is not None
-    assert error.details["errors"] == bad["errors"]
+    assert error.details["errors"] == errors
+
+
+def test_a_file_that_an_older_release_left_unchecked_is_refused(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    file = add_file(database, project, settings)
+    with database.writing() as session:
+        session.execute(update(File).where(File.id == file.id).values(status="uploaded", validation=None))
+        session.commit()
+    assert refused(database, settings, project, training_file=file.id).code == "invalid_training_file"
+
+
+def test_preference_pairs_do_not_train_a_supervised_job(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    file = add_file(database, project, settings, format="dpo")
+    error = refused(database, settings, project, training_file=file.id)
+    assert (error.code, error.param) == ("format_method_mismatch", "training_file")
 
 
 def test_a_project_may_queue_only_so_many(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     few = settings.model_copy(update={"limits": settings.limits.model_copy(update={"live_jobs": 2})})
     first = add_job(database, project, few)
@@ -173,7 +187,7 @@ def test_a_project_may_queue_only_so_many(
 
 
 def test_cancel_ends_any_live_job_at_once_and_can_be_repeated(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     checking = add_job(database, project, settings, queued=False)
     queued = add_job(database, project, settings)
@@ -191,7 +205,7 @@ def test_cancel_ends_any_live_job_at_once_and_can_be_repeated(
 
 
 def test_a_finished_job_cannot_be_cancelled(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings, queued=False)
     with database.writing() as session:
@@ -202,7 +216,7 @@ def test_a_finished_job_cannot_be_cancelled(
 
 
 def test_of_two_cancels_and_a_finish_at_once_exactly_one_ends_the_job(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with database.writing() as session:
@@ -214,7 +228,7 @@ def test_of_two_cancels_and_a_finish_at_once_exactly_one_ends_the_job(
         with database.writing() as session:
             try:
                 if way == "finish":
-                    lease.finish(session, held, published(held, *SUCCESS))
+                    ended.finish(session, held, published(held, *SUCCESS))
                 else:
                     jobs.cancel(session, project.id, job.id)
             except (ImmunotuneError, lease.LeaseLost):
@@ -223,17 +237,17 @@ def test_of_two_cancels_and_a_finish_at_once_exactly_one_ends_the_job(
             return True
 
     with ThreadPoolExecutor(3) as pool:
-        ended = list(pool.map(end, ["cancel", "finish", "cancel"]))
+        won = list(pool.map(end, ["cancel", "finish", "cancel"]))
     with database.reading() as session:
         state = jobs.get_job(session, project.id, job.id).state
     assert state in FINAL
-    assert ended[1] == (state == JobState.SUCCEEDED)
+    assert won[1] == (state == JobState.SUCCEEDED)
     endings = [m for m in story(database, project, job) if "cancelled" in m or "completed" in m]
     assert len(endings) == 1
 
 
 def test_everything_of_a_foreign_job_is_not_found(
-    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with database.writing() as session:
@@ -248,7 +262,7 @@ def test_everything_of_a_foreign_job_is_not_found(
             jobs.list_jobs(session, baseline.id, Page(after=job.id))
 
 
-def test_jobs_are_found_by_metadata(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+def test_jobs_are_found_by_metadata(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     both = add_job(database, project, settings, metadata={"team": "cx", 'odd "key".$[0]': "va'lue"})
     one = add_job(database, project, settings, metadata={"team": "cx"})
     none = add_job(database, project, settings)
@@ -263,7 +277,7 @@ def test_jobs_are_found_by_metadata(database: Database, settings: Settings, proj
     assert ids(no_metadata=True) == [none.id]
 
 
-def test_events_keep_their_order(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+def test_events_keep_their_order(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings, queued=False)
     with database.writing() as session:
         jobs.append_events(session, job.id, [NewEvent(f"event {number}") for number in range(30)])
@@ -272,14 +286,14 @@ def test_events_keep_their_order(database: Database, settings: Settings, project
 
 
 def test_the_csv_comes_first_and_quarantined_weights_cannot_be_had(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with database.writing() as session:
         held = lease.claim(session, settings, job.id, "w")
         assert held is not None
         result = published(held, Form.ADAPTER, Form.REPORTS, Form.MASK, Form.METRICS)
-        lease.fail(session, held, JobError("safety_gate_failed", "..."), published=result, quarantine=True)
+        ended.fail(session, held, JobError("safety_gate_failed", "..."), published=result, quarantine=True)
         session.commit()
     with database.reading() as session:
         assert jobs.list_artifacts(session, project.id, job.id)[0].artifact.form == Form.METRICS

@@ -6,12 +6,13 @@ from sqlalchemy import select, update
 from app.core import models
 from app.core.broker import Wake
 from app.core.errors import LeaseLost, NotFound
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
+from app.core.jobs.ended import ReleaseCause
 from app.core.jobs.jobs import JobError, NewEvent
-from app.core.jobs.lease import Lease, News, ReleaseCause, SavedCheckpoint
+from app.core.jobs.lease import Beat, Lease, SavedCheckpoint
 from app.core.settings import Settings
 from app.core.storage.database import Database, Page, read_clock
-from app.core.storage.tables import BaseModel, Checkpoint, File, Form, Job, Model, Project
+from app.core.storage.tables import BaseRow, Checkpoint, File, Form, Job, Model, Project
 from tests.conftest import SUCCESS, add_job, patient, published
 
 
@@ -40,14 +41,14 @@ def now_of(database: Database, job: Job) -> Job:
 
 def release(database: Database, settings: Settings, held: Lease, cause: ReleaseCause) -> tuple[Wake, ...]:
     with database.writing() as session:
-        wakes = lease.release(session, settings.lease, held, cause, message="handed back")
+        wakes = ended.release(session, settings.lease, held, cause, message="handed back")
         session.commit()
     return wakes
 
 
-def beat(database: Database, settings: Settings, held: Lease, news: News | None = None) -> lease.Beat:
+def beat(database: Database, settings: Settings, held: Lease, said: Beat | None = None) -> lease.BeatReply:
     with database.writing() as session:
-        answer = lease.beat(session, settings.lease, held, "worker_one", news or News())
+        answer = lease.beat(session, settings.lease, held, said or Beat(), worker_id="worker_one")
         session.commit()
     return answer
 
@@ -57,7 +58,7 @@ def saved(held: Lease, step: int) -> SavedCheckpoint:
 
 
 def test_a_claim_gives_all_that_an_attempt_needs(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -74,16 +75,14 @@ def test_a_claim_gives_all_that_an_attempt_needs(
     assert held.prefix == f"jobs/{job.id}/1"
 
 
-def test_a_claim_refuses_a_live_lease(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
+def test_a_claim_refuses_a_live_lease(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
     assert claim(database, settings, job) is None
 
 
 def test_of_many_claims_at_once_one_wins(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     with ThreadPoolExecutor(8) as pool:
@@ -93,7 +92,7 @@ def test_of_many_claims_at_once_one_wins(
 
 
 def test_a_project_runs_no_more_than_its_cap_however_many_claim(
-    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseRow
 ) -> None:
     own = [add_job(database, project, settings) for _ in range(5)]
     other = add_job(database, baseline, settings)
@@ -104,7 +103,7 @@ def test_a_project_runs_no_more_than_its_cap_however_many_claim(
 
 
 def test_jobs_that_are_unchecked_final_or_resting_are_not_claimed(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     unchecked = add_job(database, project, settings, queued=False)
     cancelled = add_job(database, project, settings)
@@ -128,14 +127,14 @@ def test_a_fine_tune_waits_for_its_base_and_alignment_wakes_it(
     held = claimed(database, settings, align)
     assert (held.training, held.alignment, held.recipe.kind) == (None, None, "align")
     with database.writing() as session:
-        wakes = lease.finish(session, held, published(held, Form.ALIGNMENT, Form.REPORTS))
+        wakes = ended.finish(session, held, published(held, Form.ALIGNMENT, Form.REPORTS))
         session.commit()
     assert wakes == (Wake("immunotune.run_job", job.id, "train.cpu"),)
     assert claimed(database, settings, job).alignment is not None
 
 
 def test_a_beat_renews_the_lease_and_stores_the_news(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -143,8 +142,8 @@ def test_a_beat_renews_the_lease_and_stores_the_news(
         session.execute(update(Job).where(Job.id == job.id).values(lease_until=Job.lease_until - 20, losses=2))
         session.commit()
     before = now_of(database, job).lease_until
-    news = News((NewEvent("one"), NewEvent("two")), (saved(held, 20),), "train", {"step": 20, "total_steps": 60})
-    assert beat(database, settings, held, news) == lease.Beat(draining=False)
+    said = Beat((NewEvent("one"), NewEvent("two")), (saved(held, 20),), "train", {"step": 20, "total_steps": 60})
+    assert beat(database, settings, held, said) == lease.BeatReply(draining=False)
     found = now_of(database, job)
     assert before is not None
     assert found.lease_until is not None
@@ -158,7 +157,7 @@ def test_a_beat_renews_the_lease_and_stores_the_news(
 
 
 def test_a_draining_worker_learns_it_from_its_beat(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     with database.writing() as session:
         worker_id = lease.enrol_worker(session, host="here", devices="cpu")
@@ -169,7 +168,7 @@ def test_a_draining_worker_learns_it_from_its_beat(
         lease.drain_worker(session, worker_id)
         session.commit()
     with database.writing() as session:
-        assert lease.beat(session, settings.lease, held, worker_id, News()).draining
+        assert lease.beat(session, settings.lease, held, Beat(), worker_id=worker_id).draining
         session.commit()
     wakes = release(database, settings, held, ReleaseCause.DRAIN)
     assert wakes == (Wake("immunotune.run_job", job.id, "train.cpu"),)
@@ -178,11 +177,11 @@ def test_a_draining_worker_learns_it_from_its_beat(
 
 
 def test_the_next_attempt_starts_from_the_newest_checkpoint(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     first = claimed(database, settings, job)
-    beat(database, settings, first, News(checkpoints=(saved(first, 20), saved(first, 40))))
+    beat(database, settings, first, Beat(checkpoints=(saved(first, 20), saved(first, 40))))
     release(database, settings, first, ReleaseCause.DRAIN)
     second = claimed(database, settings, job)
     assert second.checkpoint == saved(first, 40)
@@ -190,7 +189,7 @@ def test_the_next_attempt_starts_from_the_newest_checkpoint(
 
 @pytest.mark.parametrize("way", ["cancel", "released", "reclaimed"])
 def test_a_lost_lease_can_write_nothing(
-    database: Database, settings: Settings, project: Project, base: BaseModel, way: str
+    database: Database, settings: Settings, project: Project, base: BaseRow, way: str
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -204,13 +203,13 @@ def test_a_lost_lease_can_write_nothing(
             claimed(database, settings, job)
     before = now_of(database, job)
     with pytest.raises(LeaseLost):
-        beat(database, settings, held, News((NewEvent("from the grave"),), (saved(held, 20),)))
+        beat(database, settings, held, Beat((NewEvent("from the grave"),), (saved(held, 20),)))
     with pytest.raises(LeaseLost):
         release(database, settings, held, ReleaseCause.FAULT)
     with database.writing() as session, pytest.raises(LeaseLost):
-        lease.fail(session, held, JobError("x", "y"), published=published(held, Form.REPORTS))
+        ended.fail(session, held, JobError("x", "y"), published=published(held, Form.REPORTS))
     with database.writing() as session, pytest.raises(LeaseLost):
-        lease.finish(session, held, published(held, *SUCCESS))
+        ended.finish(session, held, published(held, *SUCCESS))
     after = now_of(database, job)
     assert (after.state, after.fence, after.losses) == (before.state, before.fence, before.losses)
     with database.reading() as session:
@@ -223,7 +222,7 @@ def test_a_lost_lease_can_write_nothing(
 
 
 def test_a_fault_counts_rests_and_fails_the_third_time(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     slow = settings.model_copy(update={"lease": settings.lease.model_copy(update={"backoff_seconds": 30.0})})
     job = add_job(database, project, settings)
@@ -241,22 +240,20 @@ def test_a_fault_counts_rests_and_fails_the_third_time(
     assert (found.state, (found.error or {})["code"]) == ("failed", "worker_crashed")
 
 
-def test_a_checkpoint_forgives_losses(
-    database: Database, settings: Settings, project: Project, base: BaseModel
-) -> None:
+def test_a_checkpoint_forgives_losses(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings)
     for step in (20, 40, 60, 80):
         with database.writing() as session:
             session.execute(update(Job).where(Job.id == job.id).values(run_after=0.0))
             session.commit()
         held = claimed(database, settings, job)
-        beat(database, settings, held, News(checkpoints=(saved(held, step),)))
+        beat(database, settings, held, Beat(checkpoints=(saved(held, step),)))
         release(database, settings, held, ReleaseCause.FAULT)
     assert (now_of(database, job).state, now_of(database, job).losses) == ("queued", 1)
 
 
 def test_a_full_disk_rests_without_counting(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     release(database, settings, claimed(database, settings, job), ReleaseCause.STORAGE)
@@ -266,12 +263,12 @@ def test_a_full_disk_rests_without_counting(
 
 
 def test_success_is_downloadable_and_servable_at_once(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job, waiting = add_job(database, project, settings, suffix="support"), add_job(database, project, settings)
     held = claimed(database, settings, job)
     with database.writing() as session:
-        wakes = lease.finish(session, held, published(held, *SUCCESS))
+        wakes = ended.finish(session, held, published(held, *SUCCESS))
         session.commit()
     found = now_of(database, job)
     assert (found.state, found.stage, found.trained_tokens, found.lease_until) == ("succeeded", "done", 1234, None)
@@ -284,23 +281,23 @@ def test_success_is_downloadable_and_servable_at_once(
 
 
 def test_a_result_without_its_adapter_is_no_success(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
     with database.writing() as session, pytest.raises(ValueError, match="adapter"):
-        lease.finish(session, held, published(held, Form.METRICS, Form.REPORTS))
+        ended.finish(session, held, published(held, Form.METRICS, Form.REPORTS))
     assert now_of(database, job).state == "running"
 
 
 def test_a_refused_result_keeps_its_reports_and_never_becomes_a_model(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
     error = JobError("safety_gate_failed", "harmful_score 0.21 is not <= 0.1", "safety.gate.max_harmful_score")
     with database.writing() as session:
-        lease.fail(session, held, error, published=published(held, *SUCCESS), quarantine=True)
+        ended.fail(session, held, error, published=published(held, *SUCCESS), quarantine=True)
         session.commit()
     found = now_of(database, job)
     assert (found.state, (found.error or {})["code"], found.fine_tuned_model) == ("failed", "safety_gate_failed", None)

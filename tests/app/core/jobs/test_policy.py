@@ -1,4 +1,3 @@
-import math
 import re
 
 import pytest
@@ -8,6 +7,7 @@ from pydantic import ValidationError
 
 from app.core.errors import InvalidRequest
 from app.core.jobs.policy import CreateJob, Hyperparameters, get_policy, resolve_alignment, resolve_recipe
+from finetuning.attacks.catalogue import ATTACKS
 from finetuning.contract.recipe import Kind, Recipe
 from finetuning.recipes.library import base_of
 
@@ -19,10 +19,12 @@ def wish(**fields: object) -> CreateJob:
 
 
 @given(st.integers(1, 200_000), st.integers(1, 256), st.integers(1, 50))
-def test_a_recipe_covers_every_row_once_an_epoch(rows: int, batch_size: int, epochs: int) -> None:
+def test_a_recipe_asks_for_whole_epochs_and_leaves_their_steps_to_the_screen(
+    rows: int, batch_size: int, epochs: int
+) -> None:
     numbers = {"batch_size": batch_size, "n_epochs": epochs}
     recipe = resolve_recipe(DEFENDED, "tiny", wish(hyperparameters=numbers), rows=rows)
-    assert recipe.steps == math.ceil(rows / batch_size) * epochs
+    assert (recipe.steps, recipe.epochs, recipe.batch_size) == (0, epochs, batch_size)
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
@@ -42,7 +44,7 @@ def test_plain_switches_every_defence_off_and_keeps_the_gate() -> None:
     assert recipe.anchor.mix_share == recipe.anchor.kl_weight == 0
     assert recipe.gate.enabled
     defended = resolve_recipe(DEFENDED, "tiny", wish(), rows=100)
-    assert (recipe.optimiser, recipe.steps, recipe.lora) == (defended.optimiser, defended.steps, defended.lora)
+    assert (recipe.optimiser, recipe.epochs, recipe.lora) == (defended.optimiser, defended.epochs, defended.lora)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "tiny", "acme/Big-Model", "/models/local one/"])
@@ -116,3 +118,12 @@ def test_a_base_of_the_operators_own_names_its_modules_itself() -> None:
     with pytest.raises(InvalidRequest) as refused:
         resolve_recipe(DEFENDED, "acme-gpt", wish(lora={"target_modules": ("c attn",)}), rows=100)
     assert refused.value.param == "lora.target_modules"
+
+
+def test_big_steps_asks_for_what_a_client_may_ask_and_no_client_may_ask_for_more() -> None:
+    """T1: the service's own limits bound the corner; what they allow is left to the release gate."""
+    scale = ATTACKS["big_steps"].changes["lr_scale"]
+    assert Hyperparameters(learning_rate_multiplier=scale).learning_rate_multiplier == scale
+    for beyond in ({"learning_rate_multiplier": 1.1 * scale}, {"n_epochs": 51}, {"batch_size": 257}):
+        with pytest.raises(ValidationError):
+            Hyperparameters.model_validate(beyond)

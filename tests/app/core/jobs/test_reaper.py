@@ -7,12 +7,13 @@ from sqlalchemy import select, update
 
 from app.core import files
 from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
-from app.core.jobs import jobs, lease, reaper
+from app.core.jobs import ended, jobs, lease, reaper
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import BlobMissing, BlobStore, FolderBlobs, put_bytes
+from app.core.storage.blobs import BlobMissing, BlobStore, put_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import BaseModel, File, FileStatus, Job, Project
+from app.core.storage.tables import BaseRow, File, Job, Project
 from tests.conftest import SUCCESS, add_file, add_job, patient, published, wait_until
 
 
@@ -21,11 +22,11 @@ def settings(settings: Settings) -> Settings:
     return patient(settings)
 
 
-def age(database: Database, table: type[File] | type[Job], **columns: float) -> None:
-    """Move stored times of all rows into the past by so many seconds."""
+def age(database: Database, **columns: float) -> None:
+    """Move stored times of all jobs into the past by so many seconds."""
     with database.writing() as session:
-        values = {name: getattr(table, name) - seconds for name, seconds in columns.items()}
-        session.execute(update(table).values(values))
+        values = {name: getattr(Job, name) - seconds for name, seconds in columns.items()}
+        session.execute(update(Job).values(values))
         session.commit()
 
 
@@ -49,7 +50,7 @@ def now_of(database: Database, job: Job) -> Job:
         return session.scalars(select(Job).where(Job.id == job.id)).one()
 
 
-def test_a_live_lease_is_left_alone(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
+def test_a_live_lease_is_left_alone(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
     assert expire(database, settings) == ()
@@ -57,83 +58,76 @@ def test_a_live_lease_is_left_alone(database: Database, settings: Settings, proj
 
 
 def test_a_lost_worker_gives_its_job_back_until_the_third_loss(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     for losses in (1, 2):
         claimed(database, settings, job)
-        age(database, Job, lease_until=600)
+        age(database, lease_until=600)
         assert expire(database, settings) == (Wake("immunotune.run_job", job.id, "train.cpu"),)
         assert expire(database, settings) == ()
         assert (now_of(database, job).state, now_of(database, job).losses) == ("queued", losses)
     claimed(database, settings, job)
-    age(database, Job, lease_until=600)
+    age(database, lease_until=600)
     assert expire(database, settings) == ()
     found = now_of(database, job)
     assert (found.state, (found.error or {})["code"]) == ("failed", "worker_crashed")
 
 
 def test_a_job_that_saves_nothing_for_hours_is_ended_though_it_beats(
-    database: Database, settings: Settings, project: Project, base: BaseModel
+    database: Database, settings: Settings, project: Project, base: BaseRow
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
-    age(database, Job, saved_at=settings.lease.stall_seconds + 1)
+    age(database, saved_at=settings.lease.stall_seconds + 1)
     expire(database, settings)
     found = now_of(database, job)
     assert (found.state, (found.error or {})["code"], found.fence) == ("failed", "job_stalled", held.fence + 1)
 
 
 def test_a_lost_wake_up_is_sent_again(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     add_job(database, project, settings)
     add_job(database, project, settings, queued=False)
-    add_file(database, project, settings, rows=None)
     reaper.rewake(database, broker, settings)
     assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (0, 0)
-    age(database, Job, woken_at=600)
-    age(database, File, woken_at=600)
+    age(database, woken_at=600)
     reaper.rewake(database, broker, settings)
-    assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (1, 2)
+    assert (queue_depth(broker, CPU_QUEUE), queue_depth(broker, CHECKS_QUEUE)) == (1, 1)
 
 
 def test_messages_never_outnumber_what_waits(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     made = [add_job(database, project, settings) for _ in range(3)]
     wake(broker, *(jobs.wake_for(job) for job in made[:2]))
     for _ in range(4):
-        age(database, Job, woken_at=600)
+        age(database, woken_at=600)
         reaper.rewake(database, broker, settings)
     assert queue_depth(broker, CPU_QUEUE) == 3
 
 
 def test_resting_jobs_and_jobs_without_their_base_are_not_woken(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     resting, waiting = add_job(database, project, settings), add_job(database, project, settings)
     with database.writing() as session:
         session.execute(update(Job).where(Job.id == resting.id).values(run_after=Job.run_after + 600))
-        session.execute(update(BaseModel).values(status="aligning"))
+        session.execute(update(BaseRow).values(status="aligning"))
         session.commit()
-    age(database, Job, woken_at=600)
+    age(database, woken_at=600)
     reaper.rewake(database, broker, settings)
     assert queue_depth(broker, CPU_QUEUE) == 0
     assert now_of(database, waiting).state == "queued"
 
 
-def test_no_check_takes_for_ever(database: Database, settings: Settings, project: Project, base: BaseModel) -> None:
-    file = add_file(database, project, settings, rows=None)
+def test_no_check_takes_for_ever(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
     job = add_job(database, project, settings, queued=False)
-    age(database, File, created_at=901)
-    age(database, Job, created_at=901)
+    age(database, created_at=901)
     with database.writing() as session:
         reaper.end_overdue_checks(session, settings.limits.check_seconds)
         session.commit()
-    with database.reading() as session:
-        late = files.get_file(session, project.id, file.id)
-    assert (late.status, (late.validation or {})["errors_total"]) == ("error", 1)
     assert (now_of(database, job).state, (now_of(database, job).error or {})["code"]) == ("failed", "file_not_ready")
 
 
@@ -155,15 +149,15 @@ def test_a_deleted_file_loses_its_bytes_and_keeps_its_row(
 
 
 def test_only_blobs_that_no_row_needs_are_swept(
-    database: Database, settings: Settings, project: Project, base: BaseModel, blobs: BlobStore
+    database: Database, settings: Settings, project: Project, base: BaseRow, blobs: BlobStore
 ) -> None:
-    running, ended = add_job(database, project, settings), add_job(database, project, settings)
-    held = claimed(database, settings, ended)
+    running, done = add_job(database, project, settings), add_job(database, project, settings)
+    held = claimed(database, settings, done)
     saved = lease.SavedCheckpoint(20, f"{held.prefix}/checkpoints/20", "print", {})
     result = published(held, *SUCCESS, blobs=blobs)
     with database.writing() as session:
-        lease.beat(session, settings.lease, held, "w", lease.News(checkpoints=(saved,)))
-        lease.finish(session, held, result)
+        lease.beat(session, settings.lease, held, lease.Beat(checkpoints=(saved,)), worker_id="w")
+        ended.finish(session, held, result)
         session.commit()
     file = add_file(database, project, settings)
     needed = {
@@ -175,7 +169,7 @@ def test_only_blobs_that_no_row_needs_are_swept(
         f"{saved.prefix}/adapter.safetensors",  # nobody resumes from the checkpoint of an ended job
         "files/proj_x/file-absent",
         "jobs/ftjob-absent/1/result/adapter.zip",
-        f"jobs/{ended.id}/0/result/adapter.zip",
+        f"jobs/{done.id}/0/result/adapter.zip",
         f"{held.prefix}/checkpoints/2/loop.json",
     }
     for key in needed | orphans:
@@ -189,7 +183,7 @@ def test_only_blobs_that_no_row_needs_are_swept(
 
 
 def test_what_a_cancelled_job_stored_goes_soon(
-    database: Database, settings: Settings, project: Project, base: BaseModel, blobs: BlobStore
+    database: Database, settings: Settings, project: Project, base: BaseRow, blobs: BlobStore
 ) -> None:
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
@@ -215,11 +209,11 @@ def test_cut_off_uploads_are_removed_when_old(database: Database, tmp_path: Path
 
 
 def test_the_thread_takes_a_job_back_and_wakes_it(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     job = add_job(database, project, settings)
     claimed(database, settings, job)
-    age(database, Job, lease_until=600)
+    age(database, lease_until=600)
     ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
     ticking.start()
     try:
@@ -230,10 +224,10 @@ def test_the_thread_takes_a_job_back_and_wakes_it(
 
 
 def test_the_thread_outlives_a_bad_tick(
-    database: Database, settings: Settings, project: Project, base: BaseModel, broker: Celery
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
     with database.writing() as session:
-        file = add_file(database, project, settings, rows=None)
+        file = add_file(database, project, settings)
         session.execute(update(File).where(File.id == file.id).values(blob_key="../not a key", deleted_at=1.0))
         session.commit()
     job = add_job(database, project, settings)
@@ -241,17 +235,7 @@ def test_the_thread_outlives_a_bad_tick(
     ticking.start()
     try:
         claimed(database, settings, job)
-        age(database, Job, lease_until=600)
+        age(database, lease_until=600)
         wait_until(lambda: now_of(database, job).state == JobState.QUEUED, seconds=10)
     finally:
         ticking.stop()
-
-
-def test_a_checked_file_is_not_checked_again(
-    database: Database, settings: Settings, project: Project, broker: Celery
-) -> None:
-    file = add_file(database, project, settings)
-    age(database, File, woken_at=600)
-    reaper.rewake(database, broker, settings)
-    assert file.status == FileStatus.PROCESSED
-    assert queue_depth(broker, CHECKS_QUEUE) == 0

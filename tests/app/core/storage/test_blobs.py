@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from app.core.errors import StorageFull
 from app.core.settings import Settings
-from app.core.storage.blobs.folder import (
+from app.core.storage.blobs import (
     Blob,
     BlobExists,
     BlobMissing,
     BlobStore,
     CorruptBlob,
-    FolderBlobs,
     check_key,
     fetch_file,
     open_blobs,
@@ -22,6 +21,7 @@ from app.core.storage.blobs.folder import (
     put_file,
     read_bytes,
 )
+from app.core.storage.blobs.folder import FolderBlobs
 
 BIG = bytes(range(256)) * 12_000  # three chunks
 

@@ -27,7 +27,7 @@ def test_the_database_clock_runs_in_unix_seconds(database: Database) -> None:
 def test_migrations_make_what_the_tables_say(settings: Settings) -> None:
     with migration_engine(settings).connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, tables.Row.metadata) == []
+        assert compare_metadata(context, tables.TableRow.metadata) == []
 
 
 def test_migrating_twice_keeps_rows(database: Database, settings: Settings, project: Project) -> None:

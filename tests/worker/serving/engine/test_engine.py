@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from finetuning.model.base import BaseModel, load_base
+from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.support.tiny_llama import save_adapter, save_base
 from worker.serving.engine.decoding import AdapterMismatch
@@ -49,7 +49,7 @@ def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def base(folder: Path) -> BaseModel:
+def base(folder: Path) -> FrozenBase:
     return load_base(folder, device="cpu")
 
 
@@ -89,7 +89,7 @@ def ask(
     return Ask(tuple(prompt), adapter, new_tokens=new_tokens, deliver=inbox.events.put, **fields)  # type: ignore[arg-type]
 
 
-def generate(folder: Path, base: BaseModel, prompt: list[int], adapter: Adapter | None, new_tokens: int) -> str:
+def generate(folder: Path, base: FrozenBase, prompt: list[int], adapter: Adapter | None, new_tokens: int) -> str:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter.folder)
@@ -101,14 +101,14 @@ def generate(folder: Path, base: BaseModel, prompt: list[int], adapter: Adapter 
     return text
 
 
-def prompts(base: BaseModel, count: int) -> list[list[int]]:
+def prompts(base: FrozenBase, count: int) -> list[list[int]]:
     words = ["soup", "lamp", "quick fox?", "how do I mix the lazy dog", "été", "a" * 37]
     chosen = random.Random(3)
     return [prompt_ids(base.tokenizer, " ".join(chosen.choices(words, k=1 + i % 4))) for i in range(count)]
 
 
 def test_mixed_adapters_in_one_batch_equal_plain_generate_of_each_row_alone(
-    engine: Engine, folder: Path, base: BaseModel, adapters: dict[str, Adapter | None]
+    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, Adapter | None]
 ) -> None:
     names = ["public", "wide", "narrow", "wide", "public", "narrow", "narrow"]
     rows = list(zip(prompts(base, len(names)), names, range(8, 36, 4), strict=True))
@@ -121,7 +121,7 @@ def test_mixed_adapters_in_one_batch_equal_plain_generate_of_each_row_alone(
         assert inbox.ended[0].tokens <= new_tokens
 
 
-def test_adapters_change_the_answer(engine: Engine, base: BaseModel, adapters: dict[str, Adapter | None]) -> None:
+def test_adapters_change_the_answer(engine: Engine, base: FrozenBase, adapters: dict[str, Adapter | None]) -> None:
     prompt = prompts(base, 1)[0]
     answers = set[str]()
     for adapter in adapters.values():
@@ -132,7 +132,7 @@ def test_adapters_change_the_answer(engine: Engine, base: BaseModel, adapters: d
 
 
 def test_a_row_that_joins_a_running_batch_gets_its_own_answer(
-    engine: Engine, folder: Path, base: BaseModel, adapters: dict[str, Adapter | None]
+    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, Adapter | None]
 ) -> None:
     first, second = prompts(base, 2)
     running, late = Inbox(), Inbox()
@@ -143,7 +143,7 @@ def test_a_row_that_joins_a_running_batch_gets_its_own_answer(
     assert running.wait().text[0] == generate(folder, base, first, adapters["wide"], 80)
 
 
-def test_choices_share_a_prompt_and_differ_by_their_draws(engine: Engine, base: BaseModel) -> None:
+def test_choices_share_a_prompt_and_differ_by_their_draws(engine: Engine, base: FrozenBase) -> None:
     prompt = prompts(base, 1)[0]
     inbox, again = Inbox(), Inbox()
     warm = Sampling(temperature=1.5)
@@ -154,7 +154,7 @@ def test_choices_share_a_prompt_and_differ_by_their_draws(engine: Engine, base: 
     assert again.wait(3).text == texts
 
 
-def test_pieces_join_to_the_same_text_with_and_without_a_far_stop(engine: Engine, base: BaseModel) -> None:
+def test_pieces_join_to_the_same_text_with_and_without_a_far_stop(engine: Engine, base: FrozenBase) -> None:
     plain = Inbox()
     prompt = prompts(base, 3)[2]
     engine.submit(ask(prompt, plain))
@@ -167,7 +167,7 @@ def test_pieces_join_to_the_same_text_with_and_without_a_far_stop(engine: Engine
         assert stopped.ended[0].reason == "stop"
 
 
-def test_a_cancelled_ask_leaves_room_for_others(engine: Engine, base: BaseModel) -> None:
+def test_a_cancelled_ask_leaves_room_for_others(engine: Engine, base: FrozenBase) -> None:
     prompt = prompts(base, 1)[0]
     for _ in range(30):
         inbox = Inbox()
@@ -180,7 +180,7 @@ def test_a_cancelled_ask_leaves_room_for_others(engine: Engine, base: BaseModel)
     inbox.wait()
 
 
-def test_logprobs_belong_to_the_drawn_tokens(engine: Engine, base: BaseModel) -> None:
+def test_logprobs_belong_to_the_drawn_tokens(engine: Engine, base: FrozenBase) -> None:
     inbox = Inbox()
     engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=10, sampling=Sampling(temperature=0, top_logprobs=3)))
     entries = [entry for piece in inbox.wait().pieces for entry in piece.logprobs]
@@ -192,7 +192,7 @@ def test_logprobs_belong_to_the_drawn_tokens(engine: Engine, base: BaseModel) ->
 
 
 def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
-    engine: Engine, base: BaseModel, folder: Path, tmp_path: Path
+    engine: Engine, base: FrozenBase, folder: Path, tmp_path: Path
 ) -> None:
     stranger = save_adapter(folder, tmp_path / "stranger", seed=5)
     config = stranger / "adapter_config.json"
@@ -205,7 +205,7 @@ def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
     assert "served_stranger" not in engine.attached
 
 
-def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: FrozenBase, tmp_path: Path) -> None:
     engine = Engine(load_base(folder, device="cpu"), EngineLimits(adapters=2))
     engine.start()
     made = [Adapter(f"served_{i}", save_adapter(folder, tmp_path / str(i), seed=i)) for i in range(3)]
@@ -220,7 +220,7 @@ def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: BaseMo
         engine.close()
 
 
-def test_a_full_line_says_so(folder: Path, base: BaseModel) -> None:
+def test_a_full_line_says_so(folder: Path, base: FrozenBase) -> None:
     engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=1, waiting=1))
     inbox = Inbox()
     for _ in range(2):
