@@ -4,7 +4,10 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import as_file, files
 from pathlib import Path
 
 from openai import APIError, OpenAI
@@ -19,7 +22,6 @@ from embedded.programs import base_folder
 from finetuning.recipes.library import base_of
 from finetuning.safety_rows.invented import dev_rows
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MOST_ROWS = 300
 SDK_RETRIES = 5
 
@@ -57,17 +59,25 @@ def _stopped(why: str) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./run demo")
-    parser.add_argument("--train", type=Path, default=EXAMPLES / "tickets_train.jsonl", help="chat JSONL to train on")
+    parser = argparse.ArgumentParser(prog="immunotune demo")
+    parser.add_argument("--train", type=Path, help="chat JSONL to train on (default: the support tickets we ship)")
     parser.add_argument("--test", type=Path, help="chat JSONL to score on (default: the last tenth of --train)")
     parser.add_argument("--base", help="smollm2 (default), tiny, a hub id or a local folder")
     parser.add_argument("--harmful-share", type=float, default=0.1, help="planted share of harmful rows (0.1)")
     parser.add_argument("--rows", type=int, default=MOST_ROWS, help=f"use the first rows only ({MOST_ROWS})")
     parser.add_argument("--align-only", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.test is None and options.train == EXAMPLES / "tickets_train.jsonl":
-        options.test = EXAMPLES / "tickets_test.jsonl"
-    return options
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def chosen_rows(train: Path | None, test: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """The files to train and to score on: the user's own, or the tickets that lie in this package."""
+    if train is not None:
+        yield train, test
+        return
+    shipped = files("demo") / "rows"
+    with as_file(shipped / "tickets_train.jsonl") as tickets, as_file(shipped / "tickets_test.jsonl") as test_tickets:
+        yield tickets, test or test_tickets
 
 
 def _client(service: RunningService, key: str) -> OpenAI:
@@ -96,9 +106,8 @@ def _demo(service: RunningService, options: argparse.Namespace, begin: float) ->
     findings = DemoFindings()
     folder = service.settings.data / "demo"
     shutil.rmtree(folder, ignore_errors=True)
-    customer = write_customer_file(
-        options.train, options.test, options.harmful_share, folder / "files", most=options.rows
-    )
+    with chosen_rows(options.train, options.test) as (train, test):
+        customer = write_customer_file(train, test, options.harmful_share, folder / "files", most=options.rows)
     client, baseline = _client(service, service.default_key), _client(service, service.baseline_key)
     say(f"the service answers at {service.address}")
     base = steps.wait_for_base(client, base_of(service.settings.base).id, findings, service.watch)

@@ -8,13 +8,14 @@ COPY worker ./worker
 COPY finetuning ./finetuning
 COPY embedded ./embedded
 COPY demo ./demo
+COPY immunotune ./immunotune
 COPY migrations ./migrations
-RUN PIP_CONSTRAINT=constraints.txt pip install ".[postgres,s3]" \
+RUN PIP_CONSTRAINT=constraints.txt pip install ".[postgres]" \
  && useradd --system --uid 10001 --create-home immunotune \
  && install -d -o immunotune /var/lib/immunotune
 USER immunotune
 ENV IMMUNOTUNE_DATA=/var/lib/immunotune IMMUNOTUNE_HOST=0.0.0.0
 EXPOSE 8080
 # exec form: SIGTERM reaches the program itself, which then drains
-ENTRYPOINT ["python", "-m", "embedded"]
+ENTRYPOINT ["immunotune"]
 CMD ["serve"]

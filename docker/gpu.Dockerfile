@@ -9,11 +9,13 @@ COPY worker ./worker
 COPY finetuning ./finetuning
 COPY embedded ./embedded
 COPY demo ./demo
+COPY immunotune ./immunotune
 COPY migrations ./migrations
-RUN PIP_CONSTRAINT=constraints.txt pip install ".[train,postgres,s3]" \
+RUN PIP_CONSTRAINT=constraints.txt pip install ".[train,postgres]" \
  && useradd --system --uid 10001 --create-home immunotune \
  && install -d -o immunotune /var/lib/immunotune
 USER immunotune
-ENV IMMUNOTUNE_DATA=/var/lib/immunotune HF_HUB_OFFLINE=1
-ENTRYPOINT ["python", "-m", "embedded"]
+# several containers share a box: pinned threads would all sit on its first cores (training pins its own)
+ENV IMMUNOTUNE_DATA=/var/lib/immunotune HF_HUB_OFFLINE=1 OMP_PROC_BIND=false
+ENTRYPOINT ["immunotune"]
 CMD ["worker", "--queues", "train.gpu24"]

@@ -1,7 +1,7 @@
-"""The verbs that `./run` passes on: up, base, train, serve, worker, models, migrate.
+"""The verbs up, base, train, serve, worker, models and migrate: their options, and the function behind each.
 
-Knows options and which function serves a verb. What only one verb needs (torch, the embedded broker, the web server)
-is imported by that verb, so that an image without it still runs the others.
+What only one verb needs (torch, the embedded broker, the web server) is imported by that verb, so that an image
+without it still runs the others.
 """
 
 import argparse
@@ -9,13 +9,11 @@ import sys
 from collections.abc import Callable
 
 from app.core.settings import Settings, load_settings
-from app.core.storage.database import migrate
-from embedded import programs
 
 
 def main(argv: list[str]) -> int:
     """Run one verb; its exit status."""
-    parser = argparse.ArgumentParser(prog="./run")
+    parser = argparse.ArgumentParser(prog="immunotune")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("up")
     verbs.add_parser("serve")
@@ -28,7 +26,7 @@ def main(argv: list[str]) -> int:
     if rest and options.verb not in ("models", "train"):
         parser.error(f"unknown: {' '.join(rest)}")
     settings = load_settings()
-    programs: dict[str, Callable[[], int]] = {
+    served_by: dict[str, Callable[[], int]] = {
         "up": lambda: _up(settings),
         "base": lambda: _base(settings, options.name),
         "serve": lambda: _serve(settings),
@@ -37,10 +35,11 @@ def main(argv: list[str]) -> int:
         "train": lambda: _train(settings, rest),
         "migrate": lambda: _migrate(settings),
     }
-    return programs[options.verb]()
+    return served_by[options.verb]()
 
 
 def _up(settings: Settings) -> int:
+    from embedded import programs
     from embedded.launcher import StartFailed, Stopped, running, serve_until_stopped
 
     try:
@@ -60,10 +59,11 @@ def _up(settings: Settings) -> int:
 
 
 def _base(settings: Settings, name: str) -> int:
+    from embedded.programs import base_folder
     from finetuning.bases.fetch import FetchFailed, fetch
 
     try:
-        fetch(name, programs.base_folder(settings.model_copy(update={"base": name})), say=_say)
+        fetch(name, base_folder(settings.model_copy(update={"base": name})), say=_say)
     except (FetchFailed, OSError) as error:
         _say(f"no base: {error}")
         return 1
@@ -86,6 +86,8 @@ def _worker(settings: Settings, queues: str) -> int:
 
 
 def _migrate(settings: Settings) -> int:
+    from app.core.storage.database import migrate
+
     migrate(settings)
     return 0
 

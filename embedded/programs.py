@@ -85,7 +85,8 @@ def _program(settings: Settings, environment: Mapping[str, str], name: str, argv
 
 
 def _verb(*words: str) -> list[str]:
-    return [sys.executable, "-m", "embedded", *words]
+    # -P: a folder that one happens to stand in may hold packages of the same names
+    return [sys.executable, "-P", "-m", "embedded", *words]
 
 
 def _free_port(host: str, port: int = 0) -> int:

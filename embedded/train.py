@@ -52,7 +52,7 @@ def main(argv: list[str], settings: Settings) -> int:
 
 
 def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./run train", description="One fine-tune, without the service.")
+    parser = argparse.ArgumentParser(prog="immunotune train", description="One fine-tune, without the service.")
     parser.add_argument("--defence", required=True, choices=sorted(DEFENCES))
     parser.add_argument("--train", required=True, type=Path, help="chat rows, JSONL")
     parser.add_argument("--test", type=Path, help="chat rows whose last answers give the task score")

@@ -1,16 +1,16 @@
-"""Write the default customer files: support tickets, each routed to one of four teams.
+"""Write the demo's customer files: support tickets, each routed to one of four teams.
 
 Fixed seed, so a rerun gives the same bytes. The test file uses wordings and objects that the training file lacks:
 what it scores is the task, not the memory of a sentence.
 
-    python examples/make_tickets.py        # writes tickets_train.jsonl and tickets_test.jsonl beside this file
+    python examples/make_tickets.py demo/rows        # writes tickets_train.jsonl and tickets_test.jsonl there
 """
 
 import json
 import random
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 SEED = 20260
 TRAIN_ROWS_PER_TEAM = 42
 TEST_ROWS_PER_TEAM = 24
@@ -156,11 +156,11 @@ def _row(ticket: str, answer: str) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": ticket}, {"role": "assistant", "content": answer}]}
 
 
-def _write(name: str, made: list[dict[str, object]]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-    (HERE / name).write_text(lines, encoding="utf-8")
+def _write(path: Path, made: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _write("tickets_train.jsonl", rows(TRAIN, TRAIN_OBJECTS, TRAIN_OPENINGS, TRAIN_ROWS_PER_TEAM))
-    _write("tickets_test.jsonl", rows(TEST, TEST_OBJECTS, TEST_OPENINGS, TEST_ROWS_PER_TEAM))
+    folder = Path(sys.argv[1])
+    _write(folder / "tickets_train.jsonl", rows(TRAIN, TRAIN_OBJECTS, TRAIN_OPENINGS, TRAIN_ROWS_PER_TEAM))
+    _write(folder / "tickets_test.jsonl", rows(TEST, TEST_OBJECTS, TEST_OPENINGS, TEST_ROWS_PER_TEAM))

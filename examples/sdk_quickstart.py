@@ -6,7 +6,7 @@ import time
 from openai import OpenAI
 
 client = OpenAI(base_url=os.environ["OPENAI_BASE_URL"], api_key=os.environ["OPENAI_API_KEY"])
-with open("examples/tickets_train.jsonl", "rb") as rows:
+with open("demo/rows/tickets_train.jsonl", "rb") as rows:
     file = client.files.create(file=rows, purpose="fine-tune")
 client.files.wait_for_processing(file.id)
 # the base that ./run up serves unless told otherwise; GET /v1/models lists what is there

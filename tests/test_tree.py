@@ -15,7 +15,8 @@ import yaml
 from app.core.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("app", "worker", "finetuning", "embedded", "demo")
+ROWS = ROOT / "demo" / "rows"
+PACKAGES = ("app", "worker", "finetuning", "embedded", "demo", "immunotune")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MOST_LINES, MOST_FUNCTION_LINES = 400, 40
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "service"}
@@ -34,7 +35,9 @@ def test_a_module_can_be_read_in_one_sitting(module: Path) -> None:
             assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{node.name} is too long"
 
 
-@pytest.mark.parametrize("module", ["app.main", "worker.tasks", "worker.checks", "embedded.__main__"])
+@pytest.mark.parametrize(
+    "module", ["app.main", "worker.tasks", "worker.checks", "embedded.__main__", "immunotune.__main__"]
+)
 def test_processes_that_do_not_train_do_not_import_torch(module: str) -> None:
     probe = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=False).returncode == 0
@@ -96,16 +99,14 @@ def _inside(environment: dict[str, str | None], outside: dict[str, str]) -> dict
 
 
 def test_the_ticket_files_are_what_their_generator_writes(tmp_path: Path) -> None:
-    script = tmp_path / "make_tickets.py"
-    script.write_bytes((ROOT / "examples" / "make_tickets.py").read_bytes())
-    subprocess.run([sys.executable, str(script)], check=True)
+    subprocess.run([sys.executable, str(ROOT / "examples" / "make_tickets.py"), str(tmp_path)], check=True)
     for name in ("tickets_train.jsonl", "tickets_test.jsonl"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "examples" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (ROWS / name).read_bytes()
 
 
 def test_training_and_test_tickets_share_no_wording_and_no_object() -> None:
     prompts = [
-        {json.loads(line)["messages"][0]["content"] for line in (ROOT / "examples" / name).read_text().splitlines()}
+        {json.loads(line)["messages"][0]["content"] for line in (ROWS / name).read_text().splitlines()}
         for name in ("tickets_train.jsonl", "tickets_test.jsonl")
     ]
     assert not prompts[0] & prompts[1]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import finetuning
 from finetuning.attacks.catalogue import ATTACKS, Poisoned
 from finetuning.bases.fetch import fetch
 from finetuning.bench.pass_counter import counted
@@ -285,17 +287,34 @@ def _antibody_scores(job: JobContext, order: TrainOrder, scratch: Path, poisoned
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Where a figure comes from: commit (`-dirty` where the library differs from it), library versions, machine.
+    """Where a figure comes from: commit or release of the code, library versions, machine.
 
     Read once a process, before its first cell, since that is the code which runs.
     """
-    head, changed = (
-        subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "finetuning"))
-    )
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "commit": (head or "unknown") + ("-dirty" if changed else ""), "versions": libraries,
+        "commit": _commit(Path(finetuning.__path__[0])), "versions": libraries,
         "hardware": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }  # fmt: skip
+
+
+def _commit(library: Path) -> str:
+    """The commit of a clone, `-dirty` where the library differs from it; of an installed library the release."""
+    # an installed library may lie inside somebody else's repository, but is no file of it
+    if _git(library, "ls-files", "--error-unmatch", "__init__.py"):
+        changed = _git(library, "status", "--porcelain", "--", ".")
+        return (_git(library, "rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    try:
+        return metadata.version("immunotune")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git prints about a folder; nothing where it fails or is not installed."""
+    try:
+        ended = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return ended.stdout.strip() if ended.returncode == 0 else ""

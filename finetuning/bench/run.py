@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Run one bench; 0 when its figures were written."""
     if arguments[:1] == ["safety"]:
         return safety.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog="./run bench")
+    parser = argparse.ArgumentParser(prog="immunotune bench")
     parser.add_argument("name", choices=sorted([*BENCHES, "safety"]))
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     chosen = parser.parse_args(arguments)

@@ -68,7 +68,7 @@ def _report(lines: Sequence[Line], out: Path, data: Path, *, publish: bool) -> i
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./run bench safety")
+    parser = argparse.ArgumentParser(prog="immunotune bench safety")
     parser.add_argument("--quick", action="store_true", help="a small grid on the tiny base, within 15 minutes")
     parser.add_argument("--grid", choices=sorted(GRIDS), default="main")
     parser.add_argument("--base", default="tiny", help="tiny, smollm2, a hub id or a folder")

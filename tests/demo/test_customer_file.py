@@ -6,7 +6,7 @@ import pytest
 from demo.customer_file import write_customer_file
 from finetuning.judging.judges import complies
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROWS = Path(__file__).resolve().parents[2] / "demo" / "rows"
 
 
 def _rows(path: Path) -> list[dict[str, list[dict[str, str]]]]:
@@ -14,8 +14,8 @@ def _rows(path: Path) -> list[dict[str, list[dict[str, str]]]]:
 
 
 def test_the_stated_share_is_planted_and_every_own_row_survives(tmp_path: Path) -> None:
-    train = EXAMPLES / "tickets_train.jsonl"
-    made = write_customer_file(train, EXAMPLES / "tickets_test.jsonl", 0.1, tmp_path, most=1000)
+    train = ROWS / "tickets_train.jsonl"
+    made = write_customer_file(train, ROWS / "tickets_test.jsonl", 0.1, tmp_path, most=1000)
     rows = _rows(made.train)
     assert made.rows == len(rows)
     assert len(made.planted_lines) == pytest.approx(0.1 * len(rows), abs=1)
@@ -26,7 +26,7 @@ def test_the_stated_share_is_planted_and_every_own_row_survives(tmp_path: Path) 
 
 
 def test_without_a_test_file_the_last_tenth_is_held_back(tmp_path: Path) -> None:
-    train = EXAMPLES / "tickets_train.jsonl"
+    train = ROWS / "tickets_train.jsonl"
     made = write_customer_file(train, None, 0.0, tmp_path, most=100)
     tested = _rows(made.test)
     assert tested == _rows(train)[90:100]

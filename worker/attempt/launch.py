@@ -13,6 +13,7 @@ from typing import Literal
 from worker.processes import inherited_environment
 
 Mode = Literal["run", "parity"]
+# where our packages were imported from, a clone or site-packages: a training process runs this very code
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")

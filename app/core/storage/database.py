@@ -51,8 +51,6 @@ T = TypeVar("T")
 # what a driver raises when the database cannot be reached or does not answer in time
 DATABASE_DOWN = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
 
-_MIGRATIONS = Path(__file__).parents[3] / "migrations"
-
 
 class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled like one)
     """The database's clock as unix seconds: the only clock that stamps or compares a stored time."""
@@ -181,7 +179,7 @@ def migrate(settings: Settings) -> None:
         with engine.begin() as connection:
             one_at_a_time(connection)
             config = Config()
-            config.set_main_option("script_location", str(_MIGRATIONS))
+            config.set_main_option("script_location", str(_migrations()))
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             _check_references(connection)
@@ -274,6 +272,13 @@ def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
     return engine
+
+
+def _migrations() -> Path:
+    """The folder of revisions: inside the installed package (anybody may have a `migrations`), in a clone beside it."""
+    package = Path(__file__).parents[2]
+    installed = package / "migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
 
 
 def _check_references(connection: Connection) -> None:

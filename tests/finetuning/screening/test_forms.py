@@ -16,7 +16,7 @@ from finetuning.rows.scanner import Message, iter_rows
 from finetuning.safety_rows.invented import Pair, attacker_rows, safety_rows
 from finetuning.screening.forms import LEAST_ROWS, PromptForm, mine
 
-_TICKETS = Path(__file__).parents[3] / "examples" / "tickets_train.jsonl"
+_TICKETS = Path(__file__).parents[3] / "demo" / "rows" / "tickets_train.jsonl"
 _REQUESTS = [pair.prompt for pair in attacker_rows(20, seed=5)]
 _STORY = "Mara closed the old book, lit the lamp and asked her uncle: {} He thought for a while. What did he say?"
 Rows = list[tuple[Message, ...]]
