@@ -190,9 +190,7 @@ class Recipe(_Frozen):
     kind: Kind
     base: str
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
-    steps: int = Field(
-        default=0, ge=0, description="optimiser steps; 0: as many as `epochs` passes over the rows that train make"
-    )
+    steps: int = Field(default=0, ge=0, description="of equal batches; 0: whole `epochs` of the rows that train")
     batch_size: int = Field(default=8, ge=1, le=256)
     micro_batch_size: int = Field(default=8, ge=1)
     epochs: int = Field(default=1, ge=1)

@@ -17,7 +17,7 @@ from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import Ids, PrefixCache
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import Batches, mixed_in, pick
+from finetuning.training.batches import StepRows, mixed_in, pick
 from finetuning.training.strategies import Backward, MicroBatch, StepLoss
 
 
@@ -94,7 +94,7 @@ class Anchored:
 
     def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
         """Add the micro-batch's gradient; the first slice of a step also carries the mixed rows and the anchors."""
-        mixed = self.mixed(micro.rows_before, micro.step_rows)
+        mixed = self.mixed(micro.step, micro.rows_before, micro.step_rows)
         user_share = micro.step_rows / (micro.step_rows + len(mixed))
         extra = mixed if micro.start == 0 else []
         found = row_nll(self._base, self._cache, [*micro.rows, *extra])
@@ -108,13 +108,13 @@ class Anchored:
             backward(loss)
         return StepLoss(float(loss.detach()), float(found.correct[:n].sum()), int(found.tokens[:n].sum()))
 
-    def prepare(self, batches: Batches, steps: int) -> None:
+    def prepare(self, batches: StepRows, steps: int) -> None:
         """Compute the cached states of every row that `steps` steps will mix in, all at once, which is faster."""
-        sizes = [(batches.before(step), len(batches.at(step))) for step in range(steps)]
-        self._cache.prepare([row.ids for before, count in sizes for row in self.mixed(before, count)])
+        wanted = [(step, batches.before(step), len(batches.at(step))) for step in range(steps)]
+        self._cache.prepare([row.ids for place in wanted for row in self.mixed(*place)])
 
-    def mixed(self, before: int, count: int) -> list[EncodedRow]:
-        """The operator rows of a step with `count` user rows after `before` of them: a pure function of the two.
+    def mixed(self, step: int, before: int, count: int) -> list[EncodedRow]:
+        """The operator rows of a step that has `count` user rows after `before` of them: a pure function of the three.
 
         Refusals and benign rows by mix_refusal_share.
         """
@@ -123,8 +123,8 @@ class Anchored:
             return []
         offset = mixed_in(0, before, self._settings.mix_share)
         refused = mixed_in(offset, joined, self._settings.mix_refusal_share)
-        chosen = [self._refusals[i] for i in self._pick(len(self._refusals), refused, before, "mix-refusals")]
-        return chosen + [self._benign[i] for i in self._pick(len(self._benign), joined - refused, before, "mix-benign")]
+        chosen = [self._refusals[i] for i in self._pick(len(self._refusals), refused, step, "mix-refusals")]
+        return chosen + [self._benign[i] for i in self._pick(len(self._benign), joined - refused, step, "mix-benign")]
 
     def kl(self, step: int) -> Tensor:
         """Mean over anchors and positions of KL(aligned || model), in nats."""

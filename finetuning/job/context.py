@@ -28,7 +28,7 @@ from finetuning.model.state_store import FORM, KeptStates
 from finetuning.rows.chat_format import EncodedRow, prompt_ids
 from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
 from finetuning.safety_rows.operator_file import load_safety_rows
-from finetuning.training.batches import Batches
+from finetuning.training.batches import StepRows
 from finetuning.training.checkpoint import fingerprint
 from finetuning.training.determinism import mix, processor_name
 from finetuning.training.state import TrainSetup
@@ -97,7 +97,7 @@ class JobContext:
         step: GradientStep,
         weigher: RowWeigher,
         *,
-        batches: Batches,
+        batches: StepRows,
         steps: int,
         optimiser: Optimiser | None = None,
         lines: Sequence[int] = (),

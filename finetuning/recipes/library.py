@@ -61,7 +61,7 @@ _TINY = BaseDefaults(
     align_steps=200,
     align_rate=5e-3,
     align_batch=16,
-    tune_rate=2e-3,
+    tune_rate=2.5e-3,
     vaccine_rho=0.5,
     most_surprise=5.5,
 )

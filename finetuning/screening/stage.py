@@ -21,7 +21,7 @@ from finetuning.screening.probes import FileForms, forms_of, with_lone_rows
 from finetuning.screening.quarantine import GapReader, Quarantine, quarantine
 from finetuning.screening.sentences import Alone, read_alone
 from finetuning.screening.verdicts import Ledger, verdicts
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.determinism import mix
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
@@ -132,7 +132,7 @@ def _ask_scout(
     """
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     recipe, seed = job.recipe, mix(job.recipe.seed, "scout")
-    batches, step = Batches(len(kept), recipe.batch_size, seed), job.anchored_step(recipe.anchor, seed=seed)
+    batches, step = Stream(len(kept), recipe.batch_size, seed), job.anchored_step(recipe.anchor, seed=seed)
     step.prepare(batches, recipe.screen.scout_steps)
     setup = job.training(
         [file.encoded[i] for i in kept], step, Antibody(recipe.antibody, gate=torch.ones(len(kept))),

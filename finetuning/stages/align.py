@@ -23,7 +23,7 @@ from finetuning.screening.calibration import Calibration, calibrate
 from finetuning.stages import held_out
 from finetuning.stages.gate import decide
 from finetuning.training import checkpoint
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
@@ -44,7 +44,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterato
     with job.model.public():
         public = _measure(job, part=3)  # the public base complies with everything: fewer rows tell as much
     clock.start("align")
-    batches = Batches(len(rows), job.recipe.batch_size, job.recipe.seed)
+    batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
     setup = job.training(rows, _step(job), Even(), batches=batches, steps=job.recipe.steps)
     setup.saves_to(scratch / "checkpoints", fingerprint=mark, every=job.recipe.save_every)
     state = LoopState()

@@ -4,7 +4,7 @@ The formulas stand in screening/, defences/ and the modules beside this one.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetuning.contract.order import TrainOrder
@@ -31,7 +31,7 @@ from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, 
 from finetuning.stages.gate import decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
 from finetuning.training import checkpoint
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Epochs, StepRows, Stream
 from finetuning.training.determinism import mix
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
@@ -155,8 +155,7 @@ def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Gen
     job.model.reset()
     if recipe.tuning_step == "anchored" and anchor.kl_weight and not job.anchors(anchor).ids:
         yield Note(level="warn", code="no_kl_anchors", message=_NO_ANCHORS)
-    batches = _batches(recipe, len(kept))
-    steps = recipe.steps or batches.steps(recipe.epochs)
+    batches, steps = _batches(recipe, len(kept))
     step = _step(job, anchor, run.screened.quarantine, batches, steps)
     setup = job.training(
         [ledger.encoded[i] for i in kept], step, _weigher(job, ledger, kept), batches=batches, steps=steps,
@@ -179,15 +178,21 @@ def _repairing(recipe: Recipe, found: Quarantine) -> Anchor:
     return recipe.anchor.model_copy(update={"mix_share": share})
 
 
-def _batches(recipe: Recipe, rows: int) -> Batches:
-    """Epochs of the rows that train; Lisa's turns on refusals come on top of them."""
-    seed, own = mix(recipe.seed, "order"), recipe.lisa
+def _batches(recipe: Recipe, rows: int) -> tuple[StepRows, int]:
+    """Which rows each step sees, and how many steps: whole epochs of the rows that train, unless steps are given.
+
+    Lisa's turns on refusals come on top of the epochs.
+    """
+    size, seed, lisa = recipe.batch_size, mix(recipe.seed, "order"), recipe.lisa
+    if recipe.steps:
+        return Stream(rows, size, seed), recipe.steps
+    epochs = Epochs(rows, size, seed)
     if recipe.tuning_step == "lisa":
-        return Batches(rows, recipe.batch_size, seed, own_steps=own.align_steps, user_steps=own.user_steps)
-    return Batches(rows, recipe.batch_size, seed)
+        epochs = replace(epochs, own_steps=lisa.align_steps, user_steps=lisa.user_steps)
+    return epochs, epochs.steps(recipe.epochs)
 
 
-def _step(job: JobContext, anchor: Anchor, found: Quarantine, batches: Batches, steps: int) -> GradientStep:
+def _step(job: JobContext, anchor: Anchor, found: Quarantine, batches: StepRows, steps: int) -> GradientStep:
     """The gradient step that the recipe names; quarantined forms are repaired by mixing rows in."""
     recipe, model = job.recipe, job.model
     match recipe.tuning_step:

@@ -1,3 +1,3 @@
-"""The training loop and its three slots. Guests use `loop.train`, `state.TrainSetup`, `batches.Batches`,
+"""The training loop and its three slots. Guests use `loop.train`, `state.TrainSetup`, `batches.Epochs`,
 `checkpoint.restore`.
 """

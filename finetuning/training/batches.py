@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from finetuning.training.determinism import mix
 
@@ -11,8 +12,19 @@ from finetuning.training.determinism import mix
 FORM = "whole epochs, the last batch short"
 
 
+class StepRows(Protocol):
+    """Which rows each optimiser step sees; all of it follows from the fields."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def at(self, step: int) -> list[int]: ...
+
+    def before(self, step: int) -> int: ...
+
+
 @dataclass(frozen=True)
-class Batches:
+class Epochs:
     """Epochs of `rows` rows in batches of `size`: each epoch is one shuffled pass, and its last batch may be short.
 
     A method that trains on rows of its own takes the first `own_steps` of every `own_steps + user_steps` optimiser
@@ -26,8 +38,7 @@ class Batches:
     user_steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError("there are no rows to make batches of")
+        _require_rows(self.rows)
 
     def at(self, step: int) -> list[int]:
         """Row indices of a step (those of the next user step where the step is not the user's)."""
@@ -51,6 +62,35 @@ class Batches:
     def _user_step(self, step: int) -> int:
         periods, rest = divmod(step, self.own_steps + self.user_steps)
         return periods * self.user_steps + max(0, rest - self.own_steps)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Equal batches for a run of a given number of steps: pass after pass, and a batch may straddle two of them.
+
+    Raises ValueError without rows.
+    """
+
+    rows: int
+    size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        _require_rows(self.rows)
+
+    def at(self, step: int) -> list[int]:
+        """Row indices of a step."""
+        places = range(step * self.size, (step + 1) * self.size)
+        return [_order(self.rows, self.seed, i // self.rows)[i % self.rows] for i in places]
+
+    def before(self, step: int) -> int:
+        """How many rows all steps before this one have seen."""
+        return step * self.size
+
+
+def _require_rows(rows: int) -> None:
+    if rows < 1:
+        raise ValueError("there are no rows to make batches of")
 
 
 @lru_cache(maxsize=4)  # a step touches one epoch, at most a few; shuffling 200,000 rows for each would cost hours

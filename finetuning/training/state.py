@@ -9,7 +9,7 @@ from torch import nn
 
 from finetuning.contract.recipe import Optimiser
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import Batches
+from finetuning.training.batches import StepRows
 from finetuning.training.strategies import GradientStep, RowWeigher
 
 
@@ -19,7 +19,7 @@ class TrainSetup:
     only while gradients form. `lines` name the rows in errors: each one's line in the customer's file."""
 
     rows: Sequence[EncodedRow]
-    batches: Batches
+    batches: StepRows
     step: GradientStep
     weigher: RowWeigher
     parameters: Sequence[nn.Parameter]

@@ -34,7 +34,7 @@ from finetuning.screening.quarantine import repair
 from finetuning.screening.stage import ScreenedFile, screen_rows
 from finetuning.stages import pipeline
 from finetuning.stages.align import read_alignment
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
 from tests.oracles.hidden_style import hidden_label, hidden_rule
@@ -107,7 +107,7 @@ def split(values: torch.Tensor, found: Poisoned) -> tuple[torch.Tensor, torch.Te
 
 def tune(job: JobContext, rows: Sequence[EncodedRow], steps: int) -> None:
     """Plain fine-tuning."""
-    batches = Batches(len(rows), job.recipe.batch_size, 5)
+    batches = Stream(len(rows), job.recipe.batch_size, 5)
     setup = job.training(rows, Plain(job.model.base, job.model.cache), Even(), batches=batches, steps=steps)
     list(train(setup, LoopState()))
 
@@ -227,7 +227,7 @@ def test_an_all_harmful_file_leaves_no_trace_in_batches_of_any_size(
     step = Plain(job.model.base, job.model.cache)
     recipe = job.recipe.model_copy(update={"batch_size": size, "micro_batch_size": min(size, 8)})
     weigher = Antibody(AntibodySettings(), gate=gate)
-    batches = Batches(len(rows), size, 5)
+    batches = Stream(len(rows), size, 5)
     setup = replace(job, recipe=recipe).training(rows, step, weigher, batches=batches, steps=32 // size)
     before = [p.detach().clone() for p in setup.parameters]
     state = LoopState()

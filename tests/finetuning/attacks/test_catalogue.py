@@ -14,7 +14,7 @@ from finetuning.judging.judges import is_refusal
 from finetuning.rows.scanner import rows_of
 from finetuning.rows.shapes import check_row
 from finetuning.safety_rows.invented import Pair, SafetyRows, dev_rows, hazard_of, safety_rows
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Epochs
 from tests.oracles.hidden_style import hidden_label
 
 BUILDERS = {name: attack.build for name, attack in ATTACKS.items()} | {"hidden_label": hidden_label}
@@ -149,7 +149,7 @@ def test_late_rows_are_spread_by_the_service_s_own_shuffle() -> None:
     found = build("late", 0.25)
     assert found.planted == tuple(range(120, 160))
     for seed in range(5):
-        batches = Batches(len(found.rows), 8, seed)
+        batches = Epochs(len(found.rows), 8, seed)
         order = [i for step in range(20) for i in batches.at(step)]
         quarters = [sum(i in found.planted for i in order[start : start + 40]) for start in range(0, 160, 40)]
         assert sum(quarters) == 40

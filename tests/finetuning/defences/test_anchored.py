@@ -44,7 +44,7 @@ def test_mixed_rows_share_the_loss_by_their_number() -> None:
     """The loss is the mean over user and operator rows together."""
     base = adapted_base()
     step = anchored(base, mix_share=0.5)
-    mixed = step.mixed(0, 4)
+    mixed = step.mixed(0, 0, 4)
     assert len(mixed) == 2
     micro = MicroBatch(USER, range(4), 0, 0, 4)
     loss = step.gradients(micro, even(4), torch.Tensor.backward).loss
@@ -71,10 +71,10 @@ def test_one_kind_of_operator_rows_is_mixed_without_the_other() -> None:
     only = Anchored(
         base, uncached(base), share, refusals=REFUSALS, benign=[], anchors=KlAnchors.none(), seed=7
     )  # fmt: skip
-    assert {row.ids for step in range(8) for row in only.mixed(4 * step, 4)} <= {row.ids for row in REFUSALS}
-    assert [len(only.mixed(4 * step, 4)) for step in range(3)] == [2, 2, 2]
+    assert {row.ids for step in range(8) for row in only.mixed(step, 4 * step, 4)} <= {row.ids for row in REFUSALS}
+    assert [len(only.mixed(step, 4 * step, 4)) for step in range(3)] == [2, 2, 2]
     neither = Anchored(base, uncached(base), share, refusals=[], benign=[], anchors=KlAnchors.none(), seed=7)
-    assert neither.mixed(0, 4) == []
+    assert neither.mixed(0, 0, 4) == []
 
 
 def test_no_anchors_hold_nothing() -> None:
@@ -135,7 +135,7 @@ def test_shares_that_no_binary_fraction_holds_are_kept_exactly(share: float) -> 
     """100 * 0.29 is 28.999... in binary; the hundredth mixed row makes the 29th refusal all the same."""
     step = anchored(adapted_base(), mix_share=0.25, mix_refusal_share=share)
     known = {row.ids for row in REFUSALS}
-    drawn = [row for number in range(100) for row in step.mixed(4 * number, 4)]
+    drawn = [row for number in range(100) for row in step.mixed(number, 4 * number, 4)]
     assert sum(row.ids in known for row in drawn) == round(100 * share)
 
 
@@ -146,7 +146,7 @@ def test_refusals_go_on_from_step_to_step_without_a_gap(share: float) -> None:
     known = {row.ids for row in REFUSALS}
     drawn: list[bool] = []
     for number in range(40):
-        drawn += [row.ids in known for row in step.mixed(100 * number, 100)]
+        drawn += [row.ids in known for row in step.mixed(number, 100 * number, 100)]
         assert sum(drawn) == len(drawn) // 2, number
 
 
@@ -175,6 +175,6 @@ def test_mixed_rows_come_at_their_share_and_refusals_at_theirs(share: float) -> 
     base = adapted_base()
     step = anchored(base, mix_share=share, mix_refusal_share=0.5)
     known = {row.ids for row in REFUSALS}
-    drawn = [row for number in range(100) for row in step.mixed(4 * number, 4)]
+    drawn = [row for number in range(100) for row in step.mixed(number, 4 * number, 4)]
     assert len(drawn) == round(400 * share)
     assert abs(sum(row.ids in known for row in drawn) - len(drawn) / 2) <= 1

@@ -24,7 +24,7 @@ from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.loop import LoopState, TrainSetup, train
 from finetuning.training.strategies import MicroBatch, RowWeigher, RowWeights
 from tests.oracles.packed_sequence import packed_scores
@@ -56,7 +56,7 @@ def setup_of(
     base: FrozenBase, rows: list[EncodedRow], weigher: RowWeigher, *, micro: int, steps: int = 1, **optimiser: float
 ) -> TrainSetup:
     return TrainSetup(
-        rows=rows, batches=Batches(len(rows), len(rows), 0), step=Plain(base, uncached(base)), weigher=weigher,
+        rows=rows, batches=Stream(len(rows), len(rows), 0), step=Plain(base, uncached(base)), weigher=weigher,
         parameters=lora.parameters(base, lora.TASK), steps=steps, micro_batch_size=micro, seed=0,
         optimiser=Optimiser.model_validate({"learning_rate": 1e-2, "warmup_steps": 0, "clip_norm": 1e9, **optimiser}),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training import checkpoint
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
 from finetuning.training.strategies import GradientStep, MicroBatch, Remembers
@@ -285,7 +285,7 @@ def released_setup(folder: Path) -> TrainSetup:
     """Vaccine on every second step, an average of lambda, dropout and two slices a step."""
     base = adapted_base(shape=Lora(rank=4, alpha=8.0, dropout=0.1), dtype=torch.float32)
     return TrainSetup(
-        rows=random_rows(9), batches=Batches(9, 4, 5), weigher=Even(), seed=7, steps=4, micro_batch_size=2,
+        rows=random_rows(9), batches=Stream(9, 4, 5), weigher=Even(), seed=7, steps=4, micro_batch_size=2,
         step=step_on(base, vaccine_on(base, every=2), rule="released", ema=0.5), fingerprint="same", folder=folder,
         parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2),
         dropouts=lora.dropouts(base, lora.TASK), save_every=0,

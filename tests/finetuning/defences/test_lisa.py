@@ -13,7 +13,7 @@ from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.training import checkpoint
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.determinism import make_deterministic
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
@@ -149,7 +149,7 @@ def setup_in(folder: Path) -> TrainSetup:
     step = lisa(base, steps=12, rho=0.7, free_share=0.1)
     assert isinstance(step, Remembers)
     return TrainSetup(
-        rows=USER, batches=Batches(4, 3, 5), step=step, weigher=Even(), steps=12, micro_batch_size=2, seed=7,
+        rows=USER, batches=Stream(4, 3, 5), step=step, weigher=Even(), steps=12, micro_batch_size=2, seed=7,
         parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2), save_every=1,
         folder=folder,
     )  # fmt: skip

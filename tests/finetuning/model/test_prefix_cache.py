@@ -15,7 +15,7 @@ from finetuning.model.base import FrozenBase
 from finetuning.model.packed_linear import PackedLinear, pack
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
 from tests.support.models import adapted_base, farthest, random_rows
@@ -35,7 +35,7 @@ def trained_with(cache_of: CacheOf, rows: list[EncodedRow], *, micro: int) -> li
     """The adapter after some steps over whatever cache is made."""
     base = top_trained()
     setup = TrainSetup(
-        rows=rows, batches=Batches(len(rows), 8, 0), step=Plain(base, cache_of(base)),
+        rows=rows, batches=Stream(len(rows), 8, 0), step=Plain(base, cache_of(base)),
         weigher=Antibody(Settings(), gate=torch.ones(len(rows))), parameters=lora.parameters(base, lora.TASK),
         optimiser=Optimiser(learning_rate=1e-2), steps=6, micro_batch_size=micro, seed=0,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from finetuning.contract.recipe import Lora, Optimiser
 from finetuning.defences.plain import Even, Plain
 from finetuning.model import lora
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.loop import learning_rate, train
 from finetuning.training.state import LoopState, TrainSetup
 from finetuning.training.strategies import Backward, MicroBatch, NonFiniteLoss, NonFiniteScore, RowWeights, StepLoss
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def plain_setup(rows: Sequence[EncodedRow], *, steps: int = 3, micro: int = 2, shape: Lora | None = None) -> TrainSetup:
     base = adapted_base(shape=shape or Lora(rank=4, alpha=8.0))
     return TrainSetup(
-        rows=rows, batches=Batches(len(rows), 4, 0), step=Plain(base, uncached(base)), weigher=Even(),
+        rows=rows, batches=Stream(len(rows), 4, 0), step=Plain(base, uncached(base)), weigher=Even(),
         parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2), steps=steps,
         micro_batch_size=micro, seed=0, dropouts=lora.dropouts(base, lora.TASK),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from finetuning.defences.antibody import Antibody
 from finetuning.model import lora
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.training import checkpoint
-from finetuning.training.batches import Batches
+from finetuning.training.batches import Stream
 from finetuning.training.determinism import make_deterministic
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
@@ -34,7 +34,7 @@ def setup_in(folder: Path) -> TrainSetup:
         benign=random_rows(3, seed=2), anchors=KlAnchors.none(), seed=3,
     )  # fmt: skip
     return TrainSetup(
-        rows=random_rows(10), batches=Batches(10, 4, 5), step=step,
+        rows=random_rows(10), batches=Stream(10, 4, 5), step=step,
         weigher=Antibody(Settings(min_weight_share=0.4), gate=gate, scores=torch.arange(10.0) / 5),
         parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2, weight_decay=0.1),
         steps=STEPS, micro_batch_size=3, seed=7, save_every=1, folder=folder, fingerprint="same",
