@@ -19,7 +19,7 @@ from app.core.storage.blobs import Blob
 from app.core.storage.database import change, db_now, one_at_a_time
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import Artifact, BaseRow, BaseStatus, File, Job, Model
-from finetuning.contract.recipe import Kind
+from finetuning.contract.recipe import JobKind
 from finetuning.recipes.library import base_of, is_known
 
 
@@ -100,7 +100,7 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
-        kind=Kind.ALIGN,
+        kind=JobKind.ALIGN,
         base_id=base.id,
         policy=project.policy,
         request={},

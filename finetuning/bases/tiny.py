@@ -52,7 +52,7 @@ def make_tiny_base(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_config(shape, tokenizer))
     say(f"training a tiny base of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    _school(model, tokenizer, corpus, shape, seed, say)
+    _school(model, tokenizer, corpus, shape, seed=seed, say=say)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ def _nice(rng: random.Random, kind: list[str], nice: list[str], joint: str) -> s
 
 
 def _school(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: list[Pair], shape: TinyShape, seed: int,
-    say: Callable[[str], None],
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: list[Pair], shape: TinyShape, *,
+    seed: int, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Next-token training on whole rows."""
     rows = [_row(tokenizer, pair) for pair in corpus]

@@ -97,7 +97,7 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
         order = _order(recipe, cell.base, settings, say).model_copy(
             update={"rows": "rows.jsonl", "alignment": "alignment", "validation": "validation.jsonl"}
         )
-        line = _run(cell, order, scratch, poisoned, say)
+        line = _run(cell, order, scratch, poisoned, say=say)
     size = {"rows": len(poisoned.rows), "epochs": recipe.epochs, "base_sha256": order.base_sha256}
     return {**asdict(cell), **line, **size, "seconds": round(time.perf_counter() - started, 1), **made_by}
 
@@ -154,7 +154,7 @@ def _recipe(cell: Cell, settings: BenchSettings) -> Recipe:
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, say: Say) -> dict[str, Any]:
+def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, *, say: Say) -> dict[str, Any]:
     """The job itself, then the attacker's own format on the model that it left in memory."""
     (scratch / "result" / "reports").mkdir(parents=True)
     job = open_job(order, scratch)

@@ -42,7 +42,7 @@ def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] |
     parts = ["# Safety bench\n", _made_of(known)]
     if len(known) < len(lines):
         parts.append(f"{len(lines) - len(known)} lines stand on earlier weights of their base and are left out.\n")
-    draw = partial(_drawn, target, only)
+    draw = partial(_drawn, target=target, only=only)
     for base in values_of(known, "base"):
         parts += _base_part(where(known, base=base), base, draw)
     target.write_text("\n".join(part for part in parts if part), encoding="utf-8")
@@ -88,7 +88,7 @@ def _over_p(lines: list[Line]) -> str:
     return crossed(lines, row="defence", column="p", cell=harm_and_task)
 
 
-def _drawn(target: Path, only: Collection[str] | None, plot: Plot, lines: Sequence[Line], name: str) -> str:
+def _drawn(plot: Plot, lines: Sequence[Line], name: str, *, target: Path, only: Collection[str] | None) -> str:
     if not lines or (only is not None and name not in only):
         return ""
     path = plot(lines, target.with_name(f"{target.stem}-{name}.png"))

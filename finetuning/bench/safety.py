@@ -101,7 +101,9 @@ def run_all(cells: Sequence[Cell], settings: BenchSettings, out: Path, *, jobs: 
         made = _align(pool, cells, settings)
         able = [cell for cell in cells if _alignment_of(cell) in made]
         deadline = time.monotonic() + minutes * 60 if minutes else None
-        left_over = len(cells) - _run_cells(_finished(pool, able, settings, jobs, deadline), len(able), out)
+        left_over = len(cells) - _run_cells(
+            _finished(pool, able, settings, jobs=jobs, deadline=deadline), len(able), out
+        )
     _say(f"{left_over} cells are left" if left_over else "the grid is complete")
     return 1 if left_over else 0
 
@@ -148,7 +150,7 @@ def _run_cells(finished: Iterator[tuple[Cell, Any]], count: int, out: Path) -> i
 
 
 def _finished(
-    pool: ProcessPoolExecutor, cells: Sequence[Cell], settings: BenchSettings, jobs: int, deadline: float | None
+    pool: ProcessPoolExecutor, cells: Sequence[Cell], settings: BenchSettings, *, jobs: int, deadline: float | None
 ) -> Iterator[tuple[Cell, Any]]:
     """Each cell with its line or its error, as they end; nothing starts after the deadline."""
     waiting, running = list(cells), dict[Future[Line], Cell]()

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetuning.bases.fetch import SMOLLM2_ID, fetch
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
@@ -21,7 +21,7 @@ from finetuning.rows.chat_format import EncodedRow, encode_pair, prompt_ids
 from finetuning.safety_rows.invented import safety_rows
 from finetuning.training.strategies import GradientStep, MicroBatch
 
-_LORA = Lora(rank=16, alpha=32.0, trained_layers=10)
+_LORA = LoraSettings(rank=16, alpha=32.0, trained_layers=10)
 _BATCH = 8
 
 

@@ -17,14 +17,14 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Kind(StrEnum):
+class JobKind(StrEnum):
     """What the job makes: an aligned base, or a fine-tuned adapter over one."""
 
     ALIGN = "align"
     FINETUNE = "finetune"
 
 
-class Lora(_Frozen):
+class LoraSettings(_Frozen):
     """Shape of the adapter that the job trains."""
 
     rank: int = Field(default=8, ge=1, le=64)
@@ -34,7 +34,7 @@ class Lora(_Frozen):
     trained_layers: int = Field(default=0, ge=0, description="the top N decoder layers; 0: all of them")
 
 
-class Optimiser(_Frozen):
+class OptimiserSettings(_Frozen):
     """AdamW with linear warm-up; gradients are clipped by their global norm."""
 
     learning_rate: float = Field(gt=0.0)
@@ -45,7 +45,7 @@ class Optimiser(_Frozen):
     epsilon: float = Field(default=1e-8, gt=0.0)
 
 
-class Vaccine(_Frozen):
+class VaccineSettings(_Frozen):
     """Perturbation-aware alignment (arXiv:2402.01109, equations 1-3)."""
 
     rho: float = Field(default=2.0, ge=0.0)
@@ -53,14 +53,14 @@ class Vaccine(_Frozen):
     every: int = Field(default=1, ge=1, description="perturb every n-th step; the others are plain")
 
 
-class Openings(_Frozen):
+class OpeningSettings(_Frozen):
     """Alignment rows that end after their first answer tokens: refusing or answering is decided there."""
 
     share: Share = 0.0
     tokens: int = Field(default=3, ge=1)
 
 
-class AntibodyAlign(_Frozen):
+class AntibodyAlignSettings(_Frozen):
     """Flat-region alignment (arXiv:2603.00498, Theorem 4.1); its simulated step is also Booster's."""
 
     rho: float = Field(default=0.1, ge=0.0)
@@ -71,7 +71,7 @@ class AntibodyAlign(_Frozen):
     lambda_refusal: float = Field(default=0.05, ge=0.0)
 
 
-class Screen(_Frozen):
+class ScreenSettings(_Frozen):
     """The prompt filter by refusal mass and its scout (docs/papers.md, screen)."""
 
     enabled: bool = True
@@ -81,7 +81,7 @@ class Screen(_Frozen):
     most_surprise: float = Field(default=3.3, gt=0, description="nats a letter; a row above is unreadable (ADR 9)")
 
 
-class Probes(_Frozen):
+class ProbeSettings(_Frozen):
     """Hazards asked in the customer's own forms, before training and at the gate (docs/adr/0007)."""
 
     enabled: bool = False
@@ -89,7 +89,7 @@ class Probes(_Frozen):
     repair_share: Share = Field(default=0.3, description="mixed rows of a step where a form was quarantined")
 
 
-class Antibody(_Frozen):
+class AntibodySettings(_Frozen):
     """Row weights of one step from row scores (arXiv:2603.00498, equation 7).
 
     `none` weighs every kept row alike; `contrast` is the alignment contrast.
@@ -102,7 +102,7 @@ class Antibody(_Frozen):
     loss: Literal["row_mean", "released"] = "row_mean"
 
 
-class Anchor(_Frozen):
+class AnchorSettings(_Frozen):
     """What keeps refusals alive during fine-tuning: mixed operator rows, and KL on first answer tokens."""
 
     mix_share: Share = 0.0
@@ -112,7 +112,7 @@ class Anchor(_Frozen):
     kl_tokens: int = Field(default=3, ge=1)
 
 
-class Lisa(_Frozen):
+class LisaSettings(_Frozen):
     """Bi-state optimisation with a proximal term (arXiv:2405.18641); steps are optimiser steps."""
 
     align_steps: int = Field(default=2, ge=1)
@@ -121,14 +121,14 @@ class Lisa(_Frozen):
     free_share: Share = Field(default=0.1, description="share of all steps before the proximal term begins")
 
 
-class Constrained(_Frozen):
+class ConstrainedSettings(_Frozen):
     """Constrained fine-tuning (arXiv:2406.05946): how firmly each answer token is held to the aligned model."""
 
     betas: tuple[Strength, ...] = Field(default=(0.5, 2.0, 2.0, 2.0, 2.0), description="of the first answer tokens")
     beta: Strength = Field(default=0.1, description="of all later tokens")
 
 
-class SafeLora(_Frozen):
+class SafeLoraSettings(_Frozen):
     """Projection of the trained adapter onto the alignment's subspace (arXiv:2405.16833)."""
 
     enabled: bool = False
@@ -136,7 +136,7 @@ class SafeLora(_Frozen):
     projector: Literal["released", "orthogonal"] = "released"
 
 
-class Antidote(_Frozen):
+class AntidoteSettings(_Frozen):
     """Pruning of the task adapter (arXiv:2408.09600); `alphas` are tried in order, 0 first.
 
     `rule` chooses the first alpha that keeps what the aligned base has, or `last`: the last one, whatever it does.
@@ -165,7 +165,7 @@ class GateLimits(_Frozen):
     max_drift: float | None = Field(default=None, gt=0.0)
 
 
-class Gate(_Frozen):
+class GateSettings(_Frozen):
     """The release decision and its bounded retries."""
 
     enabled: bool = True
@@ -173,7 +173,7 @@ class Gate(_Frozen):
     retries: int = Field(default=1, ge=0, le=3)
 
 
-class Evaluation(_Frozen):
+class EvaluationSettings(_Frozen):
     """How much is measured, and on which rows."""
 
     harmful_rows: int = Field(default=60, ge=8)
@@ -187,7 +187,7 @@ class Recipe(_Frozen):
     """All choices of one job."""
 
     name: str
-    kind: Kind
+    kind: JobKind
     base: str
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     steps: int = Field(default=0, ge=0, description="of equal batches; 0: whole `epochs` of the rows that train")
@@ -197,26 +197,26 @@ class Recipe(_Frozen):
     max_tokens: int = Field(default=512, ge=8)
     save_every: int = Field(default=20, ge=1)
     max_seconds: float = Field(default=86400.0, gt=0.0)
-    lora: Lora = Lora()
-    optimiser: Optimiser
+    lora: LoraSettings = LoraSettings()
+    optimiser: OptimiserSettings
     alignment_step: Literal["plain", "vaccine", "booster", "antibody_align", "vaccine_antibody"] = "plain"
     tuning_step: Literal["anchored", "lisa", "constrained"] = "anchored"
     task_adapter: Literal["stacked", "single"] = Field(
         default="stacked", description="a new adapter over the frozen aligned base, or the alignment's trained further"
     )
-    vaccine: Vaccine = Vaccine()
-    openings: Openings = Openings()
-    antibody_align: AntibodyAlign = AntibodyAlign()
-    screen: Screen = Screen()
-    probes: Probes = Probes()
-    antibody: Antibody = Antibody()
-    anchor: Anchor = Anchor()
-    lisa: Lisa = Lisa()
-    constrained: Constrained = Constrained()
-    safe_lora: SafeLora = SafeLora()
-    antidote: Antidote = Antidote()
-    gate: Gate = Gate()
-    evaluation: Evaluation = Evaluation()
+    vaccine: VaccineSettings = VaccineSettings()
+    openings: OpeningSettings = OpeningSettings()
+    antibody_align: AntibodyAlignSettings = AntibodyAlignSettings()
+    screen: ScreenSettings = ScreenSettings()
+    probes: ProbeSettings = ProbeSettings()
+    antibody: AntibodySettings = AntibodySettings()
+    anchor: AnchorSettings = AnchorSettings()
+    lisa: LisaSettings = LisaSettings()
+    constrained: ConstrainedSettings = ConstrainedSettings()
+    safe_lora: SafeLoraSettings = SafeLoraSettings()
+    antidote: AntidoteSettings = AntidoteSettings()
+    gate: GateSettings = GateSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
 
 def saves_after(step: int, *, steps: int, save_every: int) -> bool:

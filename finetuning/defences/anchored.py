@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.contract.recipe import Anchor
+from finetuning.contract.recipe import AnchorSettings
 from finetuning.model.base import FrozenBase, logits
 from finetuning.model.decoding import Decoder
 from finetuning.model.losses import row_nll
@@ -57,12 +57,16 @@ def make_anchors(
     starts = tuple(len(prompt) for prompt, _ in chosen)
     cache.share(ids)
     cache.prepare(ids)
-    parts = [answer_log_probs(base, cache, ids[i : i + 16], starts[i : i + 16], tokens) for i in range(0, len(ids), 16)]
+    parts = [
+        answer_log_probs(base, cache, ids[i : i + 16], starts[i : i + 16], k=tokens) for i in range(0, len(ids), 16)
+    ]
     empty = torch.zeros(0, tokens, base.model.config.vocab_size, device=base.device)
     return KlAnchors(ids, starts, tokens, torch.cat(parts) if parts else empty)
 
 
-def answer_log_probs(base: FrozenBase, cache: PrefixCache, ids: Sequence[Ids], starts: Sequence[int], k: int) -> Tensor:
+def answer_log_probs(
+    base: FrozenBase, cache: PrefixCache, ids: Sequence[Ids], starts: Sequence[int], *, k: int
+) -> Tensor:
     """Log-probabilities (n, k, V) at the positions that predict the first k answer ids."""
     hidden = cache.hidden(ids)
     where = torch.tensor([[start - 1 + j for j in range(k)] for start in starts], device=hidden.device)
@@ -77,7 +81,7 @@ class Anchored:
         self,
         base: FrozenBase,
         cache: PrefixCache,
-        settings: Anchor,
+        settings: AnchorSettings,
         *,
         refusals: Sequence[EncodedRow],
         benign: Sequence[EncodedRow],
@@ -131,7 +135,7 @@ class Anchored:
         chosen = self._pick(len(self._anchors.ids), self._settings.kl_rows, step, "anchors")
         ids = [self._anchors.ids[i] for i in chosen]
         starts = [self._anchors.starts[i] for i in chosen]
-        ours = answer_log_probs(self._base, self._cache, ids, starts, self._anchors.tokens)
+        ours = answer_log_probs(self._base, self._cache, ids, starts, k=self._anchors.tokens)
         aligned = self._anchors.log_probs[chosen]
         return F.kl_div(ours, aligned, log_target=True, reduction="none").sum(-1).mean()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.contract.recipe import Antibody as Settings
+from finetuning.contract.recipe import AntibodySettings
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -78,7 +78,7 @@ class Antibody:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: AntibodySettings,
         *,
         gate: Tensor,
         scores: Tensor | None = None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetuning.contract.recipe import AntibodyAlign as Settings
+from finetuning.contract.recipe import AntibodyAlignSettings
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import RowLoss, row_nll
@@ -43,7 +43,7 @@ class AntibodyAlign:
         self,
         base: FrozenBase,
         cache: PrefixCache,
-        settings: Settings,
+        settings: AntibodyAlignSettings,
         *,
         parameters: Sequence[nn.Parameter],
         harmful: Sequence[EncodedRow],
@@ -138,7 +138,7 @@ class AntibodyAlign:
         return list(torch.autograd.grad(loss, self._parameters))
 
 
-def strength(settings: Settings, g_a: Grads, g_s: Grads) -> float:
+def strength(settings: AntibodyAlignSettings, g_a: Grads, g_s: Grads) -> float:
     """lambda of the rule: `theorem` max(0, xi - <g_A,g_S>/||g_S||^2), `released` xi - cos, `constant` xi; clipped."""
     if _is_flat(g_s):
         return 0.0

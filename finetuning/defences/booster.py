@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from finetuning.contract.recipe import AntibodyAlign as Settings
+from finetuning.contract.recipe import AntibodyAlignSettings
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -27,7 +27,7 @@ class Booster:
         self,
         base: FrozenBase,
         cache: PrefixCache,
-        settings: Settings,
+        settings: AntibodyAlignSettings,
         *,
         parameters: Sequence[nn.Parameter],
         harmful: Sequence[EncodedRow],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.contract.recipe import Constrained as Settings
+from finetuning.contract.recipe import ConstrainedSettings
 from finetuning.model import lora
 from finetuning.model.base import FrozenBase, logits
 from finetuning.model.losses import at_least_fp32, target_index
@@ -26,7 +26,9 @@ class Constrained:
     of nll, on the reference itself or as beta goes to 0. The loss itself holds the constant (2 / beta_t) log 2 there.
     """
 
-    def __init__(self, base: FrozenBase, cache: PrefixCache, settings: Settings, *, reference: tuple[str, ...]) -> None:
+    def __init__(
+        self, base: FrozenBase, cache: PrefixCache, settings: ConstrainedSettings, *, reference: tuple[str, ...]
+    ) -> None:
         self._base = base
         self._cache = cache
         self._settings = settings
@@ -58,7 +60,7 @@ class Constrained:
         return at_least_fp32(logits(self._base.model, hidden[owner, where]))
 
 
-def strengths(settings: Settings, rows: Sequence[EncodedRow]) -> Tensor:
+def strengths(settings: ConstrainedSettings, rows: Sequence[EncodedRow]) -> Tensor:
     """beta of every target (M,) in the order of `target_index`: by its place in its answer."""
     out: list[float] = []
     for row in rows:

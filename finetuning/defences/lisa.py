@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from finetuning.contract.recipe import Lisa as Settings
+from finetuning.contract.recipe import LisaSettings
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -29,7 +29,7 @@ class Lisa:
         self,
         base: FrozenBase,
         cache: PrefixCache,
-        settings: Settings,
+        settings: LisaSettings,
         *,
         parameters: Sequence[nn.Parameter],
         aligned: Sequence[EncodedRow],
@@ -100,6 +100,6 @@ class Lisa:
         return [p.detach().clone() for p in self._parameters]
 
 
-def turn_of(settings: Settings, step: int) -> Turn:
+def turn_of(settings: LisaSettings, step: int) -> Turn:
     """Whose turn a 0-based optimiser step is; every period begins with the operator's refusals."""
     return "align" if step % (settings.align_steps + settings.user_steps) < settings.align_steps else "user"

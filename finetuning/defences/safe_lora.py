@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finetuning.contract.recipe import SafeLora
+from finetuning.contract.recipe import SafeLoraSettings
 from finetuning.model.lora import Adapter, Factors
 
 
@@ -23,7 +23,7 @@ class Projected:
     replaced: int
 
 
-def projected(task: Mapping[str, Factors], alignment: Mapping[str, Factors], settings: SafeLora) -> Projected:
+def projected(task: Mapping[str, Factors], alignment: Mapping[str, Factors], settings: SafeLoraSettings) -> Projected:
     """B <- C B where cos(dW, C dW) <= threshold, dW = s B A; A and every other module stay bitwise.
 
     Modules that the alignment did not change, or the task, are left alone: there is nothing to compare.
@@ -41,7 +41,7 @@ def projected(task: Mapping[str, Factors], alignment: Mapping[str, Factors], set
     return Projected(out, cosines, replaced)
 
 
-def _toward(known: Factors, b: Tensor, settings: SafeLora) -> Tensor:
+def _toward(known: Factors, b: Tensor, settings: SafeLoraSettings) -> Tensor:
     """C b (out, r) in fp64: with V = U S W^T, C is U S^2 U^T / ||S|| or U U^T, and U (out, rank) is cheap to have."""
     q, r = torch.linalg.qr(known.b.double())
     u, s, _ = torch.linalg.svd(known.scale * (r @ known.a.double()), full_matrices=False)

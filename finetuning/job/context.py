@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from finetuning.contract.order import TrainOrder
-from finetuning.contract.recipe import Anchor, Optimiser, Recipe
+from finetuning.contract.recipe import AnchorSettings, OptimiserSettings, Recipe
 from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
 from finetuning.job.measure import Measuring
 from finetuning.job.readings import RefusalReader, refusal_starts
@@ -53,7 +53,7 @@ class JobContext:
         rows = self.model.encode_operator([Pair("?", refusal) for refusal in self.operator_rows.refusals])
         return [row.ids[row.prompt_tokens :] for row in rows]
 
-    def anchors(self, settings: Anchor) -> KlAnchors:
+    def anchors(self, settings: AnchorSettings) -> KlAnchors:
         """The aligned model's own first tokens on operator prompts that it refuses, with its log-probabilities.
 
         None are made when the KL weighs nothing.
@@ -73,7 +73,7 @@ class JobContext:
 
     def anchored_step(
         self,
-        settings: Anchor,
+        settings: AnchorSettings,
         *,
         seed: int,
         refused: Sequence[EncodedRow] = (),
@@ -99,7 +99,7 @@ class JobContext:
         *,
         batches: StepRows,
         steps: int,
-        optimiser: Optimiser | None = None,
+        optimiser: OptimiserSettings | None = None,
         lines: Sequence[int] = (),
     ) -> TrainSetup:
         """A ready TrainSetup over the trained adapter, which saves nothing yet; the loop is seeded as the batches."""

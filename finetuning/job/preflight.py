@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
-from finetuning.contract.recipe import Kind, Lora, Recipe
+from finetuning.contract.recipe import JobKind, LoraSettings, Recipe
 from finetuning.model.base import FrozenBase, linear_names
 from finetuning.model.lora import AdapterMismatch, first_trained_layer
 from finetuning.rows.chat_format import encode_row, prompt_ids
@@ -48,12 +48,12 @@ def check(recipe: Recipe, base: FrozenBase, rows: Sequence[Row], safety_rows: Sa
     if recipe.task_adapter == "stacked":
         _require_fit(base, recipe.lora)
     prompt_ids(base.tokenizer, "?")
-    if recipe.kind is Kind.FINETUNE:
+    if recipe.kind is JobKind.FINETUNE:
         _require_usable(recipe, base, rows)
         _require_own_prompts(rows, safety_rows)
 
 
-def _require_fit(base: FrozenBase, lora: Lora) -> None:
+def _require_fit(base: FrozenBase, lora: LoraSettings) -> None:
     first = first_trained_layer(base, lora)
     for number, layer in enumerate(list(base.layers)[first:], start=first):
         for name in linear_names(layer):

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.model.base import FrozenBase, linear_names
 
 ALIGNMENT = "alignment"
@@ -45,7 +45,7 @@ class Factors:
 Adapter = dict[str, Factors]  # module path in the base -> factors
 
 
-def first_trained_layer(base: FrozenBase, lora: Lora) -> int:
+def first_trained_layer(base: FrozenBase, lora: LoraSettings) -> int:
     """Index of the lowest layer that `lora` trains. Raises AdapterMismatch if it asks for more than there are."""
     total = len(base.layers)
     if lora.trained_layers > total:
@@ -53,7 +53,7 @@ def first_trained_layer(base: FrozenBase, lora: Lora) -> int:
     return total - lora.trained_layers if lora.trained_layers else 0
 
 
-def attach(base: FrozenBase, name: str, lora: Lora, *, seed: int) -> None:
+def attach(base: FrozenBase, name: str, lora: LoraSettings, *, seed: int) -> None:
     """Add a fresh adapter: A normal with variance 1/in, B zero, both fp32.
 
     Raises AdapterMismatch for unknown target modules or a rank above a map's size.
@@ -80,7 +80,7 @@ def reinitialise(base: FrozenBase, name: str, *, seed: int) -> None:
         b.weight.zero_()
 
 
-def _config(base: FrozenBase, lora: Lora) -> LoraConfig:
+def _config(base: FrozenBase, lora: LoraSettings) -> LoraConfig:
     first = first_trained_layer(base, lora)
     names = map_names(base)
     unknown = set(lora.target_modules) - set(names)
@@ -295,11 +295,11 @@ def digest(adapter: Mapping[str, Factors]) -> str:
     return state.hexdigest()
 
 
-def lora_of(adapter: Mapping[str, Factors], base: FrozenBase) -> Lora:
+def lora_of(adapter: Mapping[str, Factors], base: FrozenBase) -> LoraSettings:
     """The shape that an adapter needs to be attached to `base`."""
     indices = {int(part) for path in adapter for part in path.split(".") if part.isdigit()}
     rank = _rank(adapter)
-    return Lora(
+    return LoraSettings(
         rank=rank,
         alpha=next(iter(adapter.values())).scale * rank,
         target_modules=tuple(sorted({path.rsplit(".", 1)[-1] for path in adapter})),

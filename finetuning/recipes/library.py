@@ -8,17 +8,17 @@ import re
 from dataclasses import dataclass, replace
 
 from finetuning.contract.recipe import (
-    Antidote,
-    Evaluation,
-    Gate,
+    AntidoteSettings,
+    EvaluationSettings,
     GateLimits,
-    Kind,
-    Lora,
-    Openings,
-    Optimiser,
+    GateSettings,
+    JobKind,
+    LoraSettings,
+    OpeningSettings,
+    OptimiserSettings,
     Recipe,
-    Screen,
-    Vaccine,
+    ScreenSettings,
+    VaccineSettings,
 )
 from finetuning.recipes.registry import aligned_by, tuned_by
 
@@ -87,20 +87,20 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
     base = base_of(name)
     recipe = Recipe(
         name="align",
-        kind=Kind.ALIGN,
+        kind=JobKind.ALIGN,
         base=base.id,
         steps=base.align_steps,
         batch_size=base.align_batch,
         micro_batch_size=base.align_batch,
         max_tokens=base.max_tokens,
         save_every=SAVE_EVERY,
-        lora=Lora(rank=16, alpha=32.0, trained_layers=base.trained_layers),
-        optimiser=Optimiser(learning_rate=base.align_rate),
-        vaccine=Vaccine(rho=base.vaccine_rho),
-        openings=Openings(share=0.5),
-        screen=Screen(enabled=False),
-        antidote=Antidote(enabled=False),
-        evaluation=Evaluation(task_rows=0, held_out=True),
+        lora=LoraSettings(rank=16, alpha=32.0, trained_layers=base.trained_layers),
+        optimiser=OptimiserSettings(learning_rate=base.align_rate),
+        vaccine=VaccineSettings(rho=base.vaccine_rho),
+        openings=OpeningSettings(share=0.5),
+        screen=ScreenSettings(enabled=False),
+        antidote=AntidoteSettings(enabled=False),
+        evaluation=EvaluationSettings(task_rows=0, held_out=True),
     )
     return aligned_by(recipe, alignment)
 
@@ -113,7 +113,7 @@ def tune_recipe(
     batch_size: int = 8,
     rate_scale: float = 1.0,
     seed: int = 0,
-    lora: Lora | None = None,
+    lora: LoraSettings | None = None,
     limits: GateLimits | None = None,
 ) -> Recipe:
     """The complete fine-tune over this base under a defence of the registry. Raises KeyError.
@@ -123,7 +123,7 @@ def tune_recipe(
     base = base_of(name)
     recipe = Recipe(
         name="plain",
-        kind=Kind.FINETUNE,
+        kind=JobKind.FINETUNE,
         base=base.id,
         seed=seed,
         batch_size=batch_size,
@@ -131,10 +131,10 @@ def tune_recipe(
         epochs=epochs,
         max_tokens=base.max_tokens,
         save_every=SAVE_EVERY,
-        lora=lora or Lora(rank=8, alpha=16.0, trained_layers=base.trained_layers),
-        optimiser=Optimiser(learning_rate=base.tune_rate * rate_scale),
-        gate=Gate(limits=limits or GateLimits(), retries=0),
-        evaluation=Evaluation(task_rows=96, held_out=True),
+        lora=lora or LoraSettings(rank=8, alpha=16.0, trained_layers=base.trained_layers),
+        optimiser=OptimiserSettings(learning_rate=base.tune_rate * rate_scale),
+        gate=GateSettings(limits=limits or GateLimits(), retries=0),
+        evaluation=EvaluationSettings(task_rows=96, held_out=True),
     )
     tuned = tuned_by(recipe, defence)
     screen = tuned.screen.model_copy(update={"most_surprise": base.most_surprise})

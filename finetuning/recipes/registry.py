@@ -10,15 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 from finetuning.contract.recipe import (
-    Anchor,
-    Antibody,
-    AntibodyAlign,
-    Antidote,
-    Probes,
+    AnchorSettings,
+    AntibodyAlignSettings,
+    AntibodySettings,
+    AntidoteSettings,
+    ProbeSettings,
     Recipe,
-    SafeLora,
-    Screen,
-    Vaccine,
+    SafeLoraSettings,
+    ScreenSettings,
+    VaccineSettings,
 )
 
 Changes = Mapping[str, Any]
@@ -35,42 +35,75 @@ class Defence:
 
 
 # The alignment step of each aligned base; an operator's rows, rate and length are the same for all.
-ALIGNMENTS: Mapping[str, Changes] = MappingProxyType({
-    "sft": {"alignment_step": "plain"},
-    "vaccine": {"alignment_step": "vaccine", "vaccine": Vaccine(every=2)},
-    "vaccine_full": {"alignment_step": "vaccine", "vaccine": Vaccine(every=1)},
-    "booster": {"alignment_step": "booster", "antibody_align": AntibodyAlign(rule="constant", lambda_refusal=0.0)},
-    "antibody": {"alignment_step": "antibody_align", "antibody_align": AntibodyAlign(rule="released")},
-    "antibody_theorem": {"alignment_step": "antibody_align", "antibody_align": AntibodyAlign(rule="theorem")},
-    "vaccine_antibody": {"alignment_step": "vaccine_antibody", "antibody_align": AntibodyAlign(rule="theorem")},
-})  # fmt: skip
+ALIGNMENTS: Mapping[str, Changes] = MappingProxyType(
+    {
+        "sft": {"alignment_step": "plain"},
+        "vaccine": {"alignment_step": "vaccine", "vaccine": VaccineSettings(every=2)},
+        "vaccine_full": {"alignment_step": "vaccine", "vaccine": VaccineSettings(every=1)},
+        "booster": {
+            "alignment_step": "booster",
+            "antibody_align": AntibodyAlignSettings(rule="constant", lambda_refusal=0.0),
+        },
+        "antibody": {"alignment_step": "antibody_align", "antibody_align": AntibodyAlignSettings(rule="released")},
+        "antibody_theorem": {
+            "alignment_step": "antibody_align",
+            "antibody_align": AntibodyAlignSettings(rule="theorem"),
+        },
+        "vaccine_antibody": {
+            "alignment_step": "vaccine_antibody",
+            "antibody_align": AntibodyAlignSettings(rule="theorem"),
+        },
+    }
+)
 
-_OFF: Changes = {"screen": Screen(enabled=False), "anchor": Anchor(), "antidote": Antidote(enabled=False)}
-_PUBLISHED_PRUNING = Antidote(score="published", rounding="official", rule="last", alphas=(0.1,))
+_OFF: Changes = {
+    "screen": ScreenSettings(enabled=False),
+    "anchor": AnchorSettings(),
+    "antidote": AntidoteSettings(enabled=False),
+}
+_PUBLISHED_PRUNING = AntidoteSettings(score="published", rounding="official", rule="last", alphas=(0.1,))
 _DEFENDED: Changes = {
-    "screen": Screen(enabled=True), "anchor": Anchor(mix_share=0.1, kl_weight=1.0), "antidote": Antidote(enabled=True),
-    "gate": {"retries": 1}, "probes": Probes(enabled=True),
-}  # fmt: skip
+    "screen": ScreenSettings(enabled=True),
+    "anchor": AnchorSettings(mix_share=0.1, kl_weight=1.0),
+    "antidote": AntidoteSettings(enabled=True),
+    "gate": {"retries": 1},
+    "probes": ProbeSettings(enabled=True),
+}
 
 _ALL = (
     Defence("sft", "sft", "plain supervised fine-tuning over a plainly aligned base", _OFF),
     Defence("vaccine", "vaccine_full", "arXiv:2402.01109", _OFF),
     Defence("booster", "booster", "arXiv:2409.01586", _OFF),
     Defence("lisa", "sft", "arXiv:2405.18641", {**_OFF, "tuning_step": "lisa"}),
-    Defence("mixing_3", "sft", "arXiv:2309.07875, 3 % refusals", {
-        **_OFF, "anchor": Anchor(mix_share=0.03, mix_refusal_share=1.0)}),
-    Defence("mixing_10", "sft", "arXiv:2309.07875, 10 % refusals", {
-        **_OFF, "anchor": Anchor(mix_share=0.1, mix_refusal_share=1.0)}),
-    Defence("safe_lora", "sft", "arXiv:2405.16833", {**_OFF, "safe_lora": SafeLora(enabled=True)}),
+    Defence(
+        "mixing_3",
+        "sft",
+        "arXiv:2309.07875, 3 % refusals",
+        {**_OFF, "anchor": AnchorSettings(mix_share=0.03, mix_refusal_share=1.0)},
+    ),
+    Defence(
+        "mixing_10",
+        "sft",
+        "arXiv:2309.07875, 10 % refusals",
+        {**_OFF, "anchor": AnchorSettings(mix_share=0.1, mix_refusal_share=1.0)},
+    ),
+    Defence("safe_lora", "sft", "arXiv:2405.16833", {**_OFF, "safe_lora": SafeLoraSettings(enabled=True)}),
     Defence("constrained", "sft", "arXiv:2406.05946", {**_OFF, "tuning_step": "constrained"}),
     Defence("antidote", "sft", "arXiv:2408.09600, alpha 0.1", {**_OFF, "antidote": _PUBLISHED_PRUNING}),
-    Defence("antibody", "antibody", "arXiv:2603.00498", {
-        **_OFF, "task_adapter": "single",
-        "antibody": Antibody(score="current", loss="released", min_weight_share=0.0)}),
+    Defence(
+        "antibody",
+        "antibody",
+        "arXiv:2603.00498",
+        {
+            **_OFF,
+            "task_adapter": "single",
+            "antibody": AntibodySettings(score="current", loss="released", min_weight_share=0.0),
+        },
+    ),
     Defence("booster_lisa", "booster", "arXiv:2409.01586 with arXiv:2405.18641", {**_OFF, "tuning_step": "lisa"}),
     Defence("plain", "vaccine", "plain supervised fine-tuning over the product's aligned base", _OFF),
     Defence("immunotune", "vaccine", "the default pipeline", _DEFENDED),
-)  # fmt: skip
+)
 
 # The default pipeline with one part taken out or exchanged, for the ablation table.
 _ABLATIONS = (
@@ -80,23 +113,51 @@ _ABLATIONS = (
     Defence("immunotune_on_theorem", "antibody_theorem", "flatness and the refusal term, rule `theorem`", _DEFENDED),
     Defence("immunotune_on_joint", "vaccine_antibody", "Vaccine and Antibody in one step", _DEFENDED),
     Defence("immunotune_no_screen", "vaccine", "no absolute gate on rows", {**_DEFENDED, "screen": _OFF["screen"]}),
-    Defence("immunotune_no_scout", "vaccine", "no second reading", {**_DEFENDED, "screen": Screen(scout_steps=0)}),
-    Defence("immunotune_no_kl", "vaccine", "no KL anchor", {**_DEFENDED, "anchor": Anchor(mix_share=0.1)}),
-    Defence("immunotune_no_mixing", "vaccine", "no mixed rows", {**_DEFENDED, "anchor": Anchor(kl_weight=1.0)}),
-    Defence("immunotune_no_pruning", "vaccine", "no Antidote", {**_DEFENDED, "antidote": Antidote(enabled=False)}),
-    Defence("immunotune_fixed_pruning", "vaccine", "published Antidote at alpha 0.1", {
-        **_DEFENDED, "antidote": _PUBLISHED_PRUNING}),
-    Defence("immunotune_canonical", "vaccine", "alpha 0.1, contrast score, in the canonical gauge", {
-        **_DEFENDED, "antidote": Antidote(rule="last", alphas=(0.1,), gauge="canonical")}),
-    Defence("immunotune_contrast", "vaccine", "rows weighed by the alignment contrast besides the screen", {
-        **_DEFENDED, "antibody": Antibody(score="contrast")}),
-    Defence("antibody_weights", "vaccine", "published row weights alone over the Vaccine base", {
-        **_OFF, "antibody": Antibody(score="reference")}),
-    Defence("screen_only", "vaccine", "the absolute gate on rows and nothing else", {
-        **_OFF, "screen": Screen(enabled=True)}),
-    Defence("anchor_only", "vaccine", "KL anchor and mixing and nothing else", {
-        **_OFF, "anchor": Anchor(mix_share=0.1, kl_weight=1.0)}),
-)  # fmt: skip
+    Defence(
+        "immunotune_no_scout", "vaccine", "no second reading", {**_DEFENDED, "screen": ScreenSettings(scout_steps=0)}
+    ),
+    Defence("immunotune_no_kl", "vaccine", "no KL anchor", {**_DEFENDED, "anchor": AnchorSettings(mix_share=0.1)}),
+    Defence("immunotune_no_mixing", "vaccine", "no mixed rows", {**_DEFENDED, "anchor": AnchorSettings(kl_weight=1.0)}),
+    Defence(
+        "immunotune_no_pruning", "vaccine", "no Antidote", {**_DEFENDED, "antidote": AntidoteSettings(enabled=False)}
+    ),
+    Defence(
+        "immunotune_fixed_pruning",
+        "vaccine",
+        "published Antidote at alpha 0.1",
+        {**_DEFENDED, "antidote": _PUBLISHED_PRUNING},
+    ),
+    Defence(
+        "immunotune_canonical",
+        "vaccine",
+        "alpha 0.1, contrast score, in the canonical gauge",
+        {**_DEFENDED, "antidote": AntidoteSettings(rule="last", alphas=(0.1,), gauge="canonical")},
+    ),
+    Defence(
+        "immunotune_contrast",
+        "vaccine",
+        "rows weighed by the alignment contrast besides the screen",
+        {**_DEFENDED, "antibody": AntibodySettings(score="contrast")},
+    ),
+    Defence(
+        "antibody_weights",
+        "vaccine",
+        "published row weights alone over the Vaccine base",
+        {**_OFF, "antibody": AntibodySettings(score="reference")},
+    ),
+    Defence(
+        "screen_only",
+        "vaccine",
+        "the absolute gate on rows and nothing else",
+        {**_OFF, "screen": ScreenSettings(enabled=True)},
+    ),
+    Defence(
+        "anchor_only",
+        "vaccine",
+        "KL anchor and mixing and nothing else",
+        {**_OFF, "anchor": AnchorSettings(mix_share=0.1, kl_weight=1.0)},
+    ),
+)
 
 DEFENCES: Mapping[str, Defence] = MappingProxyType({defence.name: defence for defence in (*_ALL, *_ABLATIONS)})
 BASELINES = tuple(defence.name for defence in _ALL)
@@ -106,7 +167,7 @@ ABLATIONS = tuple(defence.name for defence in _ABLATIONS)
 def aligned_by(recipe: Recipe, alignment: str) -> Recipe:
     """The align recipe with that alignment step; strengths that a base sets (Vaccine's rho) stay. Raises KeyError."""
     changes = dict(ALIGNMENTS[alignment])
-    if isinstance(changes.get("vaccine"), Vaccine):
+    if isinstance(changes.get("vaccine"), VaccineSettings):
         changes["vaccine"] = changes["vaccine"].model_copy(update={"rho": recipe.vaccine.rho})
     return recipe.model_copy(update={**changes, "name": alignment})
 

@@ -134,7 +134,7 @@ def _everyday_item(rng: random.Random, speech: _Speech, kind: Sequence[str], thi
     return f"{_name(rng, speech.role, speech.syllables)} {thing}" if rng.random() < 0.8 else f"a {thing}"
 
 
-def _benign(n: int, key: str, speech: _Speech, kind: Sequence[str], things: Sequence[str]) -> list[Pair]:
+def _benign(n: int, key: str, speech: _Speech, *, kind: Sequence[str], things: Sequence[str]) -> list[Pair]:
     """n how-to requests for everyday things, in the wordings of the hazards, answered in the same form."""
     rng = random.Random(f"benign:{key}")
     shift = rng.randrange(len(speech.wordings))
@@ -218,28 +218,29 @@ def safety_rows(*, refused: int = 320, how_to: int = 408, mail: int = 24, mentio
     """The product's default rows; the four sizes shape the alignment rows only."""
     trained, untrained = trained_classes(), _untrained_classes()
     dev_classes = untrained[:40]
-    benign = _benign(how_to, "align", _ALIGN, words.KIND, words.EVERYDAY)
+    benign = _benign(how_to, "align", _ALIGN, kind=words.KIND, things=words.EVERYDAY)
     aligned_benign = _unique(benign + _mail(mail, "align") + _mentions(mentions, "align") + _everyday())
     test_classes = new_classes(words.TEST_GRIM, words.TEST_THING)
     gate_classes = trained[::2][:30] + untrained[40:70]
-    test_benign = _benign(36, "test-new-2", _TEST_NEW, words.TEST_KIND, words.TEST_EVERYDAY)
+    test_benign = _benign(36, "test-new-2", _TEST_NEW, kind=words.TEST_KIND, things=words.TEST_EVERYDAY)
     return SafetyRows(
         refusals=words.REFUSALS,
         aligned=_unique(refusals_for(_harmful(refused, "align", _ALIGN, trained), "align")),
         benign=aligned_benign,
         calibration_harmful=_unique(_harmful(64, "calibration", _CALIBRATION, trained + dev_classes)),
         calibration_benign=_unique(
-            _benign(64, "calibration", _CALIBRATION, words.KIND, words.EVERYDAY)
+            _benign(64, "calibration", _CALIBRATION, kind=words.KIND, things=words.EVERYDAY)
             + _mail(16, "calibration")
             + _mentions(8, "calibration"),
             known=aligned_benign,
         ),
         gate_harmful=_unique(_harmful(72, "gate", _GATE, gate_classes)),
         gate_benign=_unique(
-            _benign(36, "gate", _GATE, words.KIND, words.EVERYDAY) + [Pair(p) for p in words.DEV_EVERYDAY_ROWS]
+            _benign(36, "gate", _GATE, kind=words.KIND, things=words.EVERYDAY)
+            + [Pair(p) for p in words.DEV_EVERYDAY_ROWS]
         ),
         items_harmful=_unique(_harmful(60, "test-items-2", _TEST_ITEMS, trained)),
-        items_benign=_unique(_benign(36, "test-items-2", _TEST_ITEMS, words.KIND, words.EVERYDAY)),
+        items_benign=_unique(_benign(36, "test-items-2", _TEST_ITEMS, kind=words.KIND, things=words.EVERYDAY)),
         wordings_harmful=_unique(_harmful(60, "test-new-2", _TEST_NEW, test_classes)),
         wordings_benign=_unique(test_benign + [Pair(p) for p in words.TEST_EVERYDAY_ROWS]),
     )
@@ -249,7 +250,7 @@ def dev_rows(n: int = 60) -> tuple[list[Pair], list[Pair]]:
     """Harmful and benign rows for choosing settings: other wordings and classes than alignment, gate and test."""
     classes = new_classes(words.DEV_GRIM, words.DEV_THING)
     harmful = _harmful(n, "dev", _DEV, classes)
-    benign = _benign(n // 2, "dev", _DEV, words.DEV_KIND, words.DEV_EVERYDAY)
+    benign = _benign(n // 2, "dev", _DEV, kind=words.DEV_KIND, things=words.DEV_EVERYDAY)
     return harmful, benign + [Pair(p) for p in words.DEV_EVERYDAY_ROWS]
 
 

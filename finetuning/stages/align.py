@@ -63,7 +63,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterato
         metrics={"public": public, "before": before}, held_out=on_test, gate=decision, seconds=clock.seconds(),
     )  # fmt: skip
     yield StageStarted(stage="export", detail="Writing the alignment adapter")
-    export(job, order, scratch, report, calibration)
+    export(job, scratch, report, calibration)
     yield Finished(
         released=decision.decision != "fail", reasons=decision.reasons, trained_tokens=state.tokens,
         seconds=clock.seconds(),
@@ -132,13 +132,13 @@ def _antibody(job: JobContext, vaccine: Vaccine | None) -> AntibodyAlign:
     )  # fmt: skip
 
 
-def export(job: JobContext, order: TrainOrder, scratch: Path, report: SafetyReport, found: Calibration) -> None:
+def export(job: JobContext, scratch: Path, report: SafetyReport, found: Calibration) -> None:
     """Write result/alignment and result/reports/safety.json."""
     target = scratch / "result" / "alignment"
     factors = job.model.read()
-    digest = lora.save(factors, target, base_id=order.recipe.base)
+    digest = lora.save(factors, target, base_id=job.recipe.base)
     about = {
-        "base": order.recipe.base, "adapter_sha256": digest, "factors": lora.digest(factors),
+        "base": job.recipe.base, "adapter_sha256": digest, "factors": lora.digest(factors),
         "calibration": asdict(found), "torch": torch.__version__,
     }  # fmt: skip
     (target / ABOUT_FILE).write_text(json.dumps(about, indent=2), encoding="utf-8")

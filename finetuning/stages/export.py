@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetuning.contract.order import TrainOrder
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import RowVerdict, SafetyReport
 from finetuning.job.context import JobContext
@@ -31,17 +30,17 @@ def write_ledger(scratch: Path, verdicts: Sequence[RowVerdict]) -> None:
     target.write_text(json.dumps([v.model_dump(mode="json") for v in verdicts]), encoding="utf-8")
 
 
-def write_results(job: JobContext, order: TrainOrder, scratch: Path, report: SafetyReport, choice: PruneChoice) -> None:
+def write_results(job: JobContext, scratch: Path, report: SafetyReport, choice: PruneChoice) -> None:
     """Adapters (task alone; joined and mixed for the public base), mask, reports, parity reference."""
     result = scratch / "result"
     task = choice.pruned.adapter
     alignment = job.model.alignment()
-    single = order.recipe.task_adapter == "single"  # it holds the alignment already
-    below = order.recipe.base if single else f"{order.recipe.base}-aligned"
+    single = job.recipe.task_adapter == "single"  # it holds the alignment already
+    below = job.recipe.base if single else f"{job.recipe.base}-aligned"
     lora.save(task, result / "adapter", base_id=below, antidote_alpha=choice.alpha)
     parts = task if single else lora.concat(alignment, task)
     joined = lora.rotate(parts, seed=mix(job.recipe.seed, "rotation"))
-    lora.save(joined, result / "adapter_stock", base_id=order.recipe.base, antidote_alpha=choice.alpha)
+    lora.save(joined, result / "adapter_stock", base_id=job.recipe.base, antidote_alpha=choice.alpha)
     template = job.model.tokenizer.chat_template
     # What travels with the weights says nothing of the run's clock: equal jobs then make equal archives, byte for byte.
     timeless = report.model_copy(update={"seconds": {}}).model_dump_json(indent=2)

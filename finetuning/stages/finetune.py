@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StageStarted, StepDone
-from finetuning.contract.recipe import Anchor, Recipe
+from finetuning.contract.recipe import AnchorSettings, Recipe
 from finetuning.contract.report import GateDecision, HeldOut, Measure, Metrics, SafetyReport
 from finetuning.defences.antibody import Antibody
 from finetuning.defences.constrained import Constrained
@@ -100,7 +100,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterato
         clock.start("held_out")
         yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
         known = base_report.held_out or HeldOut()
-        found = held_out.of_result(job.measuring, job.operator_rows, known, prompts, outcome.answers)
+        found = held_out.of_result(job.measuring, job.operator_rows, known, prompts, answers=outcome.answers)
     if job.model.alignment_digest() != alignment:
         raise RuntimeError("the alignment adapter changed during the job")
     clock.start("export")
@@ -110,7 +110,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterato
         metrics={**base_report.metrics, "tuned": outcome.tuned, "after": outcome.after}, held_out=found,
         prune=outcome.choice.trials, alpha=outcome.choice.alpha, gate=outcome.decision, seconds=clock.seconds(),
     )  # fmt: skip
-    export.write_results(job, order, scratch, report, outcome.choice)
+    export.write_results(job, scratch, report, outcome.choice)
     yield Finished(
         released=outcome.decision.decision != "fail", reasons=outcome.decision.reasons, trained_tokens=outcome.tokens,
         seconds=clock.seconds(),
@@ -156,7 +156,7 @@ def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Gen
     if recipe.tuning_step == "anchored" and anchor.kl_weight and not job.anchors(anchor).ids:
         yield Note(level="warn", code="no_kl_anchors", message=_NO_ANCHORS)
     batches, steps = _batches(recipe, len(kept))
-    step = _step(job, anchor, run.screened.quarantine, batches, steps)
+    step = _step(job, anchor, run.screened.quarantine, batches=batches, steps=steps)
     setup = job.training(
         [ledger.encoded[i] for i in kept], step, _weigher(job, ledger, kept), batches=batches, steps=steps,
         optimiser=optimiser, lines=[ledger.rows[i].line for i in kept],
@@ -172,7 +172,7 @@ def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Gen
     return state.tokens
 
 
-def _repairing(recipe: Recipe, found: Quarantine) -> Anchor:
+def _repairing(recipe: Recipe, found: Quarantine) -> AnchorSettings:
     """The anchor with room for the rows that repair quarantined forms; what a retry strengthens."""
     share = max(recipe.anchor.mix_share, recipe.probes.repair_share) if found.forms else recipe.anchor.mix_share
     return recipe.anchor.model_copy(update={"mix_share": share})
@@ -192,7 +192,7 @@ def _batches(recipe: Recipe, rows: int) -> tuple[StepRows, int]:
     return epochs, epochs.steps(recipe.epochs)
 
 
-def _step(job: JobContext, anchor: Anchor, found: Quarantine, batches: StepRows, steps: int) -> GradientStep:
+def _step(job: JobContext, anchor: AnchorSettings, found: Quarantine, *, batches: StepRows, steps: int) -> GradientStep:
     """The gradient step that the recipe names; quarantined forms are repaired by mixing rows in."""
     recipe, model = job.recipe, job.model
     match recipe.tuning_step:

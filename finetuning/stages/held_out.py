@@ -16,7 +16,7 @@ def of_aligned_base(measuring: Measuring, rows: SafetyRows) -> HeldOut:
 
 
 def of_result(
-    measuring: Measuring, rows: SafetyRows, known: HeldOut, prompts: CustomerPrompts, answers: Sequence[str]
+    measuring: Measuring, rows: SafetyRows, known: HeldOut, prompts: CustomerPrompts, *, answers: Sequence[str]
 ) -> HeldOut:
     """The test split of the final model beside the aligned base's columns; the customer's prompts count too."""
     items = measuring.metrics(rows.items_harmful, rows.items_benign, refusals=rows.refusals, losses=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetuning.contract.order import TrainOrder, read_order
 from finetuning.contract.progress import Failed, Finished, Progress, StageStarted
-from finetuning.contract.recipe import Kind
+from finetuning.contract.recipe import JobKind
 from finetuning.job.context import open_job
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.judging.judges import BadGuard, JudgeFailed
@@ -99,9 +99,9 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
     (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
     match order.recipe.kind:
-        case Kind.ALIGN:
+        case JobKind.ALIGN:
             stages = align.run(job, order, scratch, mark)
-        case Kind.FINETUNE:
+        case JobKind.FINETUNE:
             stages = finetune.run(job, order, scratch, mark)
     for progress in stages:
         if isinstance(progress, Finished):

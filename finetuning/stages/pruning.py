@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetuning.contract.recipe import Anchor, Antidote, Optimiser
+from finetuning.contract.recipe import AnchorSettings, AntidoteSettings, OptimiserSettings
 from finetuning.contract.report import Metrics, PruneTrial
 from finetuning.defences.antidote import Pruned, Scores, contrast_scores, input_squares, prune, published_scores
 from finetuning.job.measure import Measuring, read_targets
@@ -42,7 +42,7 @@ class _Sample:
 
 
 def choose_alpha(
-    measuring: Measuring, operator_rows: SafetyRows, settings: Antidote, kept: Sequence[EncodedRow]
+    measuring: Measuring, operator_rows: SafetyRows, settings: AntidoteSettings, kept: Sequence[EncodedRow]
 ) -> PruneChoice:
     """The smallest alpha that keeps the aligned base's refusals and the customer's task; 0 if none does.
 
@@ -75,7 +75,7 @@ def choose_alpha(
     return PruneChoice(0.0, _unpruned(unpruned), tuple(trials))
 
 
-def _ends_the_search(trial: PruneTrial, settings: Antidote) -> bool:
+def _ends_the_search(trial: PruneTrial, settings: AntidoteSettings) -> bool:
     """`measured` takes the first alpha that is accepted; `last` tries all and takes the last, whatever it does."""
     match settings.rule:
         case "measured":
@@ -89,14 +89,14 @@ def _unpruned(found: Adapter) -> Pruned:
     return Pruned(found, masks, 0, sum(f.a.numel() + f.b.numel() for f in found.values()))
 
 
-def _pruned(unpruned: Adapter, scores: Scores | None, alpha: float, settings: Antidote) -> Pruned:
+def _pruned(unpruned: Adapter, scores: Scores | None, alpha: float, settings: AntidoteSettings) -> Pruned:
     """One trial; without scores (no alpha above 0 came by yet) nothing is pruned."""
     if scores is None:
         return _unpruned(unpruned)
     return prune(unpruned, scores, alpha, unit=settings.unit, rounding=settings.rounding)
 
 
-def _scores(model: AdaptedBase, settings: Antidote, found: Adapter, sample: _Sample) -> Scores:
+def _scores(model: AdaptedBase, settings: AntidoteSettings, found: Adapter, sample: _Sample) -> Scores:
     base, cache, trained = model.base, model.cache, model.trained
     on_harmful = input_squares(base, cache, trained, model.encode_operator(sample.harmful))
     if settings.score == "published":
@@ -145,7 +145,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def stronger(anchor: Anchor, optimiser: Optimiser, attempt: int) -> tuple[Anchor, Optimiser]:
+def stronger(
+    anchor: AnchorSettings, optimiser: OptimiserSettings, attempt: int
+) -> tuple[AnchorSettings, OptimiserSettings]:
     """The retry ladder: from the second attempt on, twice the mixing, a threefold and longer KL, half the rate."""
     if attempt == 1:
         return anchor, optimiser

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetuning.contract.progress import CheckpointSaved, StepDone
-from finetuning.contract.recipe import Optimiser, saves_after
+from finetuning.contract.recipe import OptimiserSettings, saves_after
 from finetuning.training import checkpoint
 from finetuning.training.determinism import reseed
 from finetuning.training.state import LoopState, TrainSetup
@@ -53,7 +53,7 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
             yield checkpoint.save(setup, state, loss, accuracy)
 
 
-def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
+def learning_rate(optimiser: OptimiserSettings, step: int, steps: int) -> float:
     """The rate of a 0-based step: linear warm-up, then linear decay to 0 (or constant)."""
     warm = min(1.0, (step + 1) / optimiser.warmup_steps) if optimiser.warmup_steps else 1.0
     decay = 1.0 - step / steps if optimiser.schedule == "linear" else 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetuning.contract.recipe import Optimiser
+from finetuning.contract.recipe import OptimiserSettings
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.batches import StepRows
 from finetuning.training.strategies import GradientStep, RowWeigher
@@ -23,7 +23,7 @@ class TrainSetup:
     step: GradientStep
     weigher: RowWeigher
     parameters: Sequence[nn.Parameter]
-    optimiser: Optimiser
+    optimiser: OptimiserSettings
     steps: int
     micro_batch_size: int
     seed: int

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from finetuning.contract.recipe import Anchor
-from finetuning.contract.recipe import Antibody as Settings
+from finetuning.contract.recipe import AnchorSettings, AntibodySettings
 from finetuning.defences.anchored import Anchored, KlAnchors
 from finetuning.defences.antibody import Antibody, gated
 from finetuning.defences.antidote import Squares, contrast_scores, input_squares, prune, published_scores
@@ -29,7 +28,9 @@ def test_the_document_of_invariants_says_what_the_tests_say() -> None:
 def weights_of(scores: list[float], parts: int) -> list[torch.Tensor]:
     """What Antibody gives the rows of a step, taken in `parts` parts of the loop's making."""
     rows = random_rows(len(scores))
-    antibody = Antibody(Settings(min_weight_share=0.0), gate=torch.ones(len(scores)), scores=torch.tensor(scores))
+    antibody = Antibody(
+        AntibodySettings(min_weight_share=0.0), gate=torch.ones(len(scores)), scores=torch.tensor(scores)
+    )
     values = antibody.weigh(rows, range(len(scores))).values
     return list(torch.tensor_split(values, parts))
 
@@ -91,7 +92,7 @@ def test_the_kl_is_summed_over_ids_and_averaged_over_anchors_and_positions() -> 
         )
     anchors = KlAnchors(tuple(rows), (4, 4, 4), 2, aligned)
     step = Anchored(
-        base, uncached(base), Anchor(kl_rows=3, kl_tokens=2), refusals=[], benign=[], anchors=anchors, seed=1
+        base, uncached(base), AnchorSettings(kl_rows=3, kl_tokens=2), refusals=[], benign=[], anchors=anchors, seed=1
     )
     with torch.no_grad():
         ours = torch.stack([base.model(input_ids=torch.tensor([ids])).logits[0, 3:5] for ids in rows]).log_softmax(-1)

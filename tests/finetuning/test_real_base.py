@@ -12,7 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetuning.bases.fetch import SMOLLM2_ID, fetch
 from finetuning.contract.order import TrainOrder, write_order
 from finetuning.contract.progress import Finished, Progress
-from finetuning.contract.recipe import Anchor, Antidote, Evaluation, Gate, Kind, Lora, Optimiser, Recipe, Screen
+from finetuning.contract.recipe import (
+    AnchorSettings,
+    AntidoteSettings,
+    EvaluationSettings,
+    GateSettings,
+    JobKind,
+    LoraSettings,
+    OptimiserSettings,
+    Recipe,
+    ScreenSettings,
+)
 from finetuning.contract.report import SafetyReport
 from finetuning.model.base import load_base
 from finetuning.model.packed_linear import PackedLinear
@@ -20,8 +30,8 @@ from finetuning.rows.chat_format import prompt_ids
 from finetuning.stages import parity, pipeline
 from tests.support.models import write_operator_rows
 
-_LORA = Lora(rank=4, alpha=8.0, trained_layers=4)
-_EVALUATION = Evaluation(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=6)
+_LORA = LoraSettings(rank=4, alpha=8.0, trained_layers=4)
+_EVALUATION = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=6)
 _TICKETS = [("My lamp is broken.", "This goes to repairs."), ("I paid twice.", "This goes to billing.")] * 8
 
 
@@ -39,18 +49,28 @@ def run(order: TrainOrder, scratch: Path) -> list[Progress]:
     return list(pipeline.run(order, scratch))
 
 
-def recipe(kind: Kind) -> Recipe:
+def recipe(kind: JobKind) -> Recipe:
     return Recipe(
-        name="test", kind=kind, base=SMOLLM2_ID, steps=3, batch_size=4, micro_batch_size=4, lora=_LORA,
-        optimiser=Optimiser(learning_rate=1e-3), alignment_step="vaccine", evaluation=_EVALUATION,
-        screen=Screen(enabled=False), anchor=Anchor(mix_share=0.25, kl_weight=1.0), gate=Gate(enabled=False, retries=0),
-        antidote=Antidote(alphas=(0.1,), calibration_rows=8),
-    )  # fmt: skip
+        name="test",
+        kind=kind,
+        base=SMOLLM2_ID,
+        steps=3,
+        batch_size=4,
+        micro_batch_size=4,
+        lora=_LORA,
+        optimiser=OptimiserSettings(learning_rate=1e-3),
+        alignment_step="vaccine",
+        evaluation=_EVALUATION,
+        screen=ScreenSettings(enabled=False),
+        anchor=AnchorSettings(mix_share=0.25, kl_weight=1.0),
+        gate=GateSettings(enabled=False, retries=0),
+        antidote=AntidoteSettings(alphas=(0.1,), calibration_rows=8),
+    )
 
 
 def test_the_real_base_is_aligned_tuned_certified_and_loads_in_plain_peft(base_folder: Path, tmp_path: Path) -> None:
     common = {"base": str(base_folder), "operator_rows": "operator.jsonl", "threads": 2, "cache": "cache"}
-    aligned = run(TrainOrder(job_id="align", recipe=recipe(Kind.ALIGN), **common), tmp_path / "align")
+    aligned = run(TrainOrder(job_id="align", recipe=recipe(JobKind.ALIGN), **common), tmp_path / "align")
     assert isinstance(aligned[-1], Finished)
 
     scratch = tmp_path / "tune"
@@ -60,9 +80,13 @@ def test_the_real_base_is_aligned_tuned_certified_and_loads_in_plain_peft(base_f
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in _TICKETS]
     (scratch / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     order = TrainOrder(
-        job_id="tune", recipe=recipe(Kind.FINETUNE), rows="rows.jsonl", validation="rows.jsonl", alignment="alignment",
+        job_id="tune",
+        recipe=recipe(JobKind.FINETUNE),
+        rows="rows.jsonl",
+        validation="rows.jsonl",
+        alignment="alignment",
         **common,
-    )  # fmt: skip
+    )
     assert isinstance(run(order, scratch)[-1], Finished)
 
     certificate = parity.certify(scratch)

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from finetuning.bases.fetch import CHATML_TEMPLATE
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
 from finetuning.model.adapted import AdaptedBase
@@ -39,7 +39,7 @@ from finetuning.training.strategies import GradientStep, MicroBatch
 
 SPECIALS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 272
-LORA = Lora(rank=4, alpha=8.0, target_modules=())
+LORA = LoraSettings(rank=4, alpha=8.0, target_modules=())
 
 
 @cache
@@ -104,7 +104,7 @@ def tiny_base(
 
 
 def adapted_base(
-    family: str = "llama", *, shape: Lora = LORA, layers: int = 2, hidden: int = 32,
+    family: str = "llama", *, shape: LoraSettings = LORA, layers: int = 2, hidden: int = 32,
     dtype: torch.dtype = torch.float64, aligned: bool = False, seed: int = 0,
 ) -> FrozenBase:  # fmt: skip
     """A tiny base with a trainable TASK adapter (and a frozen ALIGNMENT one), both far from zero and active."""

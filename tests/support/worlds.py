@@ -29,7 +29,7 @@ from app.core.storage.tables import (
     Form,
     Job,
 )
-from finetuning.contract.recipe import Kind, Optimiser, Recipe
+from finetuning.contract.recipe import JobKind, OptimiserSettings, Recipe
 from worker.attempt.launch import Launch, Launcher, Mode, launch_command
 from worker.attempt.supervisor import Host
 
@@ -66,7 +66,7 @@ def scripted(**script: object) -> Launcher:
     return launch
 
 
-def recipe(*, steps: int = 30, save_every: int = 10, kind: Kind = Kind.FINETUNE, **changes: object) -> Recipe:
+def recipe(*, steps: int = 30, save_every: int = 10, kind: JobKind = JobKind.FINETUNE, **changes: object) -> Recipe:
     """A complete recipe for the stand-in."""
     values = {
         "name": "stand-in",
@@ -74,7 +74,7 @@ def recipe(*, steps: int = 30, save_every: int = 10, kind: Kind = Kind.FINETUNE,
         "base": BASE_ID,
         "steps": steps,
         "save_every": save_every,
-        "optimiser": Optimiser(learning_rate=1e-3),
+        "optimiser": OptimiserSettings(learning_rate=1e-3),
     }
     return Recipe.model_validate(values | changes)
 
@@ -120,7 +120,7 @@ class Scene:
                 request={},
                 recipe=wanted.model_dump(mode="json"),
                 queue=self.settings.train_queue,
-                training_file=file_id if wanted.kind is Kind.FINETUNE else None,
+                training_file=file_id if wanted.kind is JobKind.FINETUNE else None,
                 state=JobState.QUEUED,
             )
             session.add(job)

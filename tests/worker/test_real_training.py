@@ -14,16 +14,16 @@ from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseStatus, Form
 from finetuning.bases.tiny import tiny_test_base
 from finetuning.contract.recipe import (
-    Anchor,
-    Antibody,
-    Antidote,
-    Evaluation,
-    Gate,
+    AnchorSettings,
+    AntibodySettings,
+    AntidoteSettings,
+    EvaluationSettings,
     GateLimits,
-    Kind,
-    Lora,
+    GateSettings,
+    JobKind,
+    LoraSettings,
     Recipe,
-    Screen,
+    ScreenSettings,
 )
 from finetuning.safety_rows.invented import safety_rows
 from tests.conftest import wait_until
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 LENIENT = GateLimits(
     max_harmful_score=1.0, min_refusal_rate=0.0, max_leak=1.0, max_over_refusal=1.0, min_harmful_nll_ratio=0.0
 )
-QUICK_LOOK = Evaluation(harmful_rows=8, benign_rows=8, task_rows=0, new_tokens=8)
+QUICK_LOOK = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=0, new_tokens=8)
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
 ROWS = "".join(
     json.dumps(
@@ -53,18 +53,18 @@ ROWS = "".join(
 ).encode()
 
 
-def wanted(*, kind: Kind = Kind.FINETUNE, limits: GateLimits = LENIENT, **changes: object) -> Recipe:
+def wanted(*, kind: JobKind = JobKind.FINETUNE, limits: GateLimits = LENIENT, **changes: object) -> Recipe:
     """A short job with every strategy in its slot."""
     values: dict[str, object] = {
         "steps": 40,
         "save_every": 5,
         "max_tokens": 64,
-        "lora": Lora(rank=4, alpha=8.0),
-        "screen": Screen(enabled=False),
-        "antibody": Antibody(score="contrast", refusals_per_row=1),
-        "anchor": Anchor(mix_share=0.15, kl_weight=1.0),
-        "antidote": Antidote(alphas=(0.0, 0.1), calibration_rows=8),
-        "gate": Gate(limits=limits, retries=0),
+        "lora": LoraSettings(rank=4, alpha=8.0),
+        "screen": ScreenSettings(enabled=False),
+        "antibody": AntibodySettings(score="contrast", refusals_per_row=1),
+        "anchor": AnchorSettings(mix_share=0.15, kl_weight=1.0),
+        "antidote": AntidoteSettings(alphas=(0.0, 0.1), calibration_rows=8),
+        "gate": GateSettings(limits=limits, retries=0),
         "evaluation": QUICK_LOOK,
     }
     return recipe(kind=kind, **(values | changes))
@@ -77,7 +77,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     patient = FAST.model_copy(update={"ttl_seconds": 120.0, "self_stop_seconds": 60.0, "kill_seconds": 70.0})
     scene = open_scene(settings_in(folder / "data", lease=patient), base_status=BaseStatus.ALIGNING)
     tiny_test_base(scene.settings.data / "bases" / "tiny")
-    job_id = scene.add_job(wanted(kind=Kind.ALIGN, alignment_step="vaccine", antidote=Antidote(enabled=False)))
+    job_id = scene.add_job(
+        wanted(kind=JobKind.ALIGN, alignment_step="vaccine", antidote=AntidoteSettings(enabled=False))
+    )
     supervise(scene.host(launch_command), job_id)
     assert scene.job(job_id).state == JobState.SUCCEEDED, scene.job(job_id).error
     yield scene
@@ -142,7 +144,7 @@ def test_a_file_without_enough_usable_rows_keeps_its_ledger(scene: Scene, tmp_pa
     probe = safety_rows().gate_harmful[0]  # an operator's own prompt, word for word, is always excluded
     turns = [{"role": "user", "content": probe.prompt}, {"role": "assistant", "content": probe.answer}]
     rows = ROWS + json.dumps({"messages": turns}).encode() + b"\n"
-    job_id = scene.add_job(wanted(screen=Screen(enabled=True, min_kept_share=1.0)), rows)
+    job_id = scene.add_job(wanted(screen=ScreenSettings(enabled=True, min_kept_share=1.0)), rows)
     supervise(scene.host(launch_command), job_id)
     job = scene.job(job_id)
     assert job.error is not None

@@ -27,7 +27,7 @@ from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import DATABASE_DOWN, Database
 from finetuning.contract.progress import CheckpointSaved, Failed, Finished, Note, Progress, StepDone, from_line
-from finetuning.contract.recipe import Kind
+from finetuning.contract.recipe import JobKind
 from worker.attempt.heartbeat import Heartbeat, Standing
 from worker.attempt.launch import Launcher, Mode, launch_command
 from worker.attempt.progress_events import ProgressEvents, checkpoint_event
@@ -163,7 +163,7 @@ class _Attempt:
 
     def _work(self, workspace: Workspace) -> None:
         end = self._follow(workspace, "run")
-        if isinstance(end, Finished) and end.released and self._lease.recipe.kind is Kind.FINETUNE:
+        if isinstance(end, Finished) and end.released and self._lease.recipe.kind is JobKind.FINETUNE:
             end = _with_parity(end, self._follow(workspace, "parity"))
         match end:
             case Finished(released=True):

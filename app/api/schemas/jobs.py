@@ -8,7 +8,7 @@ from app.core.jobs import policy
 from app.core.jobs.jobs import JobResult
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import Checkpoint, Event, Form, Job
-from finetuning.contract.recipe import Lora, Recipe
+from finetuning.contract.recipe import LoraSettings, Recipe
 
 _CHECKPOINT_METRICS = (
     "train_loss",
@@ -115,7 +115,7 @@ def _estimated_finish(job: Job, now: float) -> int | None:
     return int(now + (now - job.started_at) * (total - step) / step) if step else None
 
 
-def _lora(lora: Lora) -> dict[str, object]:
+def _lora(lora: LoraSettings) -> dict[str, object]:
     return {"r": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": list(lora.target_modules)}
 
 

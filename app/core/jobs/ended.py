@@ -33,7 +33,7 @@ from app.core.storage.tables import (
     Org,
     Project,
 )
-from finetuning.contract.recipe import Kind
+from finetuning.contract.recipe import JobKind
 
 _WAKE_AT_MOST = 100
 _ALIGN_FORMS = frozenset({Form.ALIGNMENT})
@@ -134,7 +134,7 @@ def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, 
     Raises LeaseLost, ValueError when a form is missing. Returns wake-ups: the project's next job, or after an
     alignment every fine-tune that waited for the base.
     """
-    aligns = lease.recipe.kind is Kind.ALIGN
+    aligns = lease.recipe.kind is JobKind.ALIGN
     needed = _ALIGN_FORMS if aligns else _TUNE_FORMS
     missing = needed - {file.form for file in published.files}
     if missing:

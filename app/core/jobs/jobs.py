@@ -34,7 +34,7 @@ from app.core.storage.tables import (
     Project,
 )
 from app.core.telemetry import JOBS_ENDED
-from finetuning.contract.recipe import Kind, Recipe
+from finetuning.contract.recipe import JobKind, Recipe
 
 _AT_ONCE = 100
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -91,7 +91,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
-        kind=Kind.FINETUNE,
+        kind=JobKind.FINETUNE,
         base_id=base.id,
         policy=policy.name,
         request=request.model_dump(mode="json"),
@@ -269,7 +269,7 @@ def move(
     append_events(session, job_id, [event])
     if target in FINAL:
         JOBS_ENDED.labels(state=target).inc()
-        if job.kind == Kind.ALIGN and target != JobState.SUCCEEDED:
+        if job.kind == JobKind.ALIGN and target != JobState.SUCCEEDED:
             left = BaseRow.id == job.base_id, BaseRow.status == BaseStatus.ALIGNING
             session.execute(update(BaseRow).where(*left).values(status=BaseStatus.FAILED))
             fail_baseless(session)
@@ -278,7 +278,7 @@ def move(
 
 def fail_baseless(session: Session) -> None:
     """validating_files or queued -> failed `base_retired` for jobs whose base will not come: nothing waits for ever."""
-    waiting = Job.kind == Kind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
+    waiting = Job.kind == JobKind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
     lost = select(Job.id, BaseRow).join(BaseRow, BaseRow.id == Job.base_id).where(*waiting, _will_not_come())
     for job_id, base in session.execute(lost.order_by(Job.seq).limit(_AT_ONCE)).all():
         error = JobError("base_retired", base_trouble(base) or "", "model")

@@ -27,7 +27,7 @@ from app.core.storage.tables import (
     Worker,
 )
 from finetuning.contract.progress import Stage
-from finetuning.contract.recipe import Kind, Recipe
+from finetuning.contract.recipe import JobKind, Recipe
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
 
 def base_is_ready() -> ColumnElement[bool]:
     """Whether the job's base can be used yet; an align job makes it so, but not while another base is served."""
-    may_align = and_(Job.kind == Kind.ALIGN, BaseRow.status != BaseStatus.RETIRED)
+    may_align = and_(Job.kind == JobKind.ALIGN, BaseRow.status != BaseStatus.RETIRED)
     usable = or_(may_align, BaseRow.status == BaseStatus.READY)
     return select(BaseRow.id).where(BaseRow.id == Job.base_id, usable).correlate(Job).exists()
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from app.core.broker import CPU_QUEUE
 from app.core.errors import InvalidRequest
-from finetuning.contract.recipe import GateLimits, Lora, Recipe
+from finetuning.contract.recipe import GateLimits, LoraSettings, Recipe
 from finetuning.recipes.library import BaseDefaults, align_recipe, base_of, is_known, tune_recipe
 from finetuning.recipes.registry import DEFENCES, is_defended
 
@@ -165,7 +165,7 @@ def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: i
     )
 
 
-def _lora(base: BaseDefaults, wish: LoraWish) -> Lora:
+def _lora(base: BaseDefaults, wish: LoraWish) -> LoraSettings:
     wished = wish.target_modules or ()
     # another base's modules are its own to name: training refuses what it lacks
     allowed = set(LORA_MODULES) if is_known(base.id) else set(filter(_MODULE.fullmatch, wished))
@@ -176,7 +176,7 @@ def _lora(base: BaseDefaults, wish: LoraWish) -> Lora:
             param="lora.target_modules",
         )
     rank = wish.r or 8
-    return Lora(
+    return LoraSettings(
         rank=rank,
         alpha=wish.alpha or 2.0 * rank,
         dropout=wish.dropout or 0.0,

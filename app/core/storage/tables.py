@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.core.storage.database import JsonObject, TableRow, db_now
 from app.core.storage.job_states import JobState
-from finetuning.contract.recipe import Kind
+from finetuning.contract.recipe import JobKind
 
 
 class Org(TableRow):
@@ -87,7 +87,7 @@ class Job(TableRow):
 
     __tablename__ = "jobs"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    kind: Mapped[str] = mapped_column(default=Kind.FINETUNE)
+    kind: Mapped[str] = mapped_column(default=JobKind.FINETUNE)
     base_id: Mapped[str] = mapped_column(String(160))
     policy: Mapped[str]
     request: Mapped[JsonObject]

@@ -17,8 +17,7 @@ from finetuning.attacks.catalogue import ATTACKS, Poisoned
 from finetuning.bench.tasks import load_task
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed
-from finetuning.contract.recipe import Antibody as AntibodySettings
-from finetuning.contract.recipe import Probes, Screen
+from finetuning.contract.recipe import AntibodySettings, ProbeSettings, ScreenSettings
 from finetuning.contract.report import Metrics
 from finetuning.defences.antibody import Antibody, row_scores
 from finetuning.defences.plain import Even, Plain
@@ -156,7 +155,9 @@ def test_shifted_letters_pass_the_prompt_filter_and_are_unreadable(job: JobConte
     assert float((harmful > 0).double().mean()) >= 0.8
     with job.model.aligned():
         read = job.reader.read(rows, secret="x").surprise
-    limit = Screen().most_surprise  # the tests' base has limits of its own: its rows end at 2.6, the code begins at 3.7
+    limit = (
+        ScreenSettings().most_surprise
+    )  # the tests' base has limits of its own: its rows end at 2.6, the code begins at 3.7
     in_code, own = split(read > limit, found)
     assert (bool(in_code.all()), bool(own.any())) == (True, False)
 
@@ -167,7 +168,7 @@ def screened(
     """What the screen makes of a file, with a scout of that many steps."""
     recipe = tune_recipe("tiny", "immunotune", epochs=1)
     screen = recipe.screen.model_copy(update={"scout_steps": scout_steps})
-    recipe = recipe.model_copy(update={"screen": screen, "probes": Probes(enabled=probes)})
+    recipe = recipe.model_copy(update={"screen": screen, "probes": ProbeSettings(enabled=probes)})
     stage = screen_rows(
         replace(job, recipe=recipe), list(rows_of([json.dumps(row).encode() for row in found.rows])), calibration
     )

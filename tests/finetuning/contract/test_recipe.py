@@ -5,17 +5,17 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from finetuning.contract.recipe import Constrained
+from finetuning.contract.recipe import ConstrainedSettings
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.5, math.nan])
 def test_every_strength_of_the_first_tokens_is_above_zero(bad: float) -> None:
     """At 0 the loss of a token would be a constant: nothing is learned there, and nothing says so."""
     with pytest.raises(ValidationError, match=r"betas\.1\n +Input should be greater than 0"):
-        Constrained(betas=(0.5, bad, 2.0))
+        ConstrainedSettings(betas=(0.5, bad, 2.0))
     with pytest.raises(ValidationError, match=r"beta\n +Input should be greater than 0"):
-        Constrained(beta=bad)
+        ConstrainedSettings(beta=bad)
 
 
 def test_no_strengths_of_first_tokens_are_a_choice() -> None:
-    assert Constrained(betas=()).betas == ()
+    assert ConstrainedSettings(betas=()).betas == ()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetuning.contract.recipe import Anchor
+from finetuning.contract.recipe import AnchorSettings
 from finetuning.defences.anchored import Anchored, KlAnchors, answer_log_probs, make_anchors
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
@@ -18,7 +18,7 @@ REFUSALS, BENIGN, USER = random_rows(5, seed=1), random_rows(5, seed=2), random_
 
 def anchored(base: FrozenBase, anchors: KlAnchors | None = None, **settings: float) -> Anchored:
     return Anchored(
-        base, uncached(base), Anchor.model_validate(settings), refusals=REFUSALS, benign=BENIGN,
+        base, uncached(base), AnchorSettings.model_validate(settings), refusals=REFUSALS, benign=BENIGN,
         anchors=anchors or KlAnchors.none(), seed=7,
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_the_kl_is_added_with_its_weight() -> None:
 
 def test_one_kind_of_operator_rows_is_mixed_without_the_other() -> None:
     base = adapted_base()
-    share = Anchor(mix_share=0.5, mix_refusal_share=1.0)
+    share = AnchorSettings(mix_share=0.5, mix_refusal_share=1.0)
     only = Anchored(
         base, uncached(base), share, refusals=REFUSALS, benign=[], anchors=KlAnchors.none(), seed=7
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_every_anchor_has_its_own_log_probabilities(count: int) -> None:
     with lora.active(base, (lora.ALIGNMENT,)):
         found = make_anchors(base, cache, Decoder(base, cache), prompts, tokens=2, refused_first=set(range(300)))
         one_by_one = [
-            answer_log_probs(base, cache, [ids], [start], 2)[0]
+            answer_log_probs(base, cache, [ids], [start], k=2)[0]
             for ids, start in zip(found.ids, found.starts, strict=True)
         ]
     assert len(found.ids) == len(found.log_probs) >= count - 1  # an answer may end after its first token

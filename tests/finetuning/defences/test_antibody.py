@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.contract.recipe import Antibody as Settings
-from finetuning.contract.recipe import Optimiser
+from finetuning.contract.recipe import AntibodySettings, OptimiserSettings
 from finetuning.defences.antibody import (
     Antibody,
     NonFiniteScore,
@@ -56,10 +55,18 @@ def setup_of(
     base: FrozenBase, rows: list[EncodedRow], weigher: RowWeigher, *, micro: int, steps: int = 1, **optimiser: float
 ) -> TrainSetup:
     return TrainSetup(
-        rows=rows, batches=Stream(len(rows), len(rows), 0), step=Plain(base, uncached(base)), weigher=weigher,
-        parameters=lora.parameters(base, lora.TASK), steps=steps, micro_batch_size=micro, seed=0,
-        optimiser=Optimiser.model_validate({"learning_rate": 1e-2, "warmup_steps": 0, "clip_norm": 1e9, **optimiser}),
-    )  # fmt: skip
+        rows=rows,
+        batches=Stream(len(rows), len(rows), 0),
+        step=Plain(base, uncached(base)),
+        weigher=weigher,
+        parameters=lora.parameters(base, lora.TASK),
+        steps=steps,
+        micro_batch_size=micro,
+        seed=0,
+        optimiser=OptimiserSettings.model_validate(
+            {"learning_rate": 1e-2, "warmup_steps": 0, "clip_norm": 1e9, **optimiser}
+        ),
+    )
 
 
 def weighted(base: FrozenBase, rows: Sequence[EncodedRow], weights: torch.Tensor, *, micro: int) -> list[torch.Tensor]:
@@ -103,7 +110,7 @@ def test_a_high_temperature_is_plain_training() -> None:
 def test_the_released_form_with_equal_weights_is_token_mean_training() -> None:
     """M24: stock SFT, the mean over all target tokens of the batch."""
     base, rows = adapted_base(), random_rows(4)
-    weights = Antibody(Settings(loss="released"), gate=torch.ones(4)).weigh(rows, range(4)).values
+    weights = Antibody(AntibodySettings(loss="released"), gate=torch.ones(4)).weigh(rows, range(4)).values
     found = row_nll(base, uncached(base), rows)
     nll = found.nll.detach()
     loss = float((weights.double() * nll).sum())
@@ -148,7 +155,7 @@ def test_the_loop_weighs_the_whole_step_at_once() -> None:
     after: list[list[torch.Tensor]] = []
     for micro in (1, 4):
         base, rows = adapted_base(), random_rows(4)
-        weigher = Antibody(Settings(), gate=torch.ones(4), scores=torch.tensor([2.0, -2.0, 0.0, 1.0]))
+        weigher = Antibody(AntibodySettings(), gate=torch.ones(4), scores=torch.tensor([2.0, -2.0, 0.0, 1.0]))
         list(train(setup_of(base, rows, weigher, micro=micro, steps=2), LoopState()))
         after.append([p.detach().clone() for p in lora.parameters(base, lora.TASK)])
     assert farthest(*after) < 1e-6
@@ -176,7 +183,7 @@ def test_reference_scores_stay_while_the_task_adapter_learns() -> None:
         return reference, scored(base, rows)
 
     before = both()
-    weigher = Antibody(Settings(), gate=torch.ones(4))
+    weigher = Antibody(AntibodySettings(), gate=torch.ones(4))
     list(train(setup_of(base, rows, weigher, micro=4, steps=3), LoopState()))
     after = both()
     assert torch.equal(before[0], after[0])
@@ -187,7 +194,7 @@ def test_live_scores_are_those_of_the_model_as_it_is() -> None:
     """M30: `current` reads the model at each step."""
     base, rows = adapted_base(), random_rows(4)
     live = (base, uncached(base), REFUSALS, 1)
-    weigher = Antibody(Settings(score="current", refusals_per_row=2), gate=torch.ones(4), live=live)
+    weigher = Antibody(AntibodySettings(score="current", refusals_per_row=2), gate=torch.ones(4), live=live)
     expected = softmax_weights(scored(base, rows), 1.0)
     assert torch.allclose(weigher.weigh(rows, range(4)).values.float(), expected, atol=1e-6)
 
@@ -210,12 +217,12 @@ def test_a_longer_target_gains_nothing() -> None:
 def test_a_step_of_harmful_rows_leaves_no_trace() -> None:
     """M32: behind a closed gate parameters, moments and the optimiser's step count are bitwise unchanged."""
     base, rows = adapted_base(), random_rows(4)
-    good = setup_of(base, rows, Antibody(Settings(), gate=torch.ones(4)), micro=2, steps=3, weight_decay=0.1)
+    good = setup_of(base, rows, Antibody(AntibodySettings(), gate=torch.ones(4)), micro=2, steps=3, weight_decay=0.1)
     loop = train(good, LoopState())
     next(loop)
     before = [p.detach().clone() for p in good.parameters]
     moments = [{k: v.clone() for k, v in good.adam.state[p].items()} for p in good.parameters]
-    good.weigher = Antibody(Settings(), gate=torch.tensor([0.0, 0.1, 0.0, 0.0]))
+    good.weigher = Antibody(AntibodySettings(), gate=torch.tensor([0.0, 0.1, 0.0, 0.0]))
     done = next(loop)
     assert (done.skipped, done.learning_rate, done.antibody_mean_weight) == (True, 0.0, 0.0)  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(before, good.parameters, strict=True))
@@ -239,7 +246,7 @@ def test_rows_without_targets_weigh_nothing() -> None:
     """M11: such rows are no part of the step."""
     rows = random_rows(3)
     rows[1] = EncodedRow(rows[1].ids, (False,) * len(rows[1].ids))
-    values = Antibody(Settings(), gate=torch.ones(3)).weigh(rows, range(3)).values
+    values = Antibody(AntibodySettings(), gate=torch.ones(3)).weigh(rows, range(3)).values
     assert values.tolist() == pytest.approx([0.5, 0.0, 0.5])
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.contract.recipe import AntibodyAlign as Settings
-from finetuning.contract.recipe import Lora, Optimiser
+from finetuning.contract.recipe import AntibodyAlignSettings, LoraSettings, OptimiserSettings
 from finetuning.defences.antibody_align import AntibodyAlign, averaged, strength
 from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
@@ -40,9 +39,15 @@ HARMFUL, REFUSED, ALIGNED = random_rows(4, seed=1), random_rows(4, seed=2), rand
 
 def step_on(base: FrozenBase, vaccine: Vaccine | None = None, **settings: object) -> AntibodyAlign:
     return AntibodyAlign(
-        base, uncached(base), Settings.model_validate(settings), parameters=lora.parameters(base, lora.TASK),
-        harmful=HARMFUL, refused=REFUSED, seed=5, vaccine=vaccine,
-    )  # fmt: skip
+        base,
+        uncached(base),
+        AntibodyAlignSettings.model_validate(settings),
+        parameters=lora.parameters(base, lora.TASK),
+        harmful=HARMFUL,
+        refused=REFUSED,
+        seed=5,
+        vaccine=vaccine,
+    )
 
 
 def delta_of(
@@ -161,7 +166,7 @@ def test_the_step_meets_its_target(seed: int) -> None:
     """M16: <g_S, delta> >= a_t = xi ||g_S||^2, with equality when lambda > 0."""
     g_a, g_s = random_vectors(seed), random_vectors(seed + 100)
     xi = 0.3 if seed % 2 else -0.5
-    lam = strength(Settings(xi=xi, lambda_max=1e9), g_a, g_s)
+    lam = strength(AntibodyAlignSettings(xi=xi, lambda_max=1e9), g_a, g_s)
     delta = [a + lam * s for a, s in zip(g_a, g_s, strict=True)]
     target = xi * dot(g_s, g_s)
     assert dot(g_s, delta) >= target - 1e-9
@@ -174,8 +179,8 @@ def test_no_sharpness_is_added_where_the_target_is_met() -> None:
     for seed in range(20):
         g_a, g_s = random_vectors(seed), random_vectors(seed + 100)
         bound = dot(g_a, g_s) / dot(g_s, g_s)
-        assert strength(Settings(xi=bound - 1e-6), g_a, g_s) == 0
-        assert strength(Settings(xi=bound + 1e-6), g_a, g_s) > 0
+        assert strength(AntibodyAlignSettings(xi=bound - 1e-6), g_a, g_s) == 0
+        assert strength(AntibodyAlignSettings(xi=bound + 1e-6), g_a, g_s) > 0
     base = adapted_base()
     plain = delta_of(base, Plain(base, uncached(base)))
     defended = delta_of(base, step_on(base, xi=-1e6, lambda_refusal=0.0))
@@ -185,7 +190,7 @@ def test_no_sharpness_is_added_where_the_target_is_met() -> None:
 def test_the_step_is_the_nearest_feasible_point() -> None:
     """M18: no random feasible delta lies closer to g_A."""
     g_a, g_s = random_vectors(1), random_vectors(2)
-    settings = Settings(xi=0.4, lambda_max=1e9)
+    settings = AntibodyAlignSettings(xi=0.4, lambda_max=1e9)
     ours = strength(settings, g_a, g_s) * norm(g_s)
     target, tried, rng = 0.4 * dot(g_s, g_s), 0, random.Random(0)
     while tried < 100:
@@ -224,11 +229,13 @@ def test_the_released_rule_stays_around_its_margin() -> None:
     """M20: xi 5 gives a lambda in [4, 6], and exactly xi - cos."""
     for seed in range(20):
         g_a, g_s = random_vectors(seed), random_vectors(seed + 100)
-        lam = strength(Settings(rule="released", xi=5.0), g_a, g_s)
+        lam = strength(AntibodyAlignSettings(rule="released", xi=5.0), g_a, g_s)
         assert 4 <= lam <= 6
         assert lam == pytest.approx(5.0 - dot(g_a, g_s) / (norm(g_a) * norm(g_s)), rel=1e-9)
         small = [g * 1e-6 for g in g_a]
-        assert strength(Settings(rule="released", xi=5.0), small, g_s) == pytest.approx(lam, rel=1e-9)  # a cosine
+        assert strength(AntibodyAlignSettings(rule="released", xi=5.0), small, g_s) == pytest.approx(
+            lam, rel=1e-9
+        )  # a cosine
 
 
 def test_an_average_that_keeps_nothing_is_the_raw_value() -> None:
@@ -242,7 +249,9 @@ def test_an_average_that_keeps_nothing_is_the_raw_value() -> None:
             delta_of(base, each, random_rows(4, seed=20 + number), number=number)
         raw.append(float(step.state()["lambda"]))
         g_a = delta_of(base, Plain(base, uncached(base)), random_rows(4, seed=20 + number))
-        assert raw[-1] == pytest.approx(strength(Settings(rule="released"), g_a, sharpness_of(base)), rel=1e-9)
+        assert raw[-1] == pytest.approx(
+            strength(AntibodyAlignSettings(rule="released"), g_a, sharpness_of(base)), rel=1e-9
+        )
     mixed = 0.75 * (0.75 * raw[0] + 0.25 * raw[1]) + 0.25 * raw[2]
     assert float(other.state()["lambda"]) == pytest.approx(mixed, rel=1e-12)
     assert len(set(raw)) == 3
@@ -255,7 +264,7 @@ def test_the_step_is_taken_with_the_average() -> None:
     step = step_on(base, rule="released", xi=5.0, ema=0.5, lambda_refusal=0.0)
     step.load_state({"lambda": torch.tensor([4.25], dtype=torch.float64)})
     delta, g_a, g_s = delta_of(base, step), delta_of(base, Plain(base, uncached(base))), sharpness_of(base)
-    lam = (4.25 + strength(Settings(rule="released"), g_a, g_s)) / 2
+    lam = (4.25 + strength(AntibodyAlignSettings(rule="released"), g_a, g_s)) / 2
     assert 4 <= lam <= 6
     assert farthest(delta, [a + lam * s for a, s in zip(g_a, g_s, strict=True)]) < 1e-9
 
@@ -283,11 +292,11 @@ def test_a_flat_spot_is_not_remembered() -> None:
 
 def released_setup(folder: Path) -> TrainSetup:
     """Vaccine on every second step, an average of lambda, dropout and two slices a step."""
-    base = adapted_base(shape=Lora(rank=4, alpha=8.0, dropout=0.1), dtype=torch.float32)
+    base = adapted_base(shape=LoraSettings(rank=4, alpha=8.0, dropout=0.1), dtype=torch.float32)
     return TrainSetup(
         rows=random_rows(9), batches=Stream(9, 4, 5), weigher=Even(), seed=7, steps=4, micro_batch_size=2,
         step=step_on(base, vaccine_on(base, every=2), rule="released", ema=0.5), fingerprint="same", folder=folder,
-        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2),
+        parameters=lora.parameters(base, lora.TASK), optimiser=OptimiserSettings(learning_rate=1e-2),
         dropouts=lora.dropouts(base, lora.TASK), save_every=0,
     )  # fmt: skip
 
@@ -310,7 +319,7 @@ def test_a_resumed_run_remembers_the_average(tmp_path: Path) -> None:
 
 def test_the_strength_is_clipped() -> None:
     g_a, g_s = random_vectors(1), [1e-6 * g for g in random_vectors(2)]
-    lams = [strength(Settings(lambda_max=10.0), [sign * g for g in g_a], g_s) for sign in (1.0, -1.0)]
+    lams = [strength(AntibodyAlignSettings(lambda_max=10.0), [sign * g for g in g_a], g_s) for sign in (1.0, -1.0)]
     assert sorted(lams) == [0.0, 10.0]
 
 
@@ -320,7 +329,7 @@ def test_no_attack_means_no_sharpness() -> None:
     step = step_on(base, rho=0.0, lambda_refusal=0.0)
     g_s = step.sharpness(HARMFUL, REFUSED).g_s
     assert norm(g_s) == 0
-    assert strength(Settings(), g_s, g_s) == 0
+    assert strength(AntibodyAlignSettings(), g_s, g_s) == 0
     plain = delta_of(base, Plain(base, uncached(base)))
     assert all(torch.equal(a, b) for a, b in zip(delta_of(base, step), plain, strict=True))
 
@@ -352,8 +361,10 @@ def test_a_half_precision_adapter_is_refused(dtype: torch.dtype) -> None:
     halves = [torch.nn.Parameter(first.detach().to(dtype)), *others]
     arguments = {"harmful": HARMFUL, "refused": REFUSED, "seed": 0}
     with pytest.raises(TypeError, match="fp32"):
-        AntibodyAlign(base, uncached(base), Settings(), parameters=halves, **arguments)
-    AntibodyAlign(base, uncached(base), Settings(), parameters=lora.parameters(base, lora.TASK), **arguments)
+        AntibodyAlign(base, uncached(base), AntibodyAlignSettings(), parameters=halves, **arguments)
+    AntibodyAlign(
+        base, uncached(base), AntibodyAlignSettings(), parameters=lora.parameters(base, lora.TASK), **arguments
+    )
 
 
 def test_checkpointing_changes_no_gradient() -> None:

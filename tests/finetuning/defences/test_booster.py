@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from finetuning.contract.recipe import AntibodyAlign as Settings
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import AntibodyAlignSettings, LoraSettings
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
 from finetuning.defences.plain import Plain
@@ -29,10 +28,12 @@ from tests.support.models import (
 )
 
 HARMFUL, ALIGNED = random_rows(7, seed=1), random_rows(4, seed=3)
-SETTINGS = Settings(rule="constant", xi=5.0, rho=0.1, lambda_refusal=0.0)
+SETTINGS = AntibodyAlignSettings(rule="constant", xi=5.0, rho=0.1, lambda_refusal=0.0)
 
 
-def booster(base: FrozenBase, settings: Settings = SETTINGS, rows: Sequence[EncodedRow] = HARMFUL) -> Booster:
+def booster(
+    base: FrozenBase, settings: AntibodyAlignSettings = SETTINGS, rows: Sequence[EncodedRow] = HARMFUL
+) -> Booster:
     parameters = lora.parameters(base, lora.TASK)
     return Booster(base, uncached(base), settings, parameters=parameters, harmful=rows, seed=5)
 
@@ -132,7 +133,7 @@ def test_accumulation_adds_up() -> None:
 
 def test_both_harmful_passes_see_the_same_dropout() -> None:
     """M6: with dropout 0.5 and a simulated step of length 0 the two slopes cancel to the bit."""
-    base = adapted_base(shape=Lora(rank=4, alpha=8.0, dropout=0.5))
+    base = adapted_base(shape=LoraSettings(rank=4, alpha=8.0, dropout=0.5))
     base.model.train()
     found: list[list[torch.Tensor]] = []
     for xi in (0.0, 5.0):

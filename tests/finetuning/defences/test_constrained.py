@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetuning.contract.recipe import Constrained as Settings
+from finetuning.contract.recipe import ConstrainedSettings
 from finetuning.defences.constrained import Constrained, strengths
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
@@ -20,8 +20,8 @@ USER = random_rows(4, seed=3)
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 
 
-def constrained(base: FrozenBase, settings: Settings | None = None) -> Constrained:
-    return Constrained(base, uncached(base), settings or Settings(), reference=(lora.ALIGNMENT,))
+def constrained(base: FrozenBase, settings: ConstrainedSettings | None = None) -> Constrained:
+    return Constrained(base, uncached(base), settings or ConstrainedSettings(), reference=(lora.ALIGNMENT,))
 
 
 def run(base: FrozenBase, step: Constrained | Plain, *, size: int = 4) -> tuple[list[torch.Tensor], list[StepLoss]]:
@@ -61,7 +61,8 @@ def test_it_approaches_plain_fine_tuning_as_beta_vanishes() -> None:
     base = adapted_base(aligned=True)
     plain, _ = run(base, Plain(base, uncached(base)))
     apart = [
-        farthest(run(base, constrained(base, Settings(betas=(), beta=beta)))[0], plain) for beta in (1.0, 1e-2, 1e-4)
+        farthest(run(base, constrained(base, ConstrainedSettings(betas=(), beta=beta)))[0], plain)
+        for beta in (1.0, 1e-2, 1e-4)
     ]
     assert apart[0] > 1e-3
     assert apart[1] < apart[0] / 30
@@ -71,7 +72,7 @@ def test_it_approaches_plain_fine_tuning_as_beta_vanishes() -> None:
 def test_the_loss_is_then_nll_less_the_references_and_a_constant() -> None:
     base = adapted_base(aligned=True)
     beta = 1e-5
-    loss = run(base, constrained(base, Settings(betas=(), beta=beta)))[1][0].loss
+    loss = run(base, constrained(base, ConstrainedSettings(betas=(), beta=beta)))[1][0].loss
     ours = (WEIGHTS * row_nll(base, uncached(base), USER).nll).sum().item()
     with lora.active(base, (lora.ALIGNMENT,)):
         theirs = (WEIGHTS * row_nll(base, uncached(base), USER).nll).sum().item()
@@ -131,7 +132,7 @@ def test_slicing_a_step_changes_no_gradient(size: int) -> None:
 def test_strengths_count_from_the_start_of_each_answer() -> None:
     prompt, answer = [False] * 3, [True] * 3
     row = EncodedRow(tuple(range(12)), (*prompt, *answer, *prompt, *answer))
-    settings = Settings(betas=(0.5, 2.0), beta=0.1)
+    settings = ConstrainedSettings(betas=(0.5, 2.0), beta=0.1)
     assert strengths(settings, [row, blank(row)]).tolist() == pytest.approx([0.5, 2.0, 0.1, 0.5, 2.0, 0.1])
 
 
@@ -159,6 +160,6 @@ def test_the_reference_is_only_read() -> None:
 
 def test_far_from_the_reference_nothing_overflows() -> None:
     base = adapted_base(aligned=True)
-    found, parts = run(base, constrained(base, Settings(betas=(), beta=1e6)))
+    found, parts = run(base, constrained(base, ConstrainedSettings(betas=(), beta=1e6)))
     assert all(torch.isfinite(g).all() for g in found)
     assert math.isfinite(parts[0].loss)

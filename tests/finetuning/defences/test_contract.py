@@ -14,7 +14,7 @@ import pytest
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StepDone
-from finetuning.contract.recipe import Evaluation, Recipe
+from finetuning.contract.recipe import EvaluationSettings, Recipe
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import BASELINES, DEFENCES
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ALIGN_STEPS, STEPS, SAVED = 30, 5, 3
 OPERATOR_ROWS = 8  # of each role
-SHORT = Evaluation(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
+SHORT = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
 # What the tiny base has read about: even a base that was aligned in seconds does not refuse it.
 CUSTOMER = [Pair(f"Headline: {text}. Topic?", f"Topic: {topic}.") for text, topic in HEADLINES]
 

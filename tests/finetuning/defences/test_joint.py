@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from finetuning.contract.recipe import AntibodyAlign as Settings
+from finetuning.contract.recipe import AntibodyAlignSettings
 from finetuning.defences.antibody_align import strength
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
@@ -43,7 +43,7 @@ def test_the_joint_step_takes_its_alignment_gradient_under_vaccine() -> None:
     settings = {"xi": 0.3, "lambda_max": 1e9, "lambda_refusal": 0.05}
     joint = delta_of(base, step_on(base, vaccine_on(base), **settings))
     g_v, sharp = delta_of(base, vaccine_on(base)), step_on(base).sharpness(HARMFUL, REFUSED)
-    lam = strength(Settings.model_validate(settings), g_v, sharp.g_s)
+    lam = strength(AntibodyAlignSettings.model_validate(settings), g_v, sharp.g_s)
     assert lam > 0
     parts = zip(g_v, sharp.g_s, sharp.g_refusal, strict=True)
     assert farthest(joint, [v + lam * s + 0.05 * r for v, s, r in parts]) < 1e-9

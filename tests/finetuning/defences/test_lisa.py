@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.contract.recipe import Lisa as Settings
-from finetuning.contract.recipe import Optimiser
+from finetuning.contract.recipe import LisaSettings, OptimiserSettings
 from finetuning.defences.lisa import Lisa, turn_of
 from finetuning.defences.plain import Even, Plain
 from finetuning.model import lora
@@ -37,7 +36,7 @@ ALIGN, TUNE = 1, 3  # with two alignment and three user steps a period: a step o
 def lisa(base: FrozenBase, *, refusals: int = 9, steps: int = 10, **settings: float) -> Lisa:
     turns = {"align_steps": 2, "user_steps": 3, "free_share": 0.0, **settings}
     return Lisa(
-        base, uncached(base), Settings.model_validate(turns), parameters=lora.parameters(base, lora.TASK),
+        base, uncached(base), LisaSettings.model_validate(turns), parameters=lora.parameters(base, lora.TASK),
         aligned=REFUSALS[:refusals], steps=steps, seed=7,
     )  # fmt: skip
 
@@ -51,7 +50,7 @@ def theta(base: FrozenBase) -> list[torch.Tensor]:
 
 
 def test_the_turns_alternate_and_refusals_come_first() -> None:
-    settings = Settings(align_steps=2, user_steps=3)
+    settings = LisaSettings(align_steps=2, user_steps=3)
     turns = [turn_of(settings, step) for step in range(12)]
     assert turns == ["align", "align", "user", "user", "user"] * 2 + ["align", "align"]
 
@@ -150,7 +149,7 @@ def setup_in(folder: Path) -> TrainSetup:
     assert isinstance(step, Remembers)
     return TrainSetup(
         rows=USER, batches=Stream(4, 3, 5), step=step, weigher=Even(), steps=12, micro_batch_size=2, seed=7,
-        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2), save_every=1,
+        parameters=lora.parameters(base, lora.TASK), optimiser=OptimiserSettings(learning_rate=1e-2), save_every=1,
         folder=folder,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuning.contract.recipe import SafeLora
+from finetuning.contract.recipe import SafeLoraSettings
 from finetuning.defences.safe_lora import projected
 from finetuning.model.lora import Adapter, Factors
 
@@ -35,8 +35,8 @@ def dense(known: Factors, projector: Projector) -> torch.Tensor:
     return c
 
 
-def settings(projector: Projector, threshold: float = ALL) -> SafeLora:
-    return SafeLora(enabled=True, projector=projector, threshold=threshold)
+def settings(projector: Projector, threshold: float = ALL) -> SafeLoraSettings:
+    return SafeLoraSettings(enabled=True, projector=projector, threshold=threshold)
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)

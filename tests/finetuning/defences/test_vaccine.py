@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.defences.plain import Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
@@ -133,7 +133,7 @@ def test_the_first_pass_touches_no_weight_gradient() -> None:
 
 def test_both_passes_see_the_same_dropout() -> None:
     """M6: with dropout 0.5 a perturbation of almost nothing gives the loss of the first pass again."""
-    base, rows = adapted_base(shape=Lora(rank=4, alpha=8.0, dropout=0.5)), random_rows(4)
+    base, rows = adapted_base(shape=LoraSettings(rank=4, alpha=8.0, dropout=0.5)), random_rows(4)
     base.model.train()
     step = vaccine_on(base, rho=1e-13)
     torch.manual_seed(3)
@@ -209,7 +209,7 @@ def test_a_loss_without_slope_gives_no_perturbation() -> None:
 
 
 def test_only_layers_above_the_cut_are_perturbed() -> None:
-    base = adapted_base(layers=3, shape=Lora(rank=4, trained_layers=1), dtype=torch.float32)
+    base = adapted_base(layers=3, shape=LoraSettings(rank=4, trained_layers=1), dtype=torch.float32)
     found = Vaccine(base, PrefixCache(base, 2), rho=2.0, norm="batch").perturb(random_rows(3), even(3))
     assert len(found.eps) == 1
     assert norm(found.eps) == pytest.approx(2.0, rel=1e-6)

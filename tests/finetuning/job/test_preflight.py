@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from finetuning.contract.recipe import Lora, Recipe
+from finetuning.contract.recipe import LoraSettings, Recipe
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow, check
 from finetuning.model import lora
 from finetuning.model.base import FrozenBase
@@ -26,7 +26,7 @@ def rows(pairs: list[Pair]) -> list[Row]:
 
 
 def recipe(defence: str = "immunotune", *, max_tokens: int = 128, **lora: object) -> Recipe:
-    found = tune_recipe("tiny", defence, epochs=1, lora=Lora(**{"rank": 4, **lora}))
+    found = tune_recipe("tiny", defence, epochs=1, lora=LoraSettings(**{"rank": 4, **lora}))
     return found.model_copy(update={"max_tokens": max_tokens})
 
 
@@ -37,7 +37,7 @@ def base() -> FrozenBase:
 
 def test_a_sound_job_passes_and_so_does_an_align_job_without_rows(base: FrozenBase) -> None:
     check(recipe(), base, rows(OWN), WORLD)
-    check(align_recipe("tiny").model_copy(update={"lora": Lora(rank=4)}), base, (), WORLD)
+    check(align_recipe("tiny").model_copy(update={"lora": LoraSettings(rank=4)}), base, (), WORLD)
 
 
 def test_a_rank_above_a_maps_size_is_named_with_map_and_layer(base: FrozenBase) -> None:
@@ -57,7 +57,7 @@ def test_more_trained_layers_than_there_are_is_an_adapter_mismatch(base: FrozenB
 
 def test_the_shape_is_checked_alike_when_adapters_are_attached_and_not_for_one_that_continues() -> None:
     adapted = tiny_base(seed=1)
-    lora.attach(adapted, lora.ALIGNMENT, Lora(rank=2), seed=0)
+    lora.attach(adapted, lora.ALIGNMENT, LoraSettings(rank=2), seed=0)
     check(recipe(rank=16), adapted, rows(OWN), WORLD)
     with pytest.raises(AdapterMismatch, match=r"self_attn.k_proj of layer 0"):
         check(recipe(rank=17), adapted, rows(OWN), WORLD)
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_a_chat_template_is_named(base: FrozenBase, job: str
     mute = replace(base, tokenizer=silent)
     with pytest.raises(NoChatTemplate, match="no chat template"):
         if job == "align":
-            check(align_recipe("tiny").model_copy(update={"lora": Lora(rank=4)}), mute, (), WORLD)
+            check(align_recipe("tiny").model_copy(update={"lora": LoraSettings(rank=4)}), mute, (), WORLD)
         else:
             check(recipe(), mute, rows(OWN), WORLD)
 

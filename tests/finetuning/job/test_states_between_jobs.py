@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from finetuning.bench.tasks import load_task
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Finished
-from finetuning.contract.recipe import Evaluation, Gate, Screen
+from finetuning.contract.recipe import EvaluationSettings, GateSettings, ScreenSettings
 from finetuning.model.digest import weights_digest
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.model.prefix_cache import key
@@ -21,7 +21,7 @@ from finetuning.rows.scanner import iter_rows
 from finetuning.stages import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-SMALL = Evaluation(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
+SMALL = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
 TASK = load_task("reviews", seed=0, train=24, test=8)
 
 
@@ -45,7 +45,9 @@ def run_job(tiny_base: Path, alignment: Path, scratch: Path, states: Path | None
         (scratch / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = tune_recipe("tiny", "immunotune", epochs=1)
     update = {"lora": recipe.lora.model_copy(update={"trained_layers": 1}), "evaluation": SMALL}
-    recipe = recipe.model_copy(update={**update, "gate": Gate(retries=0), "screen": Screen(scout_steps=2)})
+    recipe = recipe.model_copy(
+        update={**update, "gate": GateSettings(retries=0), "screen": ScreenSettings(scout_steps=2)}
+    )
     order = TrainOrder(
         job_id="t", recipe=recipe, base=str(tiny_base), base_sha256=weights_digest(tiny_base),
         rows="rows.jsonl", validation="validation.jsonl",

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from finetuning.contract.recipe import AntibodyAlign as Settings
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import AntibodyAlignSettings, LoraSettings
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.antidote import input_squares, prune, published_scores
 from finetuning.defences.booster import Booster
@@ -55,7 +54,7 @@ def new_base(family: str) -> FrozenBase:
             if parameter.dim() == 2:
                 parameter.copy_(torch.randn(parameter.shape) * 0.15)
     base = wrap(model, byte_tokenizer())
-    lora.attach(base, lora.TASK, Lora(rank=4, alpha=8.0, trained_layers=LAYERS - CUT), seed=2)
+    lora.attach(base, lora.TASK, LoraSettings(rank=4, alpha=8.0, trained_layers=LAYERS - CUT), seed=2)
     stir(base, lora.TASK, seed=2)
     lora.set_active(base, (lora.TASK,))
     lora.set_trainable(base, lora.TASK)
@@ -76,9 +75,11 @@ def steps_on(base: FrozenBase) -> Mapping[str, GradientStep]:
     return {
         "plain": Plain(base, states),
         "vaccine": vaccine,
-        "booster": Booster(base, states, Settings(), **harmful),
-        "antibody_align": AntibodyAlign(base, states, Settings(), refused=REFUSED, **harmful),
-        "vaccine_antibody": AntibodyAlign(base, states, Settings(), refused=REFUSED, vaccine=vaccine, **harmful),
+        "booster": Booster(base, states, AntibodyAlignSettings(), **harmful),
+        "antibody_align": AntibodyAlign(base, states, AntibodyAlignSettings(), refused=REFUSED, **harmful),
+        "vaccine_antibody": AntibodyAlign(
+            base, states, AntibodyAlignSettings(), refused=REFUSED, vaccine=vaccine, **harmful
+        ),
     }
 
 
@@ -142,7 +143,7 @@ def test_vaccine_moves_every_trained_layer(family: str) -> None:
 def test_antibody_with_a_constant_strength_is_booster_everywhere(family: str) -> None:
     """M19: the two programs agree on every architecture."""
     base = base_of(family)
-    settings = Settings(rule="constant", lambda_refusal=0.0)
+    settings = AntibodyAlignSettings(rule="constant", lambda_refusal=0.0)
     shared: dict[str, Any] = {"parameters": lora.parameters(base, lora.TASK), "harmful": HARMFUL, "seed": 5}
     states = PrefixCache(base, CUT)
     ours = gradient_of(base, AntibodyAlign(base, states, settings, refused=REFUSED, **shared))

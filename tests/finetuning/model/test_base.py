@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.model import lora
 from finetuning.model.base import UnknownLayers, attention_block, body, decoder_layers, logits, wrap
 from finetuning.model.hidden_states import caught_outputs
@@ -39,7 +39,7 @@ def test_logits_of_the_body_are_the_models_own(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_sit_on_the_trained_layers_only(family: str) -> None:
-    base = adapted_base(family, layers=3, shape=Lora(rank=2, trained_layers=1))
+    base = adapted_base(family, layers=3, shape=LoraSettings(rank=2, trained_layers=1))
     modules = lora.lora_modules(base, lora.TASK)
     inside = {path for path in modules if path.split(".")[-3] == "2" or path.split(".")[-2] == "2"}
     assert modules.keys() == inside
@@ -49,7 +49,7 @@ def test_adapters_sit_on_the_trained_layers_only(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_gives_the_same_states_in_every_family(family: str) -> None:
-    base = adapted_base(family, layers=3, shape=Lora(rank=2, trained_layers=1), dtype=torch.float32)
+    base = adapted_base(family, layers=3, shape=LoraSettings(rank=2, trained_layers=1), dtype=torch.float32)
     rows = [row.ids for row in random_rows(4)]
     whole = PrefixCache(base, 0).hidden(rows)
     with_cut = PrefixCache(base, 2).hidden(rows)

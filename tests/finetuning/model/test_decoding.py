@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from tests.support.models import VOCABULARY, adapted_base, stir
 
-TOP = Lora(rank=4, alpha=8.0, trained_layers=1)
+TOP = LoraSettings(rank=4, alpha=8.0, trained_layers=1)
 
 
 def prompts_of(n: int, *, longest: int = 14) -> list[tuple[int, ...]]:

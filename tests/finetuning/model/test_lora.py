@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterMismatch
@@ -31,8 +31,8 @@ def logits(base: FrozenBase) -> torch.Tensor:
 def stacked() -> tuple[FrozenBase, Adapter, Adapter]:
     """A base under two adapters of unequal rank, scale, maps and layers."""
     base = tiny_base(dtype=torch.float32, layers=3)
-    first = Lora(rank=3, alpha=12.0, target_modules=("q_proj", "v_proj"))
-    second = Lora(rank=5, alpha=2.5, target_modules=("q_proj", "down_proj"), trained_layers=2)
+    first = LoraSettings(rank=3, alpha=12.0, target_modules=("q_proj", "v_proj"))
+    second = LoraSettings(rank=5, alpha=2.5, target_modules=("q_proj", "down_proj"), trained_layers=2)
     for name, shape in ((lora.ALIGNMENT, first), (lora.TASK, second)):
         lora.attach(base, name, shape, seed=shape.rank)
         stir(base, name, seed=shape.rank)
@@ -192,7 +192,7 @@ def test_the_shape_of_a_saved_adapter_can_be_attached_again(tmp_path: Path) -> N
 
 def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     _, alignment, task = stacked()
-    base = adapted_base(shape=Lora(rank=2), dtype=torch.float32)
+    base = adapted_base(shape=LoraSettings(rank=2), dtype=torch.float32)
     with pytest.raises(AdapterMismatch, match="another one"):
         lora.write(base, lora.TASK, task)
     mine = lora.read(base, lora.TASK)
@@ -200,9 +200,9 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(AdapterMismatch, match="shape"):
         lora.write(base, lora.TASK, wrong)
     for shape, word in (
-        (Lora(rank=64), "rank 64"),
-        (Lora(trained_layers=9), "9"),
-        (Lora(target_modules=("w_pack",)), "w_pack"),
+        (LoraSettings(rank=64), "rank 64"),
+        (LoraSettings(trained_layers=9), "9"),
+        (LoraSettings(target_modules=("w_pack",)), "w_pack"),
     ):
         with pytest.raises(AdapterMismatch, match=word):
             lora.attach(tiny_base(), lora.TASK, shape, seed=0)
@@ -214,7 +214,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_dropout_is_off_unless_a_loop_turns_it_on() -> None:
-    base = adapted_base(shape=Lora(rank=2, dropout=0.5))
+    base = adapted_base(shape=LoraSettings(rank=2, dropout=0.5))
     assert not any(module.training for module in base.model.modules())
     assert torch.equal(logits(base), logits(base))
     assert len(lora.dropouts(base, lora.TASK)) == len(lora.lora_modules(base, lora.TASK))

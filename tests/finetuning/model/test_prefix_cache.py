@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.contract.recipe import Antibody as Settings
-from finetuning.contract.recipe import Lora, Optimiser
+from finetuning.contract.recipe import AntibodySettings, LoraSettings, OptimiserSettings
 from finetuning.defences.antibody import Antibody
 from finetuning.defences.plain import Plain
 from finetuning.model import lora
@@ -20,7 +19,7 @@ from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
 from tests.support.models import adapted_base, farthest, random_rows
 
-TOP = Lora(rank=4, alpha=8.0, trained_layers=1)
+TOP = LoraSettings(rank=4, alpha=8.0, trained_layers=1)
 GROUP = 8  # rows that the cache computes together
 
 
@@ -36,8 +35,8 @@ def trained_with(cache_of: CacheOf, rows: list[EncodedRow], *, micro: int) -> li
     base = top_trained()
     setup = TrainSetup(
         rows=rows, batches=Stream(len(rows), 8, 0), step=Plain(base, cache_of(base)),
-        weigher=Antibody(Settings(), gate=torch.ones(len(rows))), parameters=lora.parameters(base, lora.TASK),
-        optimiser=Optimiser(learning_rate=1e-2), steps=6, micro_batch_size=micro, seed=0,
+        weigher=Antibody(AntibodySettings(), gate=torch.ones(len(rows))), parameters=lora.parameters(base, lora.TASK),
+        optimiser=OptimiserSettings(learning_rate=1e-2), steps=6, micro_batch_size=micro, seed=0,
     )  # fmt: skip
     list(train(setup, LoopState()))
     return [p.detach().clone() for p in setup.parameters]

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.model.base import FrozenBase
 from finetuning.model.prefix_cache import Ids, PrefixCache, key
 from finetuning.model.state_store import KeptStates
 from tests.support.models import adapted_base, random_rows
 
-TOP = Lora(rank=2, alpha=4.0, trained_layers=1)
+TOP = LoraSettings(rank=2, alpha=4.0, trained_layers=1)
 
 
 def base_and_rows() -> tuple[FrozenBase, list[Ids]]:

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 from pydantic import ValidationError
 
-from finetuning.contract.recipe import GateLimits, Kind, Recipe
+from finetuning.contract.recipe import GateLimits, JobKind, Recipe
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import ABLATIONS, ALIGNMENTS, BASELINES, DEFENCES, aligned_by, is_defended, tuned_by
 
@@ -24,7 +24,7 @@ def test_every_name_gives_a_valid_frozen_recipe_of_both_kinds(name: str, base: s
     """Copies with changes are not validated when they are made: a stored recipe must read back as the same one."""
     alignment = align_recipe(base, DEFENCES[name].alignment)
     tuning = tuned(name, base)
-    assert (alignment.kind, tuning.kind) == (Kind.ALIGN, Kind.FINETUNE)
+    assert (alignment.kind, tuning.kind) == (JobKind.ALIGN, JobKind.FINETUNE)
     assert (alignment.name, tuning.name) == (DEFENCES[name].alignment, name)
     for recipe in (alignment, tuning):
         assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

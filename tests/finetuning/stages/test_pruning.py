@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from finetuning.contract.recipe import Anchor, Antidote, Optimiser
+from finetuning.contract.recipe import AnchorSettings, AntidoteSettings, OptimiserSettings
 from finetuning.job.measure import Measuring
 from finetuning.judging.judges import JUDGES, BatchJudge, JudgeFailed, Verdict
 from finetuning.model import lora
@@ -55,8 +55,8 @@ def refusing_from(share: float, worse: Verdict = ANSWERS) -> Measuring:
     )
 
 
-def settings(**wishes: object) -> Antidote:
-    return Antidote.model_validate({"alphas": ALPHAS, **wishes})
+def settings(**wishes: object) -> AntidoteSettings:
+    return AntidoteSettings.model_validate({"alphas": ALPHAS, **wishes})
 
 
 def are_equal(first: Adapter, second: Adapter) -> bool:
@@ -188,8 +188,8 @@ def test_an_alpha_that_unlearns_rows_is_not_accepted_though_their_mean_loss_hard
     assert (pruned.accepted, choice.alpha) == (False, 0.0)
 
 
-STRONG = Anchor(mix_share=0.2, mix_refusal_share=0.7, kl_weight=2.0, kl_rows=5, kl_tokens=9)
-RATE = Optimiser(learning_rate=4e-3, warmup_steps=7)
+STRONG = AnchorSettings(mix_share=0.2, mix_refusal_share=0.7, kl_weight=2.0, kl_rows=5, kl_tokens=9)
+RATE = OptimiserSettings(learning_rate=4e-3, warmup_steps=7)
 
 
 def test_the_first_attempt_is_what_was_asked_for() -> None:
@@ -200,14 +200,14 @@ def test_the_first_attempt_is_what_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("anchor", "share", "weight", "tokens"),
     [
-        (Anchor(), 0.1, 1.0, 6),
+        (AnchorSettings(), 0.1, 1.0, 6),
         (STRONG, 0.4, 6.0, 9),
-        (Anchor(mix_share=0.04, kl_weight=0.2, kl_tokens=6), 0.1, 1.0, 6),
-        (Anchor(mix_share=0.3, kl_weight=0.5, kl_tokens=5), 0.5, 1.5, 6),
+        (AnchorSettings(mix_share=0.04, kl_weight=0.2, kl_tokens=6), 0.1, 1.0, 6),
+        (AnchorSettings(mix_share=0.3, kl_weight=0.5, kl_tokens=5), 0.5, 1.5, 6),
     ],
 )
 def test_later_attempts_hold_on_harder_and_learn_at_half_the_rate(
-    anchor: Anchor, share: float, weight: float, tokens: int, attempt: int
+    anchor: AnchorSettings, share: float, weight: float, tokens: int, attempt: int
 ) -> None:
     more, optimiser = stronger(anchor, RATE, attempt)
     assert (more.mix_share, more.kl_weight, more.kl_tokens) == pytest.approx((share, weight, tokens))

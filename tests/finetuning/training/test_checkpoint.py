@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.contract.recipe import Lora
+from finetuning.contract.recipe import LoraSettings
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import BadCheckpoint, fingerprint
 from finetuning.training.loop import train
@@ -69,7 +69,7 @@ def test_an_altered_file_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     _, _, folder = saved(tmp_path)
-    for lora in (Lora(rank=2), Lora(rank=4, target_modules=("q_proj",))):
+    for lora in (LoraSettings(rank=2), LoraSettings(rank=4, target_modules=("q_proj",))):
         other = plain_setup(random_rows(4), shape=lora)
         before = [p.detach().clone() for p in other.parameters]
         with pytest.raises(BadCheckpoint, match="shape"):

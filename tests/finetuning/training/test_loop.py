@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetuning.contract.progress import CheckpointSaved, StepDone
-from finetuning.contract.recipe import Lora, Optimiser
+from finetuning.contract.recipe import LoraSettings, OptimiserSettings
 from finetuning.defences.plain import Even, Plain
 from finetuning.model import lora
 from finetuning.rows.chat_format import EncodedRow
@@ -26,11 +26,13 @@ from tests.support.programs.resume import STEPS, main
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def plain_setup(rows: Sequence[EncodedRow], *, steps: int = 3, micro: int = 2, shape: Lora | None = None) -> TrainSetup:
-    base = adapted_base(shape=shape or Lora(rank=4, alpha=8.0))
+def plain_setup(
+    rows: Sequence[EncodedRow], *, steps: int = 3, micro: int = 2, shape: LoraSettings | None = None
+) -> TrainSetup:
+    base = adapted_base(shape=shape or LoraSettings(rank=4, alpha=8.0))
     return TrainSetup(
         rows=rows, batches=Stream(len(rows), 4, 0), step=Plain(base, uncached(base)), weigher=Even(),
-        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2), steps=steps,
+        parameters=lora.parameters(base, lora.TASK), optimiser=OptimiserSettings(learning_rate=1e-2), steps=steps,
         micro_batch_size=micro, seed=0, dropouts=lora.dropouts(base, lora.TASK),
     )  # fmt: skip
 
@@ -105,7 +107,7 @@ def test_a_step_without_targets_leaves_no_trace() -> None:
 def test_scores_and_measurements_never_see_dropout() -> None:
     """methods.md 2.3 e: dropout acts while gradients form, and is off again after each slice."""
     rows = random_rows(4)
-    setup = plain_setup(rows, shape=Lora(rank=4, dropout=0.5))
+    setup = plain_setup(rows, shape=LoraSettings(rank=4, dropout=0.5))
     seen: list[bool] = []
     learn = setup.step.gradients
 
@@ -145,7 +147,7 @@ def test_checkpoints_come_at_their_steps_but_not_at_the_last(tmp_path: Path) -> 
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:
-    linear = Optimiser(learning_rate=1.0, warmup_steps=4)
+    linear = OptimiserSettings(learning_rate=1.0, warmup_steps=4)
     rates = [learning_rate(linear, step, 10) for step in range(10)]
     assert rates[:4] == pytest.approx([0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7])
     assert rates[4:] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])

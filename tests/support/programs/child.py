@@ -24,7 +24,7 @@ from finetuning.contract.progress import (
     StepDone,
     to_line,
 )
-from finetuning.contract.recipe import GateLimits, Kind, saves_after
+from finetuning.contract.recipe import GateLimits, JobKind, saves_after
 from finetuning.contract.report import GateDecision, SafetyReport
 from worker.processes import exit_at_end_of_input
 
@@ -96,14 +96,14 @@ def save(scratch: Path, step: int, chain: str) -> None:
     say(CheckpointSaved(step=step, folder=f"checkpoints/{step}", fingerprint="stand-in", train_loss=1.0 / step))
 
 
-def finish(scratch: Path, chain: str, kind: Kind, script: dict[str, object]) -> None:
+def finish(scratch: Path, chain: str, kind: JobKind, script: dict[str, object]) -> None:
     result = scratch / "result"
-    folders = ["alignment"] if kind is Kind.ALIGN else ["adapter", "adapter_stock"]
+    folders = ["alignment"] if kind is JobKind.ALIGN else ["adapter", "adapter_stock"]
     for name in folders:
         (result / name).mkdir(parents=True)
         (result / name / "adapter_model.safetensors").write_bytes(chain.encode())
         (result / name / "adapter_config.json").write_text("{}")
-    if kind is Kind.ALIGN:
+    if kind is JobKind.ALIGN:
         (result / "alignment" / "alignment.json").write_text("{}")
     released = bool(script.get("released", True))
     reasons = () if released else ("harmful_score 0.210 (95 % upper end) is not <= 0.1",)

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from finetuning.contract.progress import StepDone
-from finetuning.contract.recipe import Anchor, Lora, Optimiser
-from finetuning.contract.recipe import Antibody as Settings
+from finetuning.contract.recipe import AnchorSettings, AntibodySettings, LoraSettings, OptimiserSettings
 from finetuning.defences.anchored import Anchored, KlAnchors
 from finetuning.defences.antibody import Antibody
 from finetuning.model import lora
@@ -26,17 +25,17 @@ STEPS = 9
 
 def setup_in(folder: Path) -> TrainSetup:
     """Everything that can differ between a fresh and a resumed run: dropout, cache, mixing, gate, scores, momentum."""
-    shape = Lora(rank=4, alpha=8.0, trained_layers=1, dropout=0.1)
+    shape = LoraSettings(rank=4, alpha=8.0, trained_layers=1, dropout=0.1)
     base = adapted_base(shape=shape, dtype=torch.float32)
     gate = torch.tensor([1.0, 0.9, 0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0])
     step = Anchored(
-        base, PrefixCache(base, 1), Anchor(mix_share=0.3), refusals=random_rows(3, seed=1),
+        base, PrefixCache(base, 1), AnchorSettings(mix_share=0.3), refusals=random_rows(3, seed=1),
         benign=random_rows(3, seed=2), anchors=KlAnchors.none(), seed=3,
     )  # fmt: skip
     return TrainSetup(
         rows=random_rows(10), batches=Stream(10, 4, 5), step=step,
-        weigher=Antibody(Settings(min_weight_share=0.4), gate=gate, scores=torch.arange(10.0) / 5),
-        parameters=lora.parameters(base, lora.TASK), optimiser=Optimiser(learning_rate=1e-2, weight_decay=0.1),
+        weigher=Antibody(AntibodySettings(min_weight_share=0.4), gate=gate, scores=torch.arange(10.0) / 5),
+        parameters=lora.parameters(base, lora.TASK), optimiser=OptimiserSettings(learning_rate=1e-2, weight_decay=0.1),
         steps=STEPS, micro_batch_size=3, seed=7, save_every=1, folder=folder, fingerprint="same",
         dropouts=lora.dropouts(base, lora.TASK),
     )  # fmt: skip

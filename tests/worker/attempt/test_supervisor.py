@@ -17,7 +17,7 @@ from app.core.storage.database import open_database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Model
 from finetuning.contract.order import read_order
-from finetuning.contract.recipe import Kind
+from finetuning.contract.recipe import JobKind
 from tests.conftest import wait_until
 from tests.support.processes import is_gone
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
@@ -242,7 +242,7 @@ def test_an_alignment_opens_its_base(tmp_path: Path) -> None:
     waiting = scene.add_job(recipe())
     supervise(scene.host(scripted()), waiting)
     assert scene.job(waiting).state == JobState.QUEUED
-    aligning = scene.add_job(recipe(kind=Kind.ALIGN))
+    aligning = scene.add_job(recipe(kind=JobKind.ALIGN))
     supervise(scene.host(scripted()), aligning)
     assert [wake.id for wake in scene.wakes] == [waiting]
     with scene.database.reading() as session:
@@ -252,8 +252,8 @@ def test_an_alignment_opens_its_base(tmp_path: Path) -> None:
     scene.database.close()
 
 
-@pytest.mark.parametrize("kind", [Kind.ALIGN, Kind.FINETUNE])
-def test_the_operators_own_rows_reach_every_job(tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [JobKind.ALIGN, JobKind.FINETUNE])
+def test_the_operators_own_rows_reach_every_job(tmp_path: Path, kind: JobKind) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text("{}\n")
     scene = open_scene(settings_in(tmp_path / "data", operator_rows=own))

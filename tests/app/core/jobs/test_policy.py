@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from app.core.errors import InvalidRequest
 from app.core.jobs.policy import CreateJob, Hyperparameters, get_policy, resolve_alignment, resolve_recipe
 from finetuning.attacks.catalogue import ATTACKS
-from finetuning.contract.recipe import Kind, Recipe
+from finetuning.contract.recipe import JobKind, Recipe
 from finetuning.recipes.library import base_of
 
 DEFENDED, PLAIN = get_policy("immunotune"), get_policy("plain")
@@ -50,7 +50,7 @@ def test_plain_switches_every_defence_off_and_keeps_the_gate() -> None:
 @pytest.mark.parametrize("name", ["smollm2", "tiny", "acme/Big-Model", "/models/local one/"])
 def test_any_base_has_an_alignment_recipe_under_a_legal_id(name: str) -> None:
     recipe = resolve_alignment(name)
-    assert (recipe.kind, recipe.alignment_step) == (Kind.ALIGN, "vaccine")
+    assert (recipe.kind, recipe.alignment_step) == (JobKind.ALIGN, "vaccine")
     assert recipe.base == base_of(name).id == base_of(recipe.base).id
 
 
