@@ -80,7 +80,7 @@ def check_job(host: Host, job_id: str) -> None:
             jobs.append_events(session, job_id, notes)
         wakes = jobs.pass_checks(session, job_id, recipe)
         session.commit()
-    _log.info("job.passed", job_id=job_id, steps=recipe.steps)
+    _log.info("job.passed", job_id=job_id, epochs=recipe.epochs)
     host.wake(wakes)
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -103,15 +104,17 @@ def test_aligned_bases_are_made_side_by_side_with_a_line_for_each(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # run_all sets both for its processes
     monkeypatch.setenv("OMP_PROC_BIND", "false")
     settings = BenchSettings(tmp_path / "data", threads=1)
-    kept = settings.data / "bench" / "alignments"
     names = [str(tmp_path / name) for name in ("one", "two", "three")]
     for name in names:
         Path(name).mkdir()
         (Path(name) / "config.json").write_text("{}", encoding="utf-8")  # no model: an align job fails at once
+    said: list[str] = []
     for name in names[:2]:
         with pytest.raises((OSError, ValueError)):
-            aligned_base(name, "sft", settings, str)
-    said: list[str] = []
+            aligned_base(name, "sft", settings, said.append)
+    targets = [Path(text) for text in re.findall(r"then kept in (.*)\)", "\n".join(said))]
+    assert len(targets) == 2
+    said.clear()
 
     def has_said(text: str, times: int) -> bool:
         said.append(capfd.readouterr().out)
@@ -119,14 +122,14 @@ def test_aligned_bases_are_made_side_by_side_with_a_line_for_each(
 
     cells = [Cell("sft", base=name) for name in names]
     with ExitStack() as stack, ThreadPoolExecutor(1) as beside:
-        locks = [stack.enter_context(path.open("w")) for path in kept.glob(".*.lock")]
-        for lock in locks:
+        for target in targets:
+            lock = stack.enter_context(target.with_name(f".{target.name}.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         ended = beside.submit(safety.run_all, cells, settings, tmp_path / "out.jsonl", jobs=2, minutes=1e-9)
         try:
             wait_until(lambda: has_said("waiting for another process", 2), seconds=120)
-            for lock in locks:
-                (kept / Path(lock.name).name.removeprefix(".").removesuffix(".lock")).mkdir()
+            for target in targets:
+                target.mkdir()
         finally:
             stack.close()
         assert ended.result(60) == 1
