@@ -65,9 +65,10 @@ def _program(verb: str) -> Program:
 
         return demo if verb == "demo" else lambda rest: demo(["--align-only", *rest])
     if verb == "bench":
+        from app.core.settings import load_settings
         from finetuning.bench.run import main as bench
 
-        return bench
+        return lambda rest: bench(rest, load_settings().data)
     from embedded.__main__ import main as embedded
 
     return lambda rest: embedded([verb, *rest])

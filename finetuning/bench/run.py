@@ -27,15 +27,14 @@ BENCHES: dict[str, Callable[[Path], list[speed.Contest]]] = {
 _ROUNDS = 5
 
 
-def main(arguments: list[str]) -> int:
-    """Run one bench; 0 when its figures were written."""
+def main(arguments: list[str], data: Path) -> int:
+    """Run one bench; 0 when its figures were written. `data` keeps bases and results."""
     if arguments[:1] == ["safety"]:
-        return safety.main(arguments[1:])
+        return safety.main(arguments[1:], data)
     parser = argparse.ArgumentParser(prog="immunotune bench")
     parser.add_argument("name", choices=sorted([*BENCHES, "safety"]))
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     chosen = parser.parse_args(arguments)
-    data = Path(os.environ.get("IMMUNOTUNE_DATA", "var"))
     results: list[dict[str, object]] = []
     for contest in BENCHES[chosen.name](data):
         result = _measure(contest, chosen.rounds)
@@ -78,7 +77,3 @@ def _seconds(work: Callable[[], object]) -> float:
 def _hardware() -> dict[str, object]:
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     return {**machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

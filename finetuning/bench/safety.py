@@ -27,10 +27,9 @@ _GUESS = {"tiny": 15.0}
 _SLOW_GUESS = 240.0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run or report; 0 when every cell of the grid has a line."""
+def main(arguments: Sequence[str], data: Path) -> int:
+    """Run or report; 0 when every cell of the grid has a line. `data` keeps bases and aligned bases."""
     options = _options(arguments)
-    data = Path(os.environ.get("IMMUNOTUNE_DATA", "var"))
     out = options.out or (data / "bench" / "safety-quick.jsonl" if options.quick else RESULTS)
     if options.report or options.publish:
         return _report(load(out), out, data, publish=options.publish)

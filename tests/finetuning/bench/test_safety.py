@@ -39,41 +39,35 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert remaining(cells, map(cell_of, load(out))) == cells[1:]
 
 
-def test_lines_of_another_base_are_run_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_of_another_base_are_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A base that was made anew under the same name is another base; figures of both in one mean would be nobody's."""
     folder, out = tmp_path / "mine", tmp_path / "safety.jsonl"
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"weights of yesterday")
-    monkeypatch.setenv("IMMUNOTUNE_DATA", str(tmp_path / "data"))
     cells = GRIDS["quick"](str(folder))
     now = base_digest(str(folder), BenchSettings(tmp_path / "data"), str)
     lines = [line(cell, base_sha256=now) for cell in cells]
     out.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
     wanted = ["--grid", "quick", "--base", str(folder), "--out", str(out), "--jobs", "1", "--minutes", "1e-9"]
-    assert safety.main(wanted) == 0
+    assert safety.main(wanted, tmp_path / "data") == 0
     assert "every cell" in capsys.readouterr().out
     (folder / "model.safetensors").write_bytes(b"weights of today")
-    assert safety.main(wanted) == 1
+    assert safety.main(wanted, tmp_path / "data") == 1
     said = capsys.readouterr().out
     assert f"{len(cells)} lines stand on other weights" in said
     assert f"{len(cells)} cells are left" in said
 
 
-def test_a_report_goes_to_the_data_folder_and_beside_the_lines_only_when_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("IMMUNOTUNE_DATA", str(tmp_path / "data"))
+def test_a_report_goes_to_the_data_folder_and_beside_the_lines_only_when_published(tmp_path: Path) -> None:
     out = tmp_path / "results" / "mine.jsonl"
     with appending(out) as append:
         append(line(Cell("sft")))
-    assert safety.main(["--report", "--out", str(out)]) == 0
+    assert safety.main(["--report", "--out", str(out)], tmp_path / "data") == 0
     assert [path.name for path in out.parent.iterdir()] == ["mine.jsonl"]
     report = tmp_path / "data" / "bench" / "report"
     assert {path.name for path in report.iterdir()} == {"mine.md", "mine-tiny-reviews-plane.png"}
-    assert safety.main(["--publish", "--out", str(out)]) == 0
+    assert safety.main(["--publish", "--out", str(out)], tmp_path / "data") == 0
     assert (out.parent / "mine.md").read_bytes() == (report / "mine.md").read_bytes()
 
 
