@@ -10,8 +10,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from uuid import uuid4
@@ -22,41 +21,19 @@ from obstore.store import MemoryStore
 from redis import Redis
 from sqlalchemy import create_engine, make_url, text
 
-from app.core import files, models, projects
+from app.core import models, projects
 from app.core.broker import make_celery
-from app.core.ids import Prefix, new_id
-from app.core.jobs import ended, jobs, lease, policy
-from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs import BlobStore, put_bytes
+from app.core.jobs import ended, lease
+from app.core.settings import Settings
+from app.core.storage.blobs import BlobStore
 from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.blobs.objects import ObjectBlobs
 from app.core.storage.database import Database, TableRow, migrate, open_database
-from app.core.storage.tables import BaseRow, File, FileStatus, Form, Job, Project
+from app.core.storage.tables import BaseRow, Form, Project
 from embedded import valkey
+from tests.support.jobs import QUICK, published
+from tests.support.waiting import wait_until
 from worker.processes import StartedProgram, die_with_parent, inherited_environment, start, stop
-
-QUICK = LeaseSettings(
-    beat_seconds=0.2,
-    ttl_seconds=3.0,
-    self_stop_seconds=1.5,
-    kill_seconds=2.0,
-    reaper_tick_seconds=0.2,
-    rewake_seconds=0.5,
-    backoff_seconds=0.05,
-)
-
-
-# what a job that may succeed has to publish
-SUCCESS = (Form.METRICS, Form.REPORTS, Form.ADAPTER, Form.ADAPTER_STOCK)
-
-
-def wait_until(condition: Callable[[], object], *, seconds: float) -> None:
-    """Poll until the condition holds; fail the test when it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {seconds} s"
-        time.sleep(0.02)
-
 
 # --- databases -------------------------------------------------------------------------------------------------------
 
@@ -177,12 +154,6 @@ def _admin(url: object, statement: str) -> None:
     engine.dispose()
 
 
-def patient(settings: Settings) -> Settings:
-    """The same settings, but nothing runs out or is sent again unless a test makes it old."""
-    slow = {"ttl_seconds": 300.0, "rewake_seconds": 300.0}
-    return settings.model_copy(update={"lease": settings.lease.model_copy(update=slow)})
-
-
 # --- settings, stores, broker ----------------------------------------------------------------------------------------
 
 
@@ -281,47 +252,3 @@ def base(database: Database, settings: Settings) -> BaseRow:
         ended.finish(session, held, published(held, Form.ALIGNMENT))
         session.commit()
         return models.get_base(session, held.base_id)
-
-
-def published(held: lease.Lease, *forms: Form, blobs: BlobStore | None = None) -> ended.Published:
-    """What an attempt would have uploaded in these forms; without a store the blobs are only named."""
-    prefix = f"{held.prefix}/result"
-    results: list[ended.PublishedFile] = []
-    for form in forms:
-        key, data = f"{prefix}/{form}.zip", f"{form} of {held.job_id}".encode()
-        blob = put_bytes(blobs or ObjectBlobs(MemoryStore()), key, data)
-        results.append(ended.PublishedFile(form, f"{form}.zip", blob))
-    return ended.Published(prefix, tuple(results), {"safety": {"gate": {"decision": "pass"}}}, 1234)
-
-
-def add_file(
-    database: Database,
-    project: Project,
-    settings: Settings,
-    *,
-    rows: int = 100,
-    status: FileStatus = FileStatus.PROCESSED,
-    **found: object,
-) -> File:
-    """A file of this project that was found to have `rows` rows, and whatever else is said of it."""
-    file_id = new_id(Prefix.FILE)
-    with database.writing() as session:
-        blob = put_bytes(ObjectBlobs(MemoryStore()), files.blob_key(project.id, file_id), file_id.encode())
-        new = files.NewFile(file_id, blob, "train.jsonl", status, {"format": "chat", "rows": rows, **found})
-        files.add_file(session, project.id, new, limits=settings.limits)
-        session.commit()
-        return files.get_file(session, project.id, file_id)
-
-
-def add_job(database: Database, project: Project, settings: Settings, *, queued: bool = True, **wishes: object) -> Job:
-    """A job of this project over a fresh file of 100 rows, past its checks unless `queued` is False."""
-    if "training_file" not in wishes:
-        wishes["training_file"] = add_file(database, project, settings).id
-    request = policy.CreateJob.model_validate({"model": "tiny", **wishes})
-    with database.writing() as session:
-        job = jobs.add_job(session, settings, project, request)
-        if queued:
-            named = policy.get_policy(project.policy)
-            jobs.pass_checks(session, job.id, policy.resolve_recipe(named, "tiny", request, rows=100))
-        session.commit()
-        return jobs.get_job(session, project.id, job.id)

@@ -18,8 +18,8 @@ from typing import IO
 import pytest
 
 from immunotune.verbs import VERBS
-from tests.conftest import wait_until
 from tests.support.processes import descendants, is_gone
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"app", "worker", "finetuning", "embedded", "demo", "immunotune"}

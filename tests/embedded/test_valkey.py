@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 
 from embedded import valkey
-from tests.conftest import wait_until
+from tests.support.waiting import wait_until
 from worker.processes import inherited_environment, start, stop
 
 

@@ -14,7 +14,7 @@ from app.core.ids import Prefix, new_id
 from app.core.jobs.lease import enrol_worker
 from app.core.projects import ensure_project
 from app.core.settings import LeaseSettings, Limits, Settings
-from app.core.storage.blobs import BlobStore, open_blobs, put_bytes, read_bytes
+from app.core.storage.blobs import BlobStore, open_blobs, read_bytes
 from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import (
@@ -24,12 +24,11 @@ from app.core.storage.tables import (
     Checkpoint,
     Event,
     File,
-    FilePurpose,
-    FileStatus,
     Form,
     Job,
 )
 from finetuning.contract.recipe import JobKind, OptimiserSettings, Recipe
+from tests.support.jobs import add_file, add_job
 from worker.attempt.launch import Launch, Launcher, Mode, launch_command
 from worker.attempt.supervisor import Host
 
@@ -94,23 +93,14 @@ class Scene:
         return Host(self.settings, self.database, self.blobs, self.worker_id, self.wakes.extend, launcher)
 
     def add_job(self, wanted: Recipe, rows: bytes = b'{"messages": []}\n') -> str:
-        """A queued job over these rows; returns its id."""
+        """A queued job over these rows; returns its id. An align job is added as the operator's, without rows."""
         with self.database.writing() as session:
             project = ensure_project(session, "default", policy="immunotune")
-            file_id = new_id(Prefix.FILE)
-            blob = put_bytes(self.blobs, f"files/{project.id}/{file_id}", rows)
-            file = File(
-                id=file_id,
-                project_id=project.id,
-                filename="rows.jsonl",
-                purpose=FilePurpose.FINE_TUNE,
-                status=FileStatus.PROCESSED,
-                blob_key=blob.key,
-                sha256=blob.sha256,
-                size_bytes=blob.size_bytes,
-            )
-            session.add(file)
-            session.flush()
+            session.commit()
+        if wanted.kind is JobKind.FINETUNE:
+            file = add_file(self.database, project, self.settings, data=rows, blobs=self.blobs)
+            return add_job(self.database, project, self.settings, recipe=wanted, training_file=file.id).id
+        with self.database.writing() as session:
             job = Job(
                 id=new_id(Prefix.JOB),
                 project_id=project.id,
@@ -120,7 +110,6 @@ class Scene:
                 request={},
                 recipe=wanted.model_dump(mode="json"),
                 queue=self.settings.train_queue,
-                training_file=file_id if wanted.kind is JobKind.FINETUNE else None,
                 state=JobState.QUEUED,
             )
             session.add(job)

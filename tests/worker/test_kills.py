@@ -21,8 +21,8 @@ from app.core.settings import LeaseSettings, to_environment
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import Form
 from embedded import valkey
-from tests.conftest import wait_until
 from tests.support.processes import descendants, is_gone
+from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
 from worker.attempt.launch import SOURCE_ROOT
 from worker.processes import Program, StartedProgram, inherited_environment, start, stop

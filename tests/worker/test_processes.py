@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import wait_until
 from tests.support.processes import is_gone
+from tests.support.waiting import wait_until
 from worker.processes import Program, inherited_environment, start, stop, tail
 
 ROOT = Path(__file__).resolve().parents[2]

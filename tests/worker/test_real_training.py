@@ -26,8 +26,8 @@ from finetuning.contract.recipe import (
     ScreenSettings,
 )
 from finetuning.safety_rows.invented import safety_rows
-from tests.conftest import wait_until
 from tests.support.processes import descendants
+from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, Scene, open_scene, recipe, settings_in
 from worker.attempt.launch import launch_command
 from worker.attempt.supervisor import supervise

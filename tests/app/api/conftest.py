@@ -33,7 +33,7 @@ from finetuning.contract.report import (
     SafetyReport,
     share,
 )
-from tests.conftest import QUICK
+from tests.support.jobs import QUICK
 from worker.processes import StartedProgram
 
 WORKER = "worker_of_tests"

@@ -9,7 +9,7 @@ from redis import Redis
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, make_celery, queue_depth, wake
 from app.core.settings import Settings
 from embedded import valkey
-from tests.conftest import wait_until
+from tests.support.waiting import wait_until
 from worker.processes import inherited_environment, kill, start, stop
 
 

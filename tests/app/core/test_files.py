@@ -12,7 +12,7 @@ from app.core.settings import Settings
 from app.core.storage.blobs import Blob
 from app.core.storage.database import Database, Page
 from app.core.storage.tables import BaseRow, File, FilePurpose, FileStatus, Form, Project
-from tests.conftest import SUCCESS, add_file, add_job, published
+from tests.support.jobs import SUCCESS, add_file, add_job, published
 
 
 def test_a_file_is_seen_by_its_project_alone(

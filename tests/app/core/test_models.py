@@ -10,7 +10,7 @@ from app.core.jobs.jobs import JobError
 from app.core.settings import Settings
 from app.core.storage.database import Database
 from app.core.storage.tables import BaseRow, Form, Job, Project
-from tests.conftest import SUCCESS, add_job, published
+from tests.support.jobs import SUCCESS, add_job, published
 
 
 @pytest.fixture

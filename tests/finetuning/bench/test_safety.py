@@ -15,8 +15,8 @@ from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_diges
 from finetuning.bench.grid import GRIDS, SHARES, remaining
 from finetuning.bench.results_file import appending, cell_of, load
 from finetuning.recipes.registry import BASELINES, DEFENCES
-from tests.conftest import wait_until
 from tests.support.bench_lines import line
+from tests.support.waiting import wait_until
 
 
 def test_the_main_grid_has_every_defence_at_every_share_with_three_seeds() -> None:

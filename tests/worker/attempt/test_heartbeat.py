@@ -8,7 +8,7 @@ from sqlalchemy.exc import OperationalError
 from app.core.errors import LeaseLost
 from app.core.jobs.jobs import NewEvent
 from app.core.jobs.lease import Beat, BeatReply
-from tests.conftest import wait_until
+from tests.support.waiting import wait_until
 from worker.attempt.heartbeat import Heartbeat, join
 
 

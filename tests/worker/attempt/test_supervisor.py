@@ -18,8 +18,8 @@ from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Model
 from finetuning.contract.order import read_order
 from finetuning.contract.recipe import JobKind
-from tests.conftest import wait_until
 from tests.support.processes import is_gone
+from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
 from worker.attempt.supervisor import supervise
 from worker.attempt.workspace import open_workspace

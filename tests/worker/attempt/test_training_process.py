@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import wait_until
 from tests.support.processes import is_gone
+from tests.support.waiting import wait_until
 from worker.attempt.launch import SOURCE_ROOT, Launch, launch_command
 from worker.attempt.training_process import TrainingProcess, describe_exit
 

@@ -24,9 +24,10 @@ from embedded import valkey
 from finetuning.model.base import load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.app.api.conftest import WORKER, Customer, Served
-from tests.conftest import QUICK, wait_until
+from tests.support.jobs import QUICK
 from tests.support.model_server import ModelServer, model_server
 from tests.support.tiny_llama import CONTEXT, save_adapter, save_base, zip_adapter
+from tests.support.waiting import wait_until
 from tests.worker.serving.engine.test_engine import generate
 from worker.processes import StartedProgram
 from worker.serving.engine import ServedAdapter

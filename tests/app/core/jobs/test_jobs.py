@@ -13,7 +13,7 @@ from app.core.storage.database import Database, Page
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import BaseRow, BaseStatus, File, FileStatus, Form, Job, Project
 from finetuning.contract.recipe import Recipe
-from tests.conftest import SUCCESS, add_file, add_job, published
+from tests.support.jobs import SUCCESS, add_file, add_job, published
 
 ALL = Page(limit=100)
 

@@ -13,7 +13,7 @@ from app.core.jobs.lease import Beat, Lease, SavedCheckpoint
 from app.core.settings import Settings
 from app.core.storage.database import Database, Page, read_clock
 from app.core.storage.tables import BaseRow, Checkpoint, File, Form, Job, Model, Project
-from tests.conftest import SUCCESS, add_job, patient, published
+from tests.support.jobs import SUCCESS, add_job, patient, published
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, File, Job, Project
-from tests.conftest import SUCCESS, add_file, add_job, patient, published, wait_until
+from tests.support.jobs import SUCCESS, add_file, add_job, patient, published
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

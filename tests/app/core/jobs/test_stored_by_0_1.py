@@ -15,7 +15,7 @@ from app.core.storage.database import Database
 from app.core.storage.tables import BaseRow, Job, Project
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import SafetyReport
-from tests.conftest import add_job
+from tests.support.jobs import add_job
 
 STORED = Path(__file__).parents[3] / "support" / "stored_by_0_1"
 

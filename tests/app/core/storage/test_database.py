@@ -11,7 +11,7 @@ from app.core.settings import Settings
 from app.core.storage import tables
 from app.core.storage.database import Database, Page, fetch_page, migrate, migration_engine, read_clock
 from app.core.storage.tables import Job, Org, Project
-from tests.conftest import add_job
+from tests.support.jobs import add_job
 
 pytestmark = pytest.mark.usefixtures("base")
 
