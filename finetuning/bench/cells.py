@@ -41,6 +41,7 @@ from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import iter_rows, rows_of
 from finetuning.safety_rows.invented import Pair
 from finetuning.stages import alignment_store, finetune
+from finetuning.training.batches import BATCHING
 from finetuning.training.determinism import make_deterministic
 
 Say = Callable[[str], None]
@@ -160,7 +161,7 @@ def _run(cell: Cell, order: TrainOrder, scratch: Path, poisoned: Poisoned, *, sa
     job = open_job(order, scratch)
     with counted(job.model.base) as work:
         try:
-            for progress in finetune.run(job, order, scratch, mark=""):
+            for progress in finetune.run(job, order, scratch, digest=""):
                 _tell(progress, say)
             job.model.cache.leave()
         except (finetune.DataRejected, NoUsableRow, CalibrationOverlap) as error:
@@ -294,7 +295,7 @@ def provenance() -> dict[str, Any]:
     libraries = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "commit": _commit(Path(finetuning.__path__[0])), "versions": libraries,
+        "commit": _commit(Path(finetuning.__path__[0])), "versions": libraries, "batches": BATCHING,
         "hardware": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }  # fmt: skip
 

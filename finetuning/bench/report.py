@@ -11,6 +11,7 @@ from finetuning.bench.results_file import Line
 from finetuning.bench.tables import HELD_OUT, crossed, harm_and_task, mean_of, table, values_of, where
 from finetuning.bench.targets import targets
 from finetuning.recipes.registry import ABLATIONS, BASELINES, DEFENCES
+from finetuning.training.batches import BATCHING
 
 _DEFAULT = {"lr_scale": 1.0, "epochs_scale": 1.0}
 _LEGEND = (
@@ -27,6 +28,11 @@ PUBLISHED = frozenset({
     "smollm2-reviews-over-p",
 })  # fmt: skip
 
+_BEFORE_WHOLE_EPOCHS = (
+    "These cells were run before epochs were whole (docs/adr/0014-rooms.md): their fine-tunes took as many steps as "
+    "the uploaded rows ask for, in equal batches, so that each kept row was seen up to a fifth more often than asked "
+    "for, and in files of many harmful rows more. They have not been run again since.\n"
+)
 Plot = Callable[[Sequence[Line], Path], Path]
 # Draws a plot of lines under a name; returns the report's text that shows it, or nothing.
 Draw = Callable[[Plot, Sequence[Line], str], str]
@@ -41,7 +47,12 @@ def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] |
     known = [line for base in values_of(lines, "base") for line in _of_its_newest(where(lines, base=base))]
     parts = ["# Safety bench\n", _made_of(known)]
     if len(known) < len(lines):
-        parts.append(f"{len(lines) - len(known)} lines stand on earlier weights of their base and are left out.\n")
+        left_out = len(lines) - len(known)
+        parts.append(
+            f"{left_out} lines stand on earlier weights of their base, or on other batches, and are left out.\n"
+        )
+    if any(line.get("batches") != BATCHING for line in known):
+        parts.append(_BEFORE_WHOLE_EPOCHS)
     draw = partial(_drawn, target=target, only=only)
     for base in values_of(known, "base"):
         parts += _base_part(where(known, base=base), base, draw)
@@ -50,9 +61,13 @@ def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] |
 
 
 def _of_its_newest(lines: list[Line]) -> list[Line]:
-    """A base's lines on its newest weights: a mean over two bases of one name would be nobody's."""
-    newest = lines[-1].get("base_sha256")
-    return [line for line in lines if line.get("base_sha256") == newest]
+    """A base's lines on its newest weights and batches: a mean over two trainings of one name would be nobody's."""
+    newest = _training_of(lines[-1])
+    return [line for line in lines if _training_of(line) == newest]
+
+
+def _training_of(line: Line) -> tuple[object, object]:
+    return line.get("base_sha256"), line.get("batches")
 
 
 def _made_of(lines: Sequence[Line]) -> str:
@@ -62,7 +77,7 @@ def _made_of(lines: Sequence[Line]) -> str:
         f"{len(lines)} cells, {seconds / 3600:.1f} core-hours; commits {commits}; {lines[-1]['hardware']}; "
         f"{', '.join(f'{k} {v}' for k, v in lines[-1]['versions'].items())}. "
         "Tables and plots are made from the JSON lines of the bench: those in the repository by "
-        "`./run bench safety --publish`, every plot by `./run bench safety --report`.\n"
+        "`./run bench safety --publish --out docs/results/safety.jsonl`, every plot by `./run bench safety --report`.\n"
     )
 
 

@@ -17,7 +17,7 @@ from finetuning.bench.cells import Cell
 
 Line = dict[str, Any]
 # What a header holds, so that no line repeats it.
-_OF_THE_RUN = ("commit", "versions", "hardware", "base_sha256")
+_OF_THE_RUN = ("commit", "versions", "hardware", "base_sha256", "batches")
 # Row scores: long lists in which most values are an exact 0.
 _LISTS = ("scores",)
 

@@ -20,8 +20,8 @@ from finetuning.bench.cells import BenchSettings, Cell, aligned_base, base_diges
 from finetuning.bench.grid import GRIDS, remaining
 from finetuning.bench.results_file import Line, appending, cell_of, load
 from finetuning.recipes.registry import DEFENCES
+from finetuning.training.batches import BATCHING
 
-RESULTS = Path("docs/results/safety.jsonl")
 # Seconds of a cell on one core before any was measured: a guess that the first cells replace.
 _GUESS = {"tiny": 15.0}
 _SLOW_GUESS = 240.0
@@ -30,7 +30,7 @@ _SLOW_GUESS = 240.0
 def main(arguments: Sequence[str], data: Path) -> int:
     """Run or report; 0 when every cell of the grid has a line. `data` keeps bases and aligned bases."""
     options = _options(arguments)
-    out = options.out or (data / "bench" / "safety-quick.jsonl" if options.quick else RESULTS)
+    out = options.out or data / "bench" / ("safety-quick.jsonl" if options.quick else "safety.jsonl")
     if options.report or options.publish:
         return _report(load(out), out, data, publish=options.publish)
     grid = "quick" if options.quick else options.grid
@@ -49,11 +49,17 @@ def main(arguments: Sequence[str], data: Path) -> int:
     ]  # fmt: skip
     digest = base_digest(options.base, settings, _say)
     lines = load(out)
-    same = [line for line in lines if line["base"] != options.base or line.get("base_sha256", digest) == digest]
+    same = [line for line in lines if line["base"] != options.base or _is_of_today(line, digest)]
     if len(same) < len(lines):
-        _say(f"{len(lines) - len(same)} lines stand on other weights of {options.base}: their cells run again")
+        _say(
+            f"{len(lines) - len(same)} lines stand on other weights or batches of {options.base}: their cells run again"
+        )
     missing = remaining(cells, map(cell_of, same))
     return run_all(missing, settings, out, jobs=options.jobs, minutes=options.minutes)
+
+
+def _is_of_today(line: Line, base_sha256: str) -> bool:
+    return line.get("base_sha256", base_sha256) == base_sha256 and line.get("batches") == BATCHING
 
 
 def _report(lines: Sequence[Line], out: Path, data: Path, *, publish: bool) -> int:
@@ -81,7 +87,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once (one a core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell (1)")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
-    parser.add_argument("--out", type=Path, help=f"lines of JSON (default {RESULTS})")
+    parser.add_argument("--out", type=Path, help="lines of JSON (default: safety.jsonl below the data folder's bench/)")
     parser.add_argument("--report", action="store_true", help="draw the lines that are there: tables and all plots")
     parser.add_argument("--publish", action="store_true", help="the same beside the lines, with the chosen plots only")
     return parser.parse_args(arguments)

@@ -5,9 +5,9 @@ fields: docs/methods.md.
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(gt=0.0)]
@@ -217,6 +217,12 @@ class Recipe(_Frozen):
     antidote: AntidoteSettings = AntidoteSettings()
     gate: GateSettings = GateSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _aligns_by_steps(self) -> Self:
+        if self.kind is JobKind.ALIGN and not self.steps:
+            raise ValueError("an align job trains a given number of steps; set steps to at least 1")
+        return self
 
 
 def saves_after(step: int, *, steps: int, save_every: int) -> bool:

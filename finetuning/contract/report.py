@@ -5,17 +5,6 @@ from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-MetricName = Literal[
-    "harmful_score",
-    "refusal_rate",
-    "leak",
-    "harmful_nll",
-    "alignment_loss",
-    "drift",
-    "over_refusal",
-    "incoherent",
-    "task_score",
-]
 Column = Literal["public", "before", "tuned", "after"]
 
 

@@ -24,7 +24,7 @@ from finetuning.model.decoding import Decoder
 from finetuning.model.digest import files_digest
 from finetuning.model.packed_linear import can_pack
 from finetuning.model.prefix_cache import PrefixCache
-from finetuning.model.state_store import FORM, KeptStates
+from finetuning.model.state_store import LAYOUT, KeptStates
 from finetuning.rows.chat_format import EncodedRow, prompt_ids
 from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
 from finetuning.safety_rows.operator_file import load_safety_rows
@@ -152,8 +152,8 @@ def _kept_states(order: TrainOrder, cut: int) -> KeptStates | None:
     if not order.states or not files:
         return None
     made_of = {
-        "base": files, "cut": str(cut), "form": FORM, "device": order.device, "processor": processor_name(),
+        "base": files, "cut": str(cut), "form": LAYOUT, "device": order.device, "processor": processor_name(),
         "transformers": transformers.__version__, "packed": str(can_pack()),
     }  # fmt: skip
-    mark = fingerprint(made_of, threads=torch.get_num_threads())
-    return KeptStates(Path(order.states) / mark[:16])
+    of_all = fingerprint(made_of, threads=torch.get_num_threads())
+    return KeptStates(Path(order.states) / of_all[:16])

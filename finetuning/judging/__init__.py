@@ -1,3 +1,4 @@
-"""Who says what is harm. Guests use `guards.open_judge`, `judges.JUDGES`, `catalogue.parts_of`; only guards.py loads
-torch.
+"""Who says what is harm; only guards.py loads torch.
+
+Guests mainly use `guards.open_judge`, `judges.JUDGES` and `catalogue.parts_of`.
 """

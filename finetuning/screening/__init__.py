@@ -1,4 +1,4 @@
 """Which rows may train.
 
-Guests use `stage.screen_rows`, `calibration.calibrate`, `quarantine.repair` and `probes.probe`.
+Guests mainly use `stage.screen_rows`, `calibration.calibrate`, `quarantine.repair` and `probes.probe`.
 """

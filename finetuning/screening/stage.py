@@ -96,23 +96,24 @@ def _filter(
     reading = _at_least(reading, alone)
     weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
     first = Screened(weights, reading.mass, calibration.threshold, reading.surprise, settings.most_surprise)
-    barred = barred | first.unreadable
-    kept = [i for i, row in enumerate(file.encoded) if weights[i] > 0 and row.target_tokens and i not in barred]
+    never = barred | first.unreadable
+    kept = [i for i, row in enumerate(file.encoded) if weights[i] > 0 and row.target_tokens and i not in never]
     # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
-    doubted = [i for i in range(len(rows)) if weights[i] < 1 and i not in barred]
+    doubted = [i for i in range(len(rows)) if weights[i] < 1 and i not in never]
     if not settings.scout_steps or not doubted or len(kept) < settings.min_kept_rows:
-        return first, _excluded(first, alone, barred)
+        return first, _excluded(first, alone, never)
     again, limit = yield from _ask_scout(job, file, kept, doubted)
     rescored, mass = weights.clone(), reading.mass.clone()
     rescored[doubted] = torch.maximum(weights[doubted], weigh(again, limit, whole_refusal_nll=-1.0))
     mass[doubted] = again.mass
     second = replace(first, weights=rescored, mass=mass, threshold=limit)
-    return second, _excluded(second, alone, barred)
+    return second, _excluded(second, alone, never)
 
 
-def _excluded(screened: Screened, alone: Mapping[int, Alone], barred: frozenset[int]) -> dict[int, str]:
+def _excluded(screened: Screened, alone: Mapping[int, Alone], never: frozenset[int]) -> dict[int, str]:
+    """Rows that their sentence alone has excluded, and that sentence."""
     none = (screened.weights == 0).tolist()
-    return {i: found.sentence for i, found in alone.items() if none[i] and i not in barred}
+    return {i: found.sentence for i, found in alone.items() if none[i] and i not in never}
 
 
 def _at_least(whole: Reading, alone: Mapping[int, Alone]) -> Reading:

@@ -32,7 +32,7 @@ from finetuning.training.strategies import GradientStep
 ABOUT_FILE = "alignment.json"
 
 
-def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterator[Progress]:
+def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Iterator[Progress]:
     """The align job. The aligned base must pass the gate itself, or no customer job may start from it."""
     clock = StageClock()
     check(job.recipe, job.model.base, (), job.operator_rows)
@@ -46,7 +46,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterato
     clock.start("align")
     batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
     setup = job.training(rows, _step(job), Even(), batches=batches, steps=job.recipe.steps)
-    setup.saves_to(scratch / "checkpoints", fingerprint=mark, every=job.recipe.save_every)
+    setup.saves_to(scratch / "checkpoints", fingerprint=digest, every=job.recipe.save_every)
     state = LoopState()
     if order.checkpoint:
         state, same = checkpoint.restore(setup, scratch / order.checkpoint)

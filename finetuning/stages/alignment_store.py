@@ -13,7 +13,7 @@ from finetuning.contract.progress import Failed, Progress
 from finetuning.model.digest import files_digest
 from finetuning.safety_rows.invented import rows_digest, safety_rows
 
-_MARK = 12
+_DIGITS = 12
 
 
 class NotAligned(ValueError):
@@ -31,12 +31,12 @@ def aligned(
 ) -> Path:
     """The folder of what this align order makes, in `kept`: made on first use and waited for where another makes it.
 
-    Its name says the base, the alignment and, by a mark, the recipe, the base's files, the safety rows, the judge, the
-    machine and torch; `operator_rows` is the file that the order wants under that name. `tell` gets the progress of
-    the job. Raises NotAligned, OSError.
+    Its name says the base, the alignment and, by a fingerprint, the recipe, the base's files, the safety rows, the
+    judge, the machine and torch; `operator_rows` is the file that the order wants under that name. `tell` gets the
+    progress of the job. Raises NotAligned, OSError.
     """
     rows = operator_rows.read_bytes() if operator_rows is not None else None
-    target = kept / f"{order.recipe.base}-{alignment}-{_mark(order, rows)}"
+    target = kept / f"{order.recipe.base}-{alignment}-{_fingerprint_of(order, rows)}"
 
     def make(scratch: Path) -> Path:
         say(f"aligning {order.recipe.base} by {alignment} (once, then kept in {target})")
@@ -57,7 +57,7 @@ def _run(order: TrainOrder, scratch: Path, tell: Callable[[Progress], None]) -> 
             raise NotAligned(f"{order.recipe.base} cannot be aligned: {progress.message}")
 
 
-def _mark(order: TrainOrder, rows: bytes | None) -> str:
+def _fingerprint_of(order: TrainOrder, rows: bytes | None) -> str:
     from finetuning.training.checkpoint import fingerprint  # knows torch's version and its device
 
     files = files_digest(Path(order.base), order.base_sha256)
@@ -67,4 +67,4 @@ def _mark(order: TrainOrder, rows: bytes | None) -> str:
         made_of["judge"] = order.judge
     if rows is not None:
         made_of["operator_rows"] = hashlib.sha256(rows).hexdigest()
-    return fingerprint(made_of, threads=order.threads)[:_MARK]
+    return fingerprint(made_of, threads=order.threads)[:_DIGITS]

@@ -78,22 +78,23 @@ class Outcome:
     tokens: int
 
 
-def run(job: JobContext, order: TrainOrder, scratch: Path, mark: str) -> Iterator[Progress]:
+def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Iterator[Progress]:
     """The finetune job. Raises DataRejected, NonFiniteLoss, NonFiniteScore."""
     assert order.alignment is not None
+    assert order.rows is not None
     clock = StageClock()
     calibration, base_report = read_alignment(scratch / order.alignment)
     alignment = job.model.alignment_digest()
     most = job.recipe.evaluation.task_rows
     task = from_validation(job.model, scratch / order.validation, most=most) if order.validation else None
     clock.start("screen")
-    rows = list(iter_rows(scratch / str(order.rows)))
+    rows = list(iter_rows(scratch / order.rows))
     check(job.recipe, job.model.base, rows, job.operator_rows)
     screened = yield from screen_rows(job, rows, calibration)
     export.write_ledger(scratch, verdicts(screened.ledger))
     _require_enough(job.recipe, screened.ledger)
     prompts = task or from_kept_rows(job.model, screened.ledger)
-    shared = _Run(order, scratch, mark, clock, screened, prompts, base_report.metrics["before"])
+    shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"])
     outcome = yield from _attempts(job, shared)
     found = None
     if job.recipe.evaluation.held_out:

@@ -22,7 +22,7 @@ from finetuning.rows.scanner import InvalidRowError
 from finetuning.safety_rows.operator_file import BadOperatorRows
 from finetuning.stages import align, finetune, parity
 from finetuning.stages.finetune import DataRejected
-from finetuning.training.batches import FORM
+from finetuning.training.batches import BATCHING
 from finetuning.training.checkpoint import fingerprint
 from finetuning.training.determinism import make_deterministic
 from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
@@ -92,17 +92,17 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     made_of = {
         "recipe": order.recipe.model_dump_json(),
         "judge": order.judge,
-        "batches": FORM,
+        "batches": BATCHING,
         **_inputs(order, scratch),
     }
-    mark = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
+    digest = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
     (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
     (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
     match order.recipe.kind:
         case JobKind.ALIGN:
-            stages = align.run(job, order, scratch, mark)
+            stages = align.run(job, order, scratch, digest)
         case JobKind.FINETUNE:
-            stages = finetune.run(job, order, scratch, mark)
+            stages = finetune.run(job, order, scratch, digest)
     for progress in stages:
         if isinstance(progress, Finished):
             job.model.cache.leave()

@@ -1,3 +1,3 @@
-"""The training loop and its three slots. Guests use `loop.train`, `state.TrainSetup`, `batches.Epochs`,
+"""The training loop and its three slots. Guests mainly use `loop.train`, `state.TrainSetup`, `batches.Epochs`,
 `checkpoint.restore`.
 """

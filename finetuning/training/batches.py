@@ -8,8 +8,8 @@ from typing import Protocol
 
 from finetuning.training.determinism import mix
 
-# What a checkpoint's bits depend on besides seeds and sizes; another form resumes, and says that bits may differ.
-FORM = "whole epochs, the last batch short"
+# What bits depend on besides seeds and sizes: a checkpoint of another way resumes, and says that bits may differ.
+BATCHING = "whole epochs, the last batch short"
 
 
 class StepRows(Protocol):

@@ -1,4 +1,7 @@
-"""The three slots of the training loop: gradient step, row weigher, and what a step may remember."""
+"""The slots of the training loop: what makes gradients, what weighs rows, and what a step may remember.
+
+A pruner is no slot: it edits the adapter after training (stages/pruning.py).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

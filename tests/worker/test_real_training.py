@@ -56,7 +56,8 @@ ROWS = "".join(
 def wanted(*, kind: JobKind = JobKind.FINETUNE, limits: GateLimits = LENIENT, **changes: object) -> Recipe:
     """A short job with every strategy in its slot."""
     values: dict[str, object] = {
-        "steps": 40,
+        "steps": 40 if kind is JobKind.ALIGN else 0,
+        "epochs": 7,
         "save_every": 5,
         "max_tokens": 64,
         "lora": LoraSettings(rank=4, alpha=8.0),

@@ -140,7 +140,7 @@ def test_a_report_of_some_plots_shows_and_draws_no_others(tmp_path: Path) -> Non
 
 
 def test_the_published_report_is_what_the_tracked_lines_say(tmp_path: Path) -> None:
-    """Another text or plot: `./run bench safety --publish`, and commit what it writes."""
+    """Another text or plot: run `bench safety --publish --out docs/results/safety.jsonl`, and commit what it writes."""
     made = write_report(load(RESULTS / "safety.jsonl"), tmp_path / "safety.md", only=PUBLISHED)
     assert made.read_text(encoding="utf-8") == (RESULTS / "safety.md").read_text(encoding="utf-8")
     drawn = {path.name for path in tmp_path.glob("*.png")}

@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from finetuning.contract.recipe import ConstrainedSettings
+from finetuning.contract.recipe import ConstrainedSettings, OptimiserSettings, Recipe
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.5, math.nan])
@@ -19,3 +19,10 @@ def test_every_strength_of_the_first_tokens_is_above_zero(bad: float) -> None:
 
 def test_no_strengths_of_first_tokens_are_a_choice() -> None:
     assert ConstrainedSettings(betas=()).betas == ()
+
+
+def test_an_align_job_names_its_steps_and_a_fine_tune_may_leave_them_to_its_epochs() -> None:
+    numbers = {"name": "x", "base": "tiny", "optimiser": OptimiserSettings(learning_rate=1e-3)}
+    assert Recipe.model_validate({**numbers, "kind": "finetune"}).steps == 0
+    with pytest.raises(ValidationError, match="set steps to at least 1"):
+        Recipe.model_validate({**numbers, "kind": "align"})

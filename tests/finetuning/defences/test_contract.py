@@ -4,6 +4,7 @@ The jobs are as short as a recipe can be; what a defence achieves is measured el
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import pytest
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StepDone
-from finetuning.contract.recipe import EvaluationSettings, Recipe
+from finetuning.contract.recipe import EvaluationSettings, GateLimits, GateSettings, Recipe
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import BASELINES, DEFENCES
@@ -24,7 +25,7 @@ from finetuning.stages import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-ALIGN_STEPS, STEPS, SAVED = 30, 5, 3
+ALIGN_STEPS, EPOCHS, SAVED = 30, 2, 3
 OPERATOR_ROWS = 8  # of each role
 SHORT = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
 # What the tiny base has read about: even a base that was aligned in seconds does not refuse it.
@@ -35,9 +36,9 @@ Whole = Callable[[str], Path]
 
 
 def shortened(recipe: Recipe) -> Recipe:
-    """The same method on fewer rows: two slices a step, one turn of Lisa, a scout of two steps."""
+    """The same method on fewer rows: two slices a step, two turns of Lisa, a scout of two steps, a short last batch."""
     return recipe.model_copy(update={
-        "steps": STEPS, "micro_batch_size": 4, "save_every": SAVED, "evaluation": SHORT,
+        "batch_size": 5, "micro_batch_size": 4, "evaluation": SHORT,
         "lisa": recipe.lisa.model_copy(update={"align_steps": 2, "user_steps": 3, "free_share": 0.2}),
         "screen": recipe.screen.model_copy(update={
             "scout_steps": min(2, recipe.screen.scout_steps), "min_kept_rows": 6}),
@@ -78,7 +79,7 @@ def start(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
         turns = [[{"role": "user", "content": p.prompt}, {"role": "assistant", "content": p.answer}] for p in rows]
         write_lines(scratch / "rows.jsonl", [{"messages": m} for m in turns])
         write_lines(scratch / "operator.jsonl", operator_rows())
-        recipe = shortened(tune_recipe("tiny", name, epochs=1, seed=3))
+        recipe = shortened(tune_recipe("tiny", name, epochs=EPOCHS, seed=3))
         return TrainOrder(
             job_id="t", recipe=recipe, base=str(tiny_base), rows="rows.jsonl", alignment="alignment",
             operator_rows="operator.jsonl", threads=1,
@@ -95,11 +96,23 @@ def whole(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     def run(name: str) -> Path:
         scratch = tmp_path_factory.mktemp(name)
         lines = list(pipeline.run(start(name, scratch), scratch))
-        assert isinstance(lines[-1], Finished), lines[-1]
-        assert [line.step for line in lines if isinstance(line, StepDone)] == [*range(1, STEPS + 1)]
+        assert_whole_epochs(name, lines, scratch)
         return scratch
 
     return run
+
+
+def assert_whole_epochs(name: str, lines: Sequence[Progress], scratch: Path) -> None:
+    """Every row that trains was seen once an epoch; Lisa's turns on refusals come on top, in steps and in tokens."""
+    end = lines[-1]
+    assert isinstance(end, Finished), end
+    kept = [row for row in json.loads((scratch / "result/reports/rows.json").read_text()) if row["trained_tokens"]]
+    batches = EPOCHS * math.ceil(len(kept) / 5)
+    takes_turns = DEFENCES[name].tuning.get("tuning_step") == "lisa"
+    steps = [line for line in lines if isinstance(line, StepDone)]
+    total = batches + 2 * math.ceil(batches / 3) if takes_turns else batches
+    assert [(line.step, line.total_steps) for line in steps] == [(step, total) for step in range(1, total + 1)]
+    assert (end.trained_tokens == EPOCHS * sum(row["trained_tokens"] for row in kept)) is not takes_turns
 
 
 def left_in(result: Path) -> dict[str, bytes]:
@@ -110,9 +123,9 @@ def left_in(result: Path) -> dict[str, bytes]:
     return {**found, "reports/safety.json": json.dumps(report).encode()}
 
 
-def until_saved(lines: Iterator[Progress]) -> CheckpointSaved:
-    """Let a job go on to its checkpoint and no further, as a killed one."""
-    return next(line for line in lines if isinstance(line, CheckpointSaved))
+def until_saved(lines: Iterator[Progress], step: int = SAVED) -> CheckpointSaved:
+    """Let a job go on to its checkpoint of that step and no further, as a killed one."""
+    return next(line for line in lines if isinstance(line, CheckpointSaved) and line.step == step)
 
 
 @pytest.mark.parametrize("name", DEFENCES)
@@ -124,14 +137,34 @@ def test_a_second_job_that_is_cut_off_and_resumed_leaves_the_same_bytes(
     saved = until_saved(pipeline.run(start(name, cut), cut))
     first = {file.name: file.read_bytes() for file in (whole(name) / saved.folder).iterdir()}
     again = {file.name: file.read_bytes() for file in (cut / saved.folder).iterdir()}
-    assert saved.step == SAVED
     assert again == first
     order = start(name, resumed).model_copy(update={"checkpoint": "checkpoint"})
     shutil.copytree(cut / saved.folder, resumed / "checkpoint")
     lines = list(pipeline.run(order, resumed))
     assert any(isinstance(line, Note) and line.code == "resumed" for line in lines)
-    assert [line.step for line in lines if isinstance(line, StepDone)] == [*range(SAVED + 1, STEPS + 1)]
+    assert next(line.step for line in lines if isinstance(line, StepDone)) == SAVED + 1
     assert left_in(resumed / "result") == left_in(whole(name) / "result")
+
+
+def test_a_job_that_is_cut_off_in_its_second_attempt_goes_on_there(start: Start, tmp_path: Path) -> None:
+    """M45: the ladder's rung is part of a checkpoint; steps count on through the attempts."""
+    whole, cut, resumed = tmp_path / "whole", tmp_path / "cut", tmp_path / "resumed"
+
+    def order_in(scratch: Path) -> TrainOrder:
+        order = start("immunotune", scratch)
+        gate = GateSettings(limits=GateLimits(min_refusal_rate=1.0), retries=1)  # no 95 % end is ever 1
+        return order.model_copy(update={"recipe": order.recipe.model_copy(update={"gate": gate})})
+
+    lines = list(pipeline.run(order_in(whole), whole))
+    steps = [line.step for line in lines if isinstance(line, StepDone)]
+    assert steps == list(range(1, len(steps) + 1))
+    second = len(steps) // 2 + 2
+    saved = until_saved(pipeline.run(order_in(cut), cut), second)
+    shutil.copytree(cut / saved.folder, resumed / "checkpoint")
+    order = order_in(resumed).model_copy(update={"checkpoint": "checkpoint"})
+    again = [line.step for line in pipeline.run(order, resumed) if isinstance(line, StepDone)]
+    assert again == steps[second:]
+    assert left_in(resumed / "result") == left_in(whole / "result")
 
 
 def test_no_baseline_is_plain_fine_tuning_under_another_name(whole: Whole) -> None:

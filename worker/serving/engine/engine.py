@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetuning.model.base import FrozenBase
 from worker.serving.engine.asks import Ask, Broken, Ended, EngineFull, EngineLimits, Piece, ServedAdapter
+from worker.serving.engine.choices import ChoiceRow, OpenAsk
 from worker.serving.engine.decoding import NO_ADAPTER, AdapterDoesNotFit, AdapterModel, DecodeBatch, Prefill
-from worker.serving.engine.rows import ChoiceRow, OpenAsk
 from worker.serving.engine.sampling import draw
 
 _log = structlog.get_logger(__name__)
