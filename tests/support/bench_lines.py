@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from finetuning.bench.cells import Cell
+from finetuning.training.batches import BATCHING
 
 
 def line(
@@ -17,5 +18,6 @@ def line(
         "harmful_score_wordings": 3.0, "base_harmful_score_wordings": 2.0, "planted": 4, "planted_stopped": 4,
         "own": 16, "own_stopped": 0, "scores": {"harmful": [0.9, 0.8], "benign": [0.01, 0.02]}, "forwards": 100,
         "backwards": 50, "seconds": 3.0, "commit": "abc1234", "versions": {"torch": "2"}, "hardware": "x86_64, 2 cores",
+        "batches": BATCHING,
     }  # fmt: skip
     return {**asdict(cell), **figures, **more}

@@ -55,8 +55,25 @@ def test_lines_of_another_base_are_run_again(tmp_path: Path, capsys: pytest.Capt
     (folder / "model.safetensors").write_bytes(b"weights of today")
     assert safety.main(wanted, tmp_path / "data") == 1
     said = capsys.readouterr().out
-    assert f"{len(cells)} lines stand on other weights" in said
+    assert f"{len(cells)} lines stand on other weights or batches" in said
     assert f"{len(cells)} cells are left" in said
+
+
+def test_lines_that_were_trained_in_other_batches_are_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Epochs became whole: a mean over both trainings would be nobody's."""
+    folder, out = tmp_path / "mine", tmp_path / "safety.jsonl"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    cells = GRIDS["quick"](str(folder))
+    now = base_digest(str(folder), BenchSettings(tmp_path / "data"), str)
+    old = [{key: value for key, value in line(cell, base_sha256=now).items() if key != "batches"} for cell in cells]
+    out.write_text("".join(json.dumps(each) + "\n" for each in old), encoding="utf-8")
+    wanted = ["--grid", "quick", "--base", str(folder), "--out", str(out), "--jobs", "1", "--minutes", "1e-9"]
+    assert safety.main(wanted, tmp_path / "data") == 1
+    assert f"{len(cells)} cells are left" in capsys.readouterr().out
 
 
 def test_a_report_goes_to_the_data_folder_and_beside_the_lines_only_when_published(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from finetuning.stages import pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-ALIGN_STEPS, EPOCHS, SAVED = 30, 2, 3
+ALIGN_STEPS, EPOCHS, SAVED = 30, 3, 3
 OPERATOR_ROWS = 8  # of each role
 SHORT = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
 # What the tiny base has read about: even a base that was aligned in seconds does not refuse it.
@@ -124,8 +124,8 @@ def left_in(result: Path) -> dict[str, bytes]:
 
 
 def until_saved(lines: Iterator[Progress], step: int = SAVED) -> CheckpointSaved:
-    """Let a job go on to its checkpoint of that step and no further, as a killed one."""
-    return next(line for line in lines if isinstance(line, CheckpointSaved) and line.step == step)
+    """Let a job go on to its first checkpoint from that step on and no further, as a killed one."""
+    return next(line for line in lines if isinstance(line, CheckpointSaved) and line.step >= step)
 
 
 @pytest.mark.parametrize("name", DEFENCES)
@@ -142,7 +142,7 @@ def test_a_second_job_that_is_cut_off_and_resumed_leaves_the_same_bytes(
     shutil.copytree(cut / saved.folder, resumed / "checkpoint")
     lines = list(pipeline.run(order, resumed))
     assert any(isinstance(line, Note) and line.code == "resumed" for line in lines)
-    assert next(line.step for line in lines if isinstance(line, StepDone)) == SAVED + 1
+    assert next(line.step for line in lines if isinstance(line, StepDone)) == saved.step + 1
     assert left_in(resumed / "result") == left_in(whole(name) / "result")
 
 
@@ -158,12 +158,11 @@ def test_a_job_that_is_cut_off_in_its_second_attempt_goes_on_there(start: Start,
     lines = list(pipeline.run(order_in(whole), whole))
     steps = [line.step for line in lines if isinstance(line, StepDone)]
     assert steps == list(range(1, len(steps) + 1))
-    second = len(steps) // 2 + 2
-    saved = until_saved(pipeline.run(order_in(cut), cut), second)
+    saved = until_saved(pipeline.run(order_in(cut), cut), len(steps) // 2 + 1)
     shutil.copytree(cut / saved.folder, resumed / "checkpoint")
     order = order_in(resumed).model_copy(update={"checkpoint": "checkpoint"})
     again = [line.step for line in pipeline.run(order, resumed) if isinstance(line, StepDone)]
-    assert again == steps[second:]
+    assert again == steps[saved.step :]
     assert left_in(resumed / "result") == left_in(whole / "result")
 
 
