@@ -18,7 +18,8 @@ JOB: Json = {"model": "tiny", "training_file": "file-x"}
 CHAT: Json = {"model": "tiny", "messages": [{"role": "user", "content": "q"}]}
 # a list or a set may also be plain English
 PYTHON_WORDS = re.compile(
-    r"\b(dict|dictionary|tuple|int|str|float|bool|none|class|instance|valid (list|set)|(list|set) should)\b", re.IGNORECASE
+    r"\b(dict|dictionary|tuple|int|str|float|bool|none|class|instance|valid (list|set)|(list|set) should)\b",
+    re.IGNORECASE,
 )
 WRONG: dict[str, list[object]] = {
     "object": [7, 1.5, True, "x", [], [{}]],
@@ -122,9 +123,7 @@ def test_the_hostile_creates_are_refused_in_our_own_words(customer: Customer) ->
         assert_own_words(customer.create(**fields).json()["error"]["message"])
     for body, _, _ in BAD_JSON:
         kind = {"Content-Type": "application/json"}
-        assert_own_words(
-            customer.http.post("/fine_tuning/jobs", content=body, headers=kind).json()["error"]["message"]
-        )
+        assert_own_words(customer.http.post("/fine_tuning/jobs", content=body, headers=kind).json()["error"]["message"])
 
 
 def test_the_hostile_uploads_and_lists_are_refused_in_our_own_words(customer: Customer) -> None:
