@@ -164,5 +164,6 @@ def test_a_whole_multiplier_is_stored_and_shown_as_a_float(customer: Customer) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         body = validated(CreateJobBody, {**JOB, "hyperparameters": {"learning_rate_multiplier": 2}})
+        body.model_dump(mode="json")
         stored = to_create_job(body).model_dump_json()
     assert json.loads(stored, parse_int=lambda _: None)["hyperparameters"]["learning_rate_multiplier"] == 2.0
