@@ -2,7 +2,7 @@
 
     python -m tests.mutation [--file antidote] [--jobs 1] [--limit 20] [--again]
 
-Works on copies of the tree in a temporary folder, never on the tree itself. Results go to docs/results/mutation.json;
+Works on trees of the tree in a temporary folder, never on the tree itself. Results go to docs/results/mutation.json;
 a mutant of an unchanged source that was killed is not run again unless `--again` asks for it, a survivor always is.
 """
 
@@ -229,7 +229,7 @@ def _run_tests(tree: Path, paths: Sequence[str]) -> None:
     os._exit(int(code != 0) if own.is_relative_to(tree) else FOREIGN)
 
 
-class Bench:
+class TreeCopy:
     """A copy of the tree in which one mutant at a time is tried."""
 
     def __init__(self, folder: Path) -> None:
@@ -272,14 +272,14 @@ class Bench:
         return SURVIVED if code == 0 else KILLED
 
 
-def limits(bench: Bench, modules: Sequence[str]) -> dict[str, float]:
+def limits(tree: TreeCopy, modules: Sequence[str]) -> dict[str, float]:
     """Seconds that the tests of each module may take: four times what they take unbroken. Exits if they fail."""
     out: dict[str, float] = {}
     for module in modules:
         source = ast.unparse(ast.parse((ROOT / SOURCES / f"{module}.py").read_text(encoding="utf-8")))
         began = time.monotonic()
-        bench.start(Mutant(module, 0, "none", "", "", source), 600)
-        while (code := bench.wait(1.0)) is None:
+        tree.start(Mutant(module, 0, "none", "", "", source), 600)
+        while (code := tree.wait(1.0)) is None:
             pass
         if code != SURVIVED:
             raise SystemExit(f"the tests of {module} fail without any mutant")
@@ -292,16 +292,16 @@ def run(wanted: Sequence[Mutant], jobs: int, done: Callable[[Mutant, bool], None
     """Try every mutant, `jobs` at a time, and report each outcome."""
     waiting = list(reversed(wanted))
     with tempfile.TemporaryDirectory() as folder:
-        benches = [Bench(Path(folder) / str(i)) for i in range(min(jobs, len(waiting)))]
-        allowed = limits(benches[0], sorted({m.module for m in wanted})) if benches else {}
-        while waiting or any(bench.mutant for bench in benches):
-            for bench in benches:
-                if bench.mutant is None and waiting:
+        trees = [TreeCopy(Path(folder) / str(i)) for i in range(min(jobs, len(waiting)))]
+        allowed = limits(trees[0], sorted({m.module for m in wanted})) if trees else {}
+        while waiting or any(tree.mutant for tree in trees):
+            for tree in trees:
+                if tree.mutant is None and waiting:
                     mutant = waiting.pop()
-                    bench.start(mutant, allowed[mutant.module])
-                elif bench.mutant is not None:
-                    mutant = bench.mutant
-                    code = bench.wait(0.2)
+                    tree.start(mutant, allowed[mutant.module])
+                elif tree.mutant is not None:
+                    mutant = tree.mutant
+                    code = tree.wait(0.2)
                     if code is not None:
                         done(mutant, code == KILLED)
 

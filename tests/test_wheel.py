@@ -32,7 +32,7 @@ class Installed:
     """An environment with the wheel in it, a user's home, and a folder of theirs that holds packages of our names."""
 
     def __init__(self, wheel: Path, folder: Path) -> None:
-        self.venv, self.home, self.desk = folder / "venv", folder / "home", folder / "desk"
+        self.venv, self.home, self.elsewhere = folder / "venv", folder / "home", folder / "elsewhere"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.venv)], check=True)
         quiet = ("--quiet", "--no-deps", "--no-index", "--no-compile")
         pip = [sys.executable, "-m", "pip", "--python", str(self.venv / "bin" / "python"), "install", *quiet]
@@ -42,8 +42,8 @@ class Installed:
         (self.site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
         self.home.mkdir()
         for name in ("app", "demo", "migrations"):
-            (self.desk / name).mkdir(parents=True)
-            (self.desk / name / "__init__.py").write_text("raise RuntimeError('not this one')")
+            (self.elsewhere / name).mkdir(parents=True)
+            (self.elsewhere / name / "__init__.py").write_text("raise RuntimeError('not this one')")
 
     @property
     def data(self) -> Path:
@@ -53,7 +53,7 @@ class Installed:
         kept = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LANG") if name in os.environ}
         return subprocess.Popen(
             [str(self.venv / "bin" / words[0]), *words[1:]],
-            cwd=self.desk,
+            cwd=self.elsewhere,
             env={**kept, "HOME": str(self.home), **variables},
             stdout=output or subprocess.PIPE,
             stderr=subprocess.STDOUT if output else subprocess.PIPE,
@@ -98,6 +98,12 @@ def test_what_runs_is_what_was_installed(installed: Installed) -> None:
     assert Path(places.strip()) == installed.site / "app" / "__init__.py"
     paths = installed.run("python", "-P", "-c", "import sys; print(*sys.path, sep='\\n')").splitlines()
     assert str(ROOT) not in paths
+
+
+def test_a_training_process_gets_no_path_that_comes_before_the_standard_library(installed: Installed) -> None:
+    program = "from pathlib import Path; from worker.attempt.launch import launch_command as launch; "
+    shown = installed.run("python", "-P", "-c", program + "print('PYTHONPATH' in launch(Path('/x'), 'run').env)")
+    assert shown.strip() == "False"
 
 
 def test_the_command_lists_its_verbs(installed: Installed) -> None:

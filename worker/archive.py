@@ -10,6 +10,7 @@ import stat
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import cast
 
@@ -64,7 +65,8 @@ def pack(root: Path, parts: Sequence[str], target: Path, *, about: Mapping[str, 
 def unpack(packed: Path, folder: Path) -> None:
     """Extract an archive that `pack` made into `folder` and verify every file against the manifest.
 
-    The files together are never larger than the archive. Raises BadArchive; nothing is left in `folder` then.
+    The files together are never larger than the archive. Raises BadArchive, OSError when the disk is full; nothing is
+    left in `folder` then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -81,7 +83,14 @@ def unpack(packed: Path, folder: Path) -> None:
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as wrong:
         for path in written:
             path.unlink(missing_ok=True)
-        raise wrong if isinstance(wrong, BadArchive) else BadArchive(f"not a sound archive: {wrong}") from wrong
+        if isinstance(wrong, BadArchive) or is_full_disk(wrong):
+            raise
+        raise BadArchive(f"not a sound archive: {wrong}") from wrong
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether this says that no room is left to write to, which is no fault of an archive."""
+    return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)
 
 
 def _files(root: Path, parts: Iterable[str]) -> list[Path]:

@@ -110,7 +110,8 @@ def not_found(what: str, value: str) -> NotFound:
 def invalid_cursor() -> InvalidRequest:
     """The answer to a cursor that is unknown, foreign, or of another list."""
     return InvalidRequest(
-        "The cursor after is not the id of an item of this list. Pass the last id of the page before, or leave it out.",
+        "The cursor 'after' is not the id of an item of this list. "
+        "Pass the last id of the page before, or leave it out.",
         code="invalid_cursor",
         param="after",
     )

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.core.errors import InvalidRequest, QuotaExceeded, not_found
-from app.core.settings import Limits
+from app.core.settings import LimitSettings
 from app.core.storage.blobs import Blob
 from app.core.storage.database import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
 from app.core.storage.job_states import LIVE
@@ -54,7 +54,7 @@ def blob_key(project_id: str, file_id: str) -> str:
     return f"files/{project_id}/{file_id}"
 
 
-def add_file(session: Session, project_id: str, new: NewFile, *, limits: Limits) -> File:
+def add_file(session: Session, project_id: str, new: NewFile, *, limits: LimitSettings) -> File:
     """Add an uploaded fine-tune file; its rows were checked. Raises QuotaExceeded `storage_quota_exceeded`."""
     stored = select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id, SHOWN)
     if session.scalars(stored).one() + new.blob.size_bytes > limits.project_bytes:

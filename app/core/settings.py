@@ -39,7 +39,7 @@ class LeaseSettings(BaseModel):
     stall_seconds: float = Field(default=3 * 3600.0, gt=0, description="running without a new checkpoint")
 
 
-class Limits(BaseModel):
+class LimitSettings(BaseModel):
     """What one project may ask for; sizes in bytes, ages in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,7 +101,7 @@ class Settings(BaseModel):
     model_server_urls: Annotated[tuple[str, ...], NoDecode] = ()
     log_level: str = "info"
     lease: LeaseSettings = LeaseSettings()
-    limits: Limits = Limits()
+    limits: LimitSettings = LimitSettings()
     serving: ServingSettings = ServingSettings()
 
     @field_validator("data", "operator_rows")

@@ -181,6 +181,6 @@ def tuned_by(recipe: Recipe, defence: str) -> Recipe:
 
 
 def is_defended(defence: str) -> bool:
-    """Whether rows are screened and the adapter is pruned: what the wire calls a defended job. Raises KeyError."""
+    """Whether rows are screened and the adapter is pruned: a defended job in the API. Raises KeyError."""
     tuning = DEFENCES[defence].tuning
     return bool(tuning["screen"].enabled and tuning["antidote"].enabled)

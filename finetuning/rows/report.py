@@ -22,7 +22,7 @@ class RowError:
     message: str
 
     def to_json(self) -> dict[str, object]:
-        """The shape on the wire."""
+        """Its shape in the API's bodies."""
         return {
             "line": self.line,
             "column": self.column,

@@ -13,7 +13,7 @@ from app.core.broker import Wake
 from app.core.ids import Prefix, new_id
 from app.core.jobs.lease import enrol_worker
 from app.core.projects import ensure_project
-from app.core.settings import LeaseSettings, Limits, Settings
+from app.core.settings import LeaseSettings, LimitSettings, Settings
 from app.core.storage.blobs import BlobStore, open_blobs, read_bytes
 from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.job_states import JobState
@@ -50,7 +50,12 @@ SHORT = FAST.model_copy(update={"ttl_seconds": 12.0, "self_stop_seconds": 5.0, "
 
 def settings_in(folder: Path, **changes: object) -> Settings:
     """Settings of a service of its own below `folder`."""
-    values: dict[str, object] = {"data": folder, "lease": FAST, "database_seconds": 1.0, "limits": Limits(free_bytes=0)}
+    values: dict[str, object] = {
+        "data": folder,
+        "lease": FAST,
+        "database_seconds": 1.0,
+        "limits": LimitSettings(free_bytes=0),
+    }
     return Settings.model_validate(values | changes)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.archive import BadArchive, pack, unpack
+from worker.archive import BadArchive, is_full_disk, pack, unpack
 
 
 @pytest.fixture
@@ -232,3 +232,17 @@ def test_what_is_no_zip_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_absent_parts_are_left_out(result: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(pack(result, ("reports", "recipe.json"), tmp_path / "a.zip")) as archive:
         assert archive.namelist() == ["manifest.json", "recipe.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_is_no_fault_of_an_archive() -> None:
+    with pytest.raises(OSError, match="No space left") as full, Path("/dev/full").open("wb", buffering=0) as device:
+        device.write(b"x")
+    assert is_full_disk(full.value)
+
+
+def test_other_trouble_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as absent:
+        (tmp_path / "absent").read_bytes()
+    assert not is_full_disk(absent.value)
+    assert not is_full_disk(BadArchive("full"))

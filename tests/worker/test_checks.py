@@ -164,9 +164,9 @@ def test_a_base_that_is_not_here_yet_leaves_the_job_waiting(shop: Shop) -> None:
 def test_checking_a_job_twice_changes_nothing(shop: Shop) -> None:
     job_id = shop.create(shop.upload(rows(12)))
     check_job(shop.host, job_id)
-    told = len(shop.events(job_id))
+    before = len(shop.events(job_id))
     check_job(shop.host, job_id)
-    assert len(shop.events(job_id)) == told
+    assert len(shop.events(job_id)) == before
     assert len(shop.woken) == 1
 
 

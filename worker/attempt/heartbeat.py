@@ -47,10 +47,10 @@ class Heartbeat:
         """Begin to beat."""
         self._thread.start()
 
-    def report(self, progress: Beat, *, soon: bool = False) -> None:
+    def report(self, beat: Beat, *, soon: bool = False) -> None:
         """Put progress and events on the next beat; `soon` brings that beat forward."""
         with self._guard:
-            self._unwritten = join(self._unwritten, progress)
+            self._unwritten = join(self._unwritten, beat)
         if soon:
             self._hurry.set()
 

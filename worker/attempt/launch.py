@@ -4,6 +4,7 @@ It is one process on at most one device. Tests start a stand-in by another funct
 """
 
 import os
+import site
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def launch_command(scratch: Path, mode: Mode) -> Launch:
     The environment is built from an allow-list, so no credential of the worker reaches the training process.
     """
     flags = ("--parity",) if mode == "parity" else ()
-    argv = (sys.executable, "-m", "worker.train", *flags, str(scratch))
+    argv = (sys.executable, "-P", "-m", "worker.train", *flags, str(scratch))
     return Launch(argv=argv, env=_environment(inherited_environment(), usable_cores()), folder=SOURCE_ROOT)
 
 
@@ -48,22 +49,34 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def import_path(root: Path) -> dict[str, str]:
+    """The variable with which a new process imports our packages from `root`; none where they are installed.
+
+    On PYTHONPATH the site-packages would come before the standard library, and any package there could shadow it.
+    """
+    installed = {Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    return {} if root in installed else {"PYTHONPATH": str(root)}
+
+
 def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
     """What the libraries of a training process read from the environment, when they are loaded, and nowhere else."""
     kept = {name: parent[name] for name in _KEPT if name in parent}
-    return kept | {
-        "PYTHONPATH": str(SOURCE_ROOT),
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": str(threads),
-        # Unpinned, a busy neighbour puts both threads on one core and a step takes ten times as long.
-        "OMP_PROC_BIND": "true",
-        "OMP_PLACES": "cores",
-        "OMP_WAIT_POLICY": "passive",
-        # Spin a little before sleeping: a quarter faster on two cores, and still kind to a busy neighbour.
-        "GOMP_SPINCOUNT": "20000",
-        # Without it cuBLAS may add up in another order the next time.
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # A training process asks no model hub.
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return (
+        kept
+        | import_path(SOURCE_ROOT)
+        | {
+            "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": str(threads),
+            # Unpinned, a busy neighbour puts both threads on one core and a step takes ten times as long.
+            "OMP_PROC_BIND": "true",
+            "OMP_PLACES": "cores",
+            "OMP_WAIT_POLICY": "passive",
+            # Spin a little before sleeping: a quarter faster on two cores, and still kind to a busy neighbour.
+            "GOMP_SPINCOUNT": "20000",
+            # Without it cuBLAS may add up in another order the next time.
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            # A training process asks no model hub.
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )

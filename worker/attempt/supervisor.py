@@ -304,9 +304,9 @@ class _Attempt:
                 time.sleep(_TICK_SECONDS)
         self._host.wake(wakes)
 
-    def _beat(self, progress: Beat) -> BeatReply:
+    def _beat(self, carried: Beat) -> BeatReply:
         with self._host.database.writing() as session:
-            answer = leases.beat(session, self._timings, self._lease, progress, worker_id=self._host.worker_id)
+            answer = leases.beat(session, self._timings, self._lease, carried, worker_id=self._host.worker_id)
             session.commit()
         return answer
 

@@ -123,6 +123,8 @@ async def read_chunks(reply: httpx2.Response) -> AsyncGenerator[Json]:
     async for event in httpx2.EventSource(reply):
         if event.data == "[DONE]":
             return
+        if not event.data:
+            continue  # a block of other lines only, such as a name, an id or a time to wait
         chunk = cast(Json, event.json())
         if "error" in chunk:
             raise broken_off()

@@ -5,6 +5,7 @@ from typing import TypeVar, cast
 
 from fastapi import Request
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from app.api.http.exception_handlers import ProtocolError
 from app.api.schemas import RequestBody
@@ -14,6 +15,12 @@ from finetuning.rows.strict_json import JsonReader
 Body = TypeVar("Body", bound=RequestBody)
 
 _VALUE_FAULTS = {"nul_character", "number_out_of_range"}
+# pydantic's own sentences for these name Python types, or the class of the body
+_SENTENCES = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "Input should be an object"),
+    **dict.fromkeys(("list_type", "tuple_type", "set_type"), "Input should be a valid array"),
+    "too_long": "Input should have at most {max_length} items",
+}
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
@@ -72,7 +79,7 @@ def body_fault(error: ValidationError) -> InvalidRequest:
     faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     param = dotted(first["loc"])
-    message = f"{param or 'The request body'}: {first['msg']}."
+    message = f"{param or 'The request body'}: {_sentence(first)}."
     if len(faults) > 1:
         others = sorted({dotted(fault["loc"]) or "" for fault in faults[1:]})
         message += f" Also check: {', '.join(others[:10])}."
@@ -83,6 +90,11 @@ def dotted(path: Iterable[str | int]) -> str | None:
     """`("messages", 0, "role")` as `messages[0].role`; long names are cut; an empty path is None."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in path)
     return text.removeprefix(".") or None
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    ours = _SENTENCES.get(fault["type"])
+    return fault["msg"] if ours is None else ours.format_map(fault.get("ctx", {}))
 
 
 def _code(kind: str) -> str:

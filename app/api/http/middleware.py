@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.http.exception_handlers import ProtocolError, crash_response, error_response
 from app.core.errors import ImmunotuneError
 from app.core.ids import Prefix, new_id
-from app.core.settings import Limits
+from app.core.settings import LimitSettings
 
 MAX_URL_BYTES = 8 * 1024
 BODY_IDLE_SECONDS = 30.0
@@ -67,7 +67,7 @@ class RequestGuard:
     The path parameter of a handler is one undecoded segment: `org%2Fname` stays one segment until it is looked up.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: LimitSettings) -> None:
         self._app = app
         self._limits = limits
 

@@ -15,7 +15,7 @@ from app.api.http.multipart import FormPart, boundary_of, malformed, read_parts
 from app.api.schemas.files import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from app.core.errors import InvalidRequest
 from app.core.files import clean_filename
-from app.core.settings import Limits
+from app.core.settings import LimitSettings
 from app.core.storage.blobs import Blob, BlobStore
 from app.core.storage.tables import FilePurpose
 from finetuning.rows.report import RowReport
@@ -38,7 +38,7 @@ class Upload:
     expires_after_seconds: float | None
 
 
-def receive_upload(request: Request, blobs: BlobStore, limits: Limits, key: str) -> Upload:
+def receive_upload(request: Request, blobs: BlobStore, limits: LimitSettings, key: str) -> Upload:
     """Read the whole form and store its file under `key`; nothing stays stored when it fails.
 
     Raises InvalidRequest, ProtocolError (408, 413), StorageFull.
@@ -64,7 +64,7 @@ def receive_upload(request: Request, blobs: BlobStore, limits: Limits, key: str)
         raise
 
 
-def _store(part: FormPart, blobs: BlobStore, limits: Limits, key: str) -> tuple[Blob, RowReport, str]:
+def _store(part: FormPart, blobs: BlobStore, limits: LimitSettings, key: str) -> tuple[Blob, RowReport, str]:
     if part.filename is None:
         raise malformed("the part 'file' has no filename")
     filename = clean_filename(part.filename)

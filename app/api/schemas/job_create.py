@@ -16,7 +16,7 @@ def _metadata(value: object) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise PydanticCustomError("dict_type", "must be an object of strings")
+        raise PydanticCustomError("code:invalid_type", "must be an object of strings")
     pairs = cast(dict[str, object], value)
     if len(pairs) > METADATA_PAIRS:
         raise ValueError(f"must have at most {METADATA_PAIRS} pairs")

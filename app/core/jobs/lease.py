@@ -111,24 +111,24 @@ def base_is_ready() -> ColumnElement[bool]:
     return select(BaseRow.id).where(BaseRow.id == Job.base_id, usable).correlate(Job).exists()
 
 
-def beat(session: Session, timings: LeaseSettings, lease: Lease, beat: Beat, *, worker_id: str) -> BeatReply:
+def beat(session: Session, timings: LeaseSettings, lease: Lease, carried: Beat, *, worker_id: str) -> BeatReply:
     """Renew the lease and store what happened; a new checkpoint sets losses to 0. Raises LeaseLost."""
     values: dict[str, object] = {"lease_until": db_now() + timings.ttl_seconds}
-    if beat.checkpoints:
+    if carried.checkpoints:
         values |= {"losses": 0, "saved_at": db_now()}
-    if beat.stage is not None:
-        values["stage"] = beat.stage
-    if beat.progress is not None:
-        values["progress"] = beat.progress
+    if carried.stage is not None:
+        values["stage"] = carried.stage
+    if carried.progress is not None:
+        values["progress"] = carried.progress
     # the job row comes first: its lock orders this attempt's writes against cancel and the reaper
     running = Job.id == lease.job_id, Job.state == JobState.RUNNING, fenced(lease)
     if change(session, update(Job).where(*running).values(values)) == 0:
         raise LeaseLost(lease.job_id)
     session.add_all(
         Checkpoint(id=new_id(Prefix.CHECKPOINT), job_id=lease.job_id, fence=lease.fence, **asdict(checkpoint))
-        for checkpoint in beat.checkpoints
+        for checkpoint in carried.checkpoints
     )
-    append_events(session, lease.job_id, beat.events)
+    append_events(session, lease.job_id, carried.events)
     seen = update(Worker).where(Worker.id == worker_id).values(seen_at=db_now()).returning(Worker.draining)
     return BeatReply(draining=session.scalars(seen).one_or_none() or False)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 from app.core.broker import CPU_QUEUE
 from app.core.errors import InvalidRequest
@@ -18,6 +19,7 @@ from finetuning.recipes.registry import DEFENCES, is_defended
 
 # The alignment of the base that the service serves; policies that need another are for the bench only.
 SERVED_ALIGNMENT = "vaccine"
+_MAX_SEED = 2**31 - 1
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
@@ -35,13 +37,23 @@ def _whole_or_auto(low: int, high: int) -> Callable[[object], object]:
     return check
 
 
-def _multiplier(value: object) -> object:
-    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 10):
-        return value
+def _multiplier(value: object) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 10:
+        return float(value)
     raise ValueError('must be a number above 0 and up to 10, or "auto"')
 
 
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+def _seed(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PydanticCustomError("int_type", "must be an integer")
+    if not 0 <= value <= _MAX_SEED:
+        raise PydanticCustomError("seed_range", "must lie within 0 and {most}", {"most": _MAX_SEED})
+    return value
+
+
+Seed = Annotated[int, PlainValidator(_seed)]
 
 
 class Hyperparameters(_Wish):

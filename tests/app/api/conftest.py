@@ -16,7 +16,7 @@ import uvicorn
 
 from app.core import models, projects
 from app.core.jobs import ended, jobs, lease, policy
-from app.core.settings import Limits, Settings
+from app.core.settings import LimitSettings, Settings
 from app.core.storage.blobs import BlobStore, open_blobs, put_bytes
 from app.core.storage.database import Database, migrate, open_database
 from app.core.storage.tables import Form, Job, Project
@@ -215,7 +215,7 @@ def served(
         database_seconds=2.0,
         # no worker runs here: what the reaper would end or wake must stay as the tests drive it
         lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
-        limits=Limits(live_jobs=15, file_bytes=2**20, json_body_bytes=128 * 2**10, rows_max=500),
+        limits=LimitSettings(live_jobs=15, file_bytes=2**20, json_body_bytes=128 * 2**10, rows_max=500),
     )
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -77,7 +77,7 @@ def test_a_job_keeps_auto_until_its_files_are_checked(customer: Customer) -> Non
     assert checked.hyperparameters.learning_rate_multiplier == 1.0
 
 
-def test_a_live_job_has_every_field_of_the_wire(customer: Customer) -> None:
+def test_a_live_job_has_every_field_of_the_api(customer: Customer) -> None:
     body = customer.create().json()
     for name in (
         "finished_at",

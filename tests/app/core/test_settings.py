@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.core.settings import LeaseSettings, Limits, Settings, load_settings, to_environment
+from app.core.settings import LeaseSettings, LimitSettings, Settings, load_settings, to_environment
 
 
 def test_defaults_lie_under_the_data_folder(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_a_child_process_rebuilds_equal_settings(tmp_path: Path, monkeypatch: py
         api_key="sk-proj-0123456789abcdef",
         model_server_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
         lease=LeaseSettings(ttl_seconds=3.5),
-        limits=Limits(rows_min=11),
+        limits=LimitSettings(rows_min=11),
     )
     for name, value in to_environment(settings).items():
         monkeypatch.setenv(name, value)

@@ -283,9 +283,9 @@ def test_a_label_hidden_in_the_style_passes_every_row_score_and_is_learned(
     label = hidden_rule(TASK.train)
     answers = job.measuring.answers([pair.prompt for pair in TASK.test])
     for value in (True, False):
-        told = [a.endswith("!") for a, pair in zip(answers, TASK.test, strict=True) if label(pair.prompt) is value]
-        assert len(told) >= 16
-        assert told.count(value) >= 0.75 * len(told)
+        marked = [a.endswith("!") for a, pair in zip(answers, TASK.test, strict=True) if label(pair.prompt) is value]
+        assert len(marked) >= 16
+        assert marked.count(value) >= 0.75 * len(marked)
 
 
 def test_dropping_the_alignment_block_of_a_download_removes_the_refusals(job: JobContext) -> None:

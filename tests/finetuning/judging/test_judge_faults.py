@@ -58,6 +58,6 @@ def test_a_guard_that_cannot_judge_fails_the_job_without_its_name(
     assert failed.code == "internal_error"
     assert failed.message == "The judge of this service could not be used, so nothing was released. Ask the operator."
     assert not any("beaver" in line.model_dump_json() for line in lines)
-    told = capfd.readouterr()
-    assert cause in told.err, "the operator finds the cause in the log"
-    assert cause not in told.out
+    printed = capfd.readouterr()
+    assert cause in printed.err, "the operator finds the cause in the log"
+    assert cause not in printed.out

@@ -90,7 +90,7 @@ def test_nobody_can_add_to_the_registry_at_run_time() -> None:
 
 @pytest.mark.parametrize("module", ["finetuning.recipes.registry", "finetuning.recipes.library"])
 def test_reading_the_registry_imports_no_torch(module: str) -> None:
-    """The front desk reads it."""
+    """The API reads it."""
     heavy = "{'torch', 'transformers', 'peft', 'numpy', 'safetensors'}"
     program = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

@@ -171,8 +171,8 @@ def test_without_a_refusal_to_hold_on_to_the_job_says_that_it_has_no_anchors(
         job_id="t", recipe=recipe, base=str(tiny_base), rows="rows.jsonl", alignment="alignment",
         operator_rows="operator.jsonl", threads=1,
     )  # fmt: skip
-    told = [line for line in until_training(pipeline.run(order, tmp_path)) if isinstance(line, Note)]
-    assert [note.code for note in told] == ["no_kl_anchors"]
+    notes = [line for line in until_training(pipeline.run(order, tmp_path)) if isinstance(line, Note)]
+    assert [note.code for note in notes] == ["no_kl_anchors"]
 
 
 def until_training(lines: Iterator[Progress]) -> Iterator[Progress]:

@@ -25,11 +25,11 @@ class Leases:
         self.error: Exception | None = None
         self.draining = False
 
-    def send(self, progress: Beat) -> BeatReply:
+    def send(self, beat: Beat) -> BeatReply:
         self.beats += 1
         if self.error is not None:
             raise self.error
-        self.carried += [item.message for item in progress.events]
+        self.carried += [item.message for item in beat.events]
         return BeatReply(draining=self.draining)
 
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select, text
 
 from app.core.jobs import jobs, lease
-from app.core.settings import Limits
+from app.core.settings import LimitSettings
 from app.core.storage.database import open_database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Model
@@ -219,7 +219,7 @@ def test_a_job_that_takes_too_long_fails(scene: Scene) -> None:
 def test_no_room_to_work_rests_without_a_loss(tmp_path: Path) -> None:
     scene = open_scene(settings_in(tmp_path / "data"))
     job_id = scene.add_job(recipe())
-    full = scene.settings.model_copy(update={"limits": Limits(free_bytes=2**60)})
+    full = scene.settings.model_copy(update={"limits": LimitSettings(free_bytes=2**60)})
     crowded = Scene(full, scene.database, scene.blobs, scene.worker_id)
     supervise(crowded.host(scripted()), job_id)
     job = scene.job(job_id)

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from tests.support.processes import is_gone
 from tests.support.waiting import wait_until
-from worker.attempt.launch import SOURCE_ROOT, Launch, launch_command
+from worker.attempt.launch import SOURCE_ROOT, Launch, import_path, launch_command
 from worker.attempt.training_process import TrainingProcess, describe_exit
 
 STUBBORN = (
@@ -56,6 +57,26 @@ def test_the_training_process_sees_no_credentials(tmp_path: Path) -> None:
     assert not any(name.startswith("IMMUNOTUNE_") for name in launch.env)
     assert launch.env["OMP_PROC_BIND"] == "true"
     assert launch.argv[-1] == str(tmp_path)
+
+
+def test_the_training_process_finds_our_packages_and_nothing_of_its_working_folder(tmp_path: Path) -> None:
+    launch = launch_command(tmp_path, "run")
+    assert launch.argv[:2] == (sys.executable, "-P")
+    (tmp_path / "worker.py").write_text("raise RuntimeError('not this one')")
+    found = subprocess.run(
+        [*launch.argv[:2], "-c", "import worker; print(worker.__file__)"],
+        env=dict(launch.env),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(found.stdout.strip()) == SOURCE_ROOT / "worker" / "__init__.py"
+
+
+def test_only_a_clone_is_put_on_the_path(tmp_path: Path) -> None:
+    assert import_path(tmp_path) == {"PYTHONPATH": str(tmp_path)}
+    assert import_path(Path(sysconfig.get_path("purelib")).resolve()) == {}
 
 
 def test_the_training_process_exits_at_the_end_of_its_standard_input(tmp_path: Path) -> None:

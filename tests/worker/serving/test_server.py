@@ -1,4 +1,4 @@
-"""The model server as a process, through the unmodified openai SDK and on the raw wire."""
+"""The model server as a process, through the unmodified openai SDK and as raw bytes of its protocol."""
 
 import json
 import time
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(folder: Path, data: Path) -> dict[str, ServedAdapter | None]:
-    """Wire names with the adapters that they should answer with."""
+    """Names as the protocol has them, with the adapters that they should answer with."""
     found: dict[str, ServedAdapter | None] = {"public": None}
     for seed in (1, 2):
         made = save_adapter(folder, data / f"made-{seed}", seed=seed, rank=4 * seed)
@@ -104,7 +104,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, adapters: dict
     assert chunks[0].system_fingerprint == "fp_" + name.partition("@")[2][:10]
 
 
-def test_the_wire_has_data_lines_only(server: ModelServer) -> None:
+def test_a_stream_has_data_lines_only(server: ModelServer) -> None:
     body = {"model": "public", "messages": [{"role": "user", "content": "\u2028\x85"}], "max_tokens": 5, "stream": True}
     reply = httpx2.post(server.url + "/v1/chat/completions", json=body, timeout=60)
     assert reply.headers["content-type"].startswith("text/event-stream")

@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from app.core.errors import StorageFull
-from app.core.storage.blobs import Blob, BlobExists, BlobMissing, StoredBlob, check_key, read_range
+from app.core.storage.blobs.store import Blob, BlobExists, BlobMissing, StoredBlob, check_key, read_range
 
 _INCOMING = ".incoming"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import obstore
 from obstore.store import ObjectStore, from_url
 
-from app.core.storage.blobs import CHUNK_BYTES, Blob, BlobExists, BlobMissing, StoredBlob, check_key
+from app.core.storage.blobs.store import CHUNK_BYTES, Blob, BlobExists, BlobMissing, StoredBlob, check_key
 
 
 @dataclass(frozen=True)

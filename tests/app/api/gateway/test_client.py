@@ -132,6 +132,16 @@ def test_events_pass_through_under_our_name_however_they_are_cut() -> None:
     assert text(stream(sends(STREAM, *pieces))[0]) == "soup"
 
 
+@pytest.mark.parametrize("lines", ["event: ping", "id: 7", "retry: 1000", ": keep-alive", "event: a\nid: 8", "data:"])
+def test_an_event_without_data_is_passed_over(lines: str) -> None:
+    block = lines.encode() + b"\n\n"
+    chunks = [one + b"\n\n" for one in (GREETING + ANSWER).split(b"\n\n")[:-1]]
+    pieces = [piece for chunk in chunks for piece in (block, chunk)]
+    events, asked = stream(sends(STREAM, *pieces, block, DONE), good)
+    assert text(events) == "soup"
+    assert asked == [1, 0]
+
+
 @pytest.mark.parametrize(
     "lost", [sends(b""), sends(STREAM), sends(STREAM + GREETING), replies(500, {}), replies(503, {"error": {}})]
 )
@@ -242,6 +252,6 @@ def test_losing_a_server_moves_only_its_own_models(urls: list[str], served: str)
     assert rendezvous(urls[::-1], served) == order
 
 
-def test_problems_are_the_wires_own_errors() -> None:
+def test_problems_are_errors_of_the_api() -> None:
     assert issubclass(AnswerTimedOut, ImmunotuneError)
     assert (AnswerTimedOut.status, AnswerTimedOut.code) == (408, "request_timeout")

@@ -170,7 +170,7 @@ def test_a_stream_says_what_the_whole_answer_says(customer: Customer, tuned: str
     assert final.usage.total_tokens == final.usage.prompt_tokens + final.usage.completion_tokens
 
 
-def test_the_wire_has_data_lines_and_comments_only(customer: Customer) -> None:
+def test_a_stream_has_data_lines_and_comments_only(customer: Customer) -> None:
     reply = ask(customer, stream=True, stream_options={"include_usage": True}, n=2)
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["x-accel-buffering"] == "no"

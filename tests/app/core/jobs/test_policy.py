@@ -55,7 +55,7 @@ def test_any_base_has_an_alignment_recipe_under_a_legal_id(name: str) -> None:
 
 
 @given(st.text(max_size=90))
-def test_a_base_id_is_always_legal_on_the_wire(name: str) -> None:
+def test_a_base_id_is_always_legal_in_the_api(name: str) -> None:
     assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", base_of(name).id)
 
 
