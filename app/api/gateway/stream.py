@@ -118,14 +118,17 @@ class Reported:
 async def read_chunks(reply: httpx2.Response) -> AsyncGenerator[Json]:
     """The JSON of each event up to [DONE].
 
-    Raises ModelServerLost on an error event or an end without [DONE], ValueError on what is no JSON, TransportError.
+    Raises ModelServerLost on an error event or an end without [DONE], ValueError on what is no JSON object,
+    TransportError.
     """
     async for event in httpx2.EventSource(reply):
         if event.data == "[DONE]":
             return
         if not event.data:
             continue  # a block of other lines only, such as a name, an id or a time to wait
-        chunk = cast(Json, event.json())
+        chunk = event.json()
+        if not isinstance(chunk, dict):
+            raise ValueError("an event of an answer is no JSON object")
         if "error" in chunk:
             raise broken_off()
         yield chunk

@@ -157,6 +157,7 @@ def test_a_server_lost_before_the_first_token_is_replaced_unnoticed(lost: Behavi
         event({"content": "so"}),
         event({"content": "so"}) + b'data: {"error": {"code": "x"}}\n\n',
         b"data: {nonsense\n\n",
+        b"data: 7\n\n",
     ],
 )
 def test_a_stream_that_breaks_after_a_token_ends_with_an_error(broken: bytes) -> None:
