@@ -73,7 +73,7 @@ class RowReport:
         return {"errors_total": self.errors_total, "truncated": self.errors_total > len(shown), "errors": shown}
 
     def to_json(self, limit: int = STORED_ERRORS) -> dict[str, object]:
-        """`file.validation` (limit SHOWN_ERRORS) or the full report of GET /v1/files/{id}/validation."""
+        """What a file record keeps of the scan: `file.validation`, with at most `limit` of each kind."""
         return {
             "format": self.format,
             "rows": self.rows,
