@@ -126,8 +126,8 @@ def test_lines_on_earlier_weights_of_a_base_are_left_out(tmp_path: Path) -> None
 def test_lines_from_before_whole_epochs_say_so_and_do_not_mix_with_others(tmp_path: Path) -> None:
     old = {key: value for key, value in line(Cell("sft")).items() if key != "batches"}
     said = "run before epochs were whole"
-    assert said in write_report([old], tmp_path / "old.md").read_text(encoding="utf-8")
-    both = write_report([old, line(Cell("vaccine"))], tmp_path / "both.md").read_text(encoding="utf-8")
+    assert said in write_report([old], tmp_path / "safety.md").read_text(encoding="utf-8")
+    both = write_report([old, line(Cell("vaccine"))], tmp_path / "safety.md").read_text(encoding="utf-8")
     assert said not in both
     assert "1 lines stand on earlier weights of their base, or on other batches" in both
 
