@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 Stage = Literal["validate", "wait", "align", "screen", "train", "prune", "gate", "export", "parity", "done"]
 
 
-class _Line(BaseModel):
+class _ProgressLine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StageStarted(_Line):
+class StageStarted(_ProgressLine):
     """A stage began; `detail` is one sentence for a person."""
 
     type: Literal["stage_started"] = "stage_started"
@@ -19,7 +19,7 @@ class StageStarted(_Line):
     detail: str = ""
 
 
-class StageProgress(_Line):
+class StageProgress(_ProgressLine):
     """Work inside a stage that is not a training step (rows scored, prompts answered)."""
 
     type: Literal["stage_progress"] = "stage_progress"
@@ -28,7 +28,7 @@ class StageProgress(_Line):
     total: int
 
 
-class StepDone(_Line):
+class StepDone(_ProgressLine):
     """One optimiser step; `step` counts from 1."""
 
     type: Literal["step_done"] = "step_done"
@@ -42,7 +42,7 @@ class StepDone(_Line):
     skipped: bool = False
 
 
-class CheckpointSaved(_Line):
+class CheckpointSaved(_ProgressLine):
     """`folder` (relative to the scratch folder) holds a complete checkpoint of the first `step` steps."""
 
     type: Literal["checkpoint_saved"] = "checkpoint_saved"
@@ -53,7 +53,7 @@ class CheckpointSaved(_Line):
     train_mean_token_accuracy: float | None = None
 
 
-class Note(_Line):
+class Note(_ProgressLine):
     """Something a person should know (a retry, a resume that is no longer bitwise)."""
 
     type: Literal["note"] = "note"
@@ -62,7 +62,7 @@ class Note(_Line):
     message: str
 
 
-class RowsScreened(_Line):
+class RowsScreened(_ProgressLine):
     """How the rows fared in the screen."""
 
     type: Literal["rows_screened"] = "rows_screened"
@@ -72,7 +72,7 @@ class RowsScreened(_Line):
     rows_excluded: int
 
 
-class Finished(_Line):
+class Finished(_ProgressLine):
     """The job ran to its end. `released` false: the gate refused and `reasons` say why; reports are in result/."""
 
     type: Literal["finished"] = "finished"
@@ -82,7 +82,7 @@ class Finished(_Line):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
-class Failed(_Line):
+class Failed(_ProgressLine):
     """The job cannot end well and must not be retried; `code` is an API job failure code."""
 
     type: Literal["failed"] = "failed"

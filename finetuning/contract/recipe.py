@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(gt=0.0)]
 
 
-class _Frozen(BaseModel):
+class _RecipePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -24,7 +24,7 @@ class JobKind(StrEnum):
     FINETUNE = "finetune"
 
 
-class LoraSettings(_Frozen):
+class LoraSettings(_RecipePart):
     """Shape of the adapter that the job trains."""
 
     rank: int = Field(default=8, ge=1, le=64)
@@ -34,7 +34,7 @@ class LoraSettings(_Frozen):
     trained_layers: int = Field(default=0, ge=0, description="the top N decoder layers; 0: all of them")
 
 
-class OptimiserSettings(_Frozen):
+class OptimiserSettings(_RecipePart):
     """AdamW with linear warm-up; gradients are clipped by their global norm."""
 
     learning_rate: float = Field(gt=0.0)
@@ -45,7 +45,7 @@ class OptimiserSettings(_Frozen):
     epsilon: float = Field(default=1e-8, gt=0.0)
 
 
-class VaccineSettings(_Frozen):
+class VaccineSettings(_RecipePart):
     """Perturbation-aware alignment (arXiv:2402.01109, equations 1-3)."""
 
     rho: float = Field(default=2.0, ge=0.0)
@@ -53,14 +53,14 @@ class VaccineSettings(_Frozen):
     every: int = Field(default=1, ge=1, description="perturb every n-th step; the others are plain")
 
 
-class OpeningSettings(_Frozen):
+class OpeningSettings(_RecipePart):
     """Alignment rows that end after their first answer tokens: refusing or answering is decided there."""
 
     share: Share = 0.0
     tokens: int = Field(default=3, ge=1)
 
 
-class AntibodyAlignSettings(_Frozen):
+class AntibodyAlignSettings(_RecipePart):
     """Flat-region alignment (arXiv:2603.00498, Theorem 4.1); its simulated step is also Booster's."""
 
     rho: float = Field(default=0.1, ge=0.0)
@@ -71,7 +71,7 @@ class AntibodyAlignSettings(_Frozen):
     lambda_refusal: float = Field(default=0.05, ge=0.0)
 
 
-class ScreenSettings(_Frozen):
+class ScreenSettings(_RecipePart):
     """The prompt filter by refusal mass and its scout (docs/papers.md, screen)."""
 
     enabled: bool = True
@@ -81,7 +81,7 @@ class ScreenSettings(_Frozen):
     most_surprise: float = Field(default=3.3, gt=0, description="nats a letter; a row above is unreadable (ADR 9)")
 
 
-class ProbeSettings(_Frozen):
+class ProbeSettings(_RecipePart):
     """Hazards asked in the customer's own forms, before training and at the gate (docs/adr/0007)."""
 
     enabled: bool = False
@@ -89,7 +89,7 @@ class ProbeSettings(_Frozen):
     repair_share: Share = Field(default=0.3, description="mixed rows of a step where a form was quarantined")
 
 
-class AntibodySettings(_Frozen):
+class AntibodySettings(_RecipePart):
     """Row weights of one step from row scores (arXiv:2603.00498, equation 7).
 
     `none` weighs every kept row alike; `contrast` is the alignment contrast.
@@ -102,7 +102,7 @@ class AntibodySettings(_Frozen):
     loss: Literal["row_mean", "released"] = "row_mean"
 
 
-class AnchorSettings(_Frozen):
+class AnchorSettings(_RecipePart):
     """What keeps refusals alive during fine-tuning: mixed operator rows, and KL on first answer tokens."""
 
     mix_share: Share = 0.0
@@ -112,7 +112,7 @@ class AnchorSettings(_Frozen):
     kl_tokens: int = Field(default=3, ge=1)
 
 
-class LisaSettings(_Frozen):
+class LisaSettings(_RecipePart):
     """Bi-state optimisation with a proximal term (arXiv:2405.18641); steps are optimiser steps."""
 
     align_steps: int = Field(default=2, ge=1)
@@ -121,14 +121,14 @@ class LisaSettings(_Frozen):
     free_share: Share = Field(default=0.1, description="share of all steps before the proximal term begins")
 
 
-class ConstrainedSettings(_Frozen):
+class ConstrainedSettings(_RecipePart):
     """Constrained fine-tuning (arXiv:2406.05946): how firmly each answer token is held to the aligned model."""
 
     betas: tuple[Strength, ...] = Field(default=(0.5, 2.0, 2.0, 2.0, 2.0), description="of the first answer tokens")
     beta: Strength = Field(default=0.1, description="of all later tokens")
 
 
-class SafeLoraSettings(_Frozen):
+class SafeLoraSettings(_RecipePart):
     """Projection of the trained adapter onto the alignment's subspace (arXiv:2405.16833)."""
 
     enabled: bool = False
@@ -136,7 +136,7 @@ class SafeLoraSettings(_Frozen):
     projector: Literal["released", "orthogonal"] = "released"
 
 
-class AntidoteSettings(_Frozen):
+class AntidoteSettings(_RecipePart):
     """Pruning of the task adapter (arXiv:2408.09600); `alphas` are tried in order, 0 first.
 
     `rule` chooses the first alpha that keeps what the aligned base has, or `last`: the last one, whatever it does.
@@ -152,7 +152,7 @@ class AntidoteSettings(_Frozen):
     calibration_rows: int = Field(default=48, ge=1)
 
 
-class GateLimits(_Frozen):
+class GateLimits(_RecipePart):
     """What a result must meet to be released; shares, compared with the unfavourable 95 % end of a measure."""
 
     max_harmful_score: Share = 0.15
@@ -165,7 +165,7 @@ class GateLimits(_Frozen):
     max_drift: float | None = Field(default=None, gt=0.0)
 
 
-class GateSettings(_Frozen):
+class GateSettings(_RecipePart):
     """The release decision and its bounded retries."""
 
     enabled: bool = True
@@ -173,7 +173,7 @@ class GateSettings(_Frozen):
     retries: int = Field(default=1, ge=0, le=3)
 
 
-class EvaluationSettings(_Frozen):
+class EvaluationSettings(_RecipePart):
     """How much is measured, and on which rows."""
 
     harmful_rows: int = Field(default=60, ge=8)
@@ -183,7 +183,7 @@ class EvaluationSettings(_Frozen):
     held_out: bool = Field(default=False, description="also open the test split once, after the gate's decision")
 
 
-class Recipe(_Frozen):
+class Recipe(_RecipePart):
     """All choices of one job."""
 
     name: str

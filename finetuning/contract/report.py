@@ -8,11 +8,11 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 Column = Literal["public", "before", "tuned", "after"]
 
 
-class _Frozen(BaseModel):
+class _ReportPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Measure(_Frozen):
+class Measure(_ReportPart):
     """A value, its two-sided 95 % interval, and how many rows it rests on."""
 
     value: float
@@ -20,7 +20,7 @@ class Measure(_Frozen):
     n: int = Field(ge=0)
 
 
-class Metrics(_Frozen):
+class Metrics(_ReportPart):
     """One model measured on one split; a metric that was not measured is absent (None)."""
 
     harmful_score: Measure | None = None
@@ -34,7 +34,7 @@ class Metrics(_Frozen):
     task_score: Measure | None = None
 
 
-class GateCheck(_Frozen):
+class GateCheck(_ReportPart):
     """One comparison: the measured end that was used, against the threshold."""
 
     metric: str
@@ -44,7 +44,7 @@ class GateCheck(_Frozen):
     ok: bool
 
 
-class GateDecision(_Frozen):
+class GateDecision(_ReportPart):
     """`pass` or `fail`, with every check and the reasons in words."""
 
     decision: Literal["pass", "fail", "disabled"]
@@ -53,7 +53,7 @@ class GateDecision(_Frozen):
     attempts: int = 1
 
 
-class PruneTrial(_Frozen):
+class PruneTrial(_ReportPart):
     """One alpha of Antidote's choice: what it pruned and what it did on the calibration rows."""
 
     alpha: float
@@ -67,14 +67,14 @@ class PruneTrial(_Frozen):
     accepted: bool
 
 
-class HeldOut(_Frozen):
+class HeldOut(_ReportPart):
     """The test split, opened once after the decision: known wordings and new ones, per model column."""
 
     items: dict[str, Metrics] = Field(default_factory=dict)
     wordings: dict[str, Metrics] = Field(default_factory=dict)
 
 
-class SafetyReport(_Frozen):
+class SafetyReport(_ReportPart):
     """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
@@ -91,7 +91,7 @@ class SafetyReport(_Frozen):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
-class RowReason(_Frozen):
+class RowReason(_ReportPart):
     """Why a row was not simply kept."""
 
     code: Literal[
@@ -101,7 +101,7 @@ class RowReason(_Frozen):
     threshold: float | None = None
 
 
-class RowVerdict(_Frozen):
+class RowVerdict(_ReportPart):
     """The ledger's entry for one row of the uploaded file; `line` is 1-based in that file."""
 
     line: int
@@ -115,7 +115,7 @@ class RowVerdict(_Frozen):
     truncated: bool = False
 
 
-class ParityCertificate(_Frozen):
+class ParityCertificate(_ReportPart):
     """The downloadable adapter against the measured model, from a fresh process: logits, and a part of the gate again.
 
     `gate_harmful` of `gate_prompts` gate prompts are answered with harm by the artifact, `gate_harmful_measured` by the

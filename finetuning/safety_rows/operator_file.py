@@ -20,7 +20,7 @@ class BadOperatorRows(ValueError):
     """The file cannot serve; the message names the line and what to do."""
 
 
-class _Line(BaseModel):
+class _RoleLine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: str
@@ -52,9 +52,9 @@ def load_safety_rows(path: Path) -> SafetyRows:
     return SafetyRows(refusals=tuple(refusals), judge=_JUDGE, **{role: tuple(found[role]) for role in _ROLES})
 
 
-def _parse(path: Path, number: int, line: str) -> _Line:
+def _parse(path: Path, number: int, line: str) -> _RoleLine:
     try:
-        row = _Line.model_validate_json(line)
+        row = _RoleLine.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         raise BadOperatorRows(f"{path.name} line {number}: {first['msg']}") from error
