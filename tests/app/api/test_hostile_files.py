@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.app.api.conftest import Customer, chat_row, chat_rows
+from tests.support.http import Customer, chat_row, chat_rows
 from tests.support.waiting import wait_until
 
 GOOD = chat_row("good") + b"\n"

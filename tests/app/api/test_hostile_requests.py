@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from app.core.ids import Prefix, new_id
-from tests.app.api.conftest import Customer, chat_rows
+from tests.support.http import Customer, chat_rows
 
 
 def check_envelope(reply: httpx2.Response, status: int, code: str, param: str | None = None) -> dict[str, object]:

@@ -9,7 +9,7 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from app.core.jobs import jobs, lease
-from tests.app.api.conftest import METRICS_CSV, Customer, chat_rows
+from tests.support.http import METRICS_CSV, Customer, chat_rows
 
 
 def test_a_good_file_is_processed_in_the_reply(customer: Customer) -> None:

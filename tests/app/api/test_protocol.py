@@ -7,8 +7,8 @@ import openai
 import pytest
 from sqlalchemy import text
 
-from tests.app.api.conftest import Customer, chat_rows
 from tests.app.api.test_hostile_requests import check_envelope
+from tests.support.http import Customer, chat_rows
 
 ROUTES = [
     ("GET", "/files"),

@@ -8,8 +8,8 @@ import pytest
 
 from app.api.http.downloads import Span, parse_range
 from app.api.http.exception_handlers import ProtocolError
-from tests.app.api.conftest import METRICS_CSV, Customer, chat_rows
 from tests.app.api.test_hostile_requests import check_envelope
+from tests.support.http import METRICS_CSV, Customer, chat_rows
 
 
 def etag_of(data: bytes) -> str:

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from app.api.http.json_bodies import validated
 from app.api.schemas.job_create import CreateJobBody, to_create_job
-from tests.app.api.conftest import Customer
 from tests.app.api.test_hostile_requests import BAD_FORMS, BAD_JSON, CREATE_FAULTS
+from tests.support.http import Customer
 
 Json = dict[str, object]
 JOB: Json = {"model": "tiny", "training_file": "file-x"}

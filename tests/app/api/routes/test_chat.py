@@ -23,7 +23,7 @@ from app.main import build_app
 from embedded import valkey
 from finetuning.model.base import load_base
 from finetuning.rows.chat_format import prompt_ids
-from tests.app.api.conftest import WORKER, Customer, Served
+from tests.support.http import WORKER, Customer, Served
 from tests.support.jobs import QUICK
 from tests.support.model_server import ModelServer, model_server
 from tests.support.tiny_llama import CONTEXT, save_adapter, save_base, zip_adapter

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from tests.app.api.conftest import CERTIFICATE, LEDGER, Customer
 from tests.app.api.test_hostile_requests import check_envelope
+from tests.support.http import CERTIFICATE, LEDGER, Customer
 
 
 @pytest.fixture
