@@ -183,6 +183,19 @@ class Engine:
             self._drop_done()
 
     def _advance(self, row: ChoiceRow, logits: Tensor) -> None:
+        """Take a row one token further; a row that cannot go on ends its own ask and nobody else's."""
+        if row.is_done:
+            return  # another choice of its ask broke in this very step
+        try:
+            self._take(row, logits)
+        except Exception:  # noqa: BLE001 - the request rim: one customer's row must not end another's answer
+            adapter = row.open_ask.ask.adapter
+            _log.exception("engine.row_failed", adapter=adapter and adapter.name)
+            for other in self._rows:
+                other.is_done = other.is_done or other.open_ask is row.open_ask
+            row.open_ask.ask.deliver(Broken())
+
+    def _take(self, row: ChoiceRow, logits: Tensor) -> None:
         """Draw a row's next token and deliver what may be shown of it."""
         ask = row.open_ask.ask
         drawn = draw(logits, ask.sampling, row.counts, row.generator)

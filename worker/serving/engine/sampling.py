@@ -32,6 +32,10 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class BadLogits(ValueError):
+    """The model gave a row logits from which nothing can be drawn, as an adapter with broken weights does."""
+
+
 @dataclass(frozen=True)
 class Drawn:
     """The token drawn, and its logprobs when they were asked for."""
@@ -43,8 +47,11 @@ class Drawn:
 def draw(logits: Tensor, sampling: Sampling, counts: Mapping[int, int], generator: torch.Generator) -> Drawn:
     """Draw the next token from (V,) fp32 logits; `counts` says how often the completion already holds each token.
 
-    Temperature 0 takes the largest adjusted logit (the lowest id on a tie) and leaves the generator untouched.
+    Temperature 0 takes the largest adjusted logit (the lowest id on a tie) and leaves the generator untouched. Raises
+    BadLogits.
     """
+    if not bool(torch.isfinite(logits).all()):
+        raise BadLogits("a logit is not finite")
     adjusted = _adjust(logits, sampling, counts)
     token = int(adjusted.argmax()) if sampling.temperature == 0 else _sample(adjusted, sampling, generator)
     return Drawn(token, _report(logits, token, sampling.top_logprobs))
@@ -67,7 +74,9 @@ def _adjust(logits: Tensor, sampling: Sampling, counts: Mapping[int, int]) -> Te
 
 def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     # the generator lives on the CPU, so that a seed means the same draw on every device
-    probabilities = torch.softmax(logits.double().cpu() / sampling.temperature, dim=-1)
+    doubles = logits.double().cpu()
+    # the largest is 0 before the division, so that no temperature above 0, however small, gives infinity less infinity
+    probabilities = torch.softmax((doubles - doubles.max()) / sampling.temperature, dim=-1)
     if sampling.top_p >= 1:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     ordered, tokens = probabilities.sort(descending=True, stable=True)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.support.tiny_llama import save_adapter, save_base
+from tests.support.waiting import wait_until
 from worker.serving.engine import (
     AdapterDoesNotFit,
     Ask,
@@ -209,6 +211,31 @@ def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
     engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=4))
     inbox.wait()
     assert "served_stranger" not in engine.attached
+
+
+def test_an_adapter_with_broken_weights_ends_its_own_answers_alone(
+    engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, ServedAdapter | None], tmp_path: Path
+) -> None:
+    broken = save_adapter(folder, tmp_path / "broken", seed=5)
+    weights = broken / "adapter_model.safetensors"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(weights).items()}, weights)
+    engine.attach(ServedAdapter("served_broken", broken)).result(timeout=60)
+    first, second = prompts(base, 2)
+    running, failing = Inbox(), Inbox()
+    engine.submit(ask(first, running, adapters["wide"], new_tokens=80))
+    running.events.put(running.events.get(timeout=60))  # it decodes now
+    engine.submit(ask(second, failing, ServedAdapter("served_broken", broken), choices=2))
+    assert failing.events.get(timeout=60) == Broken()
+    assert running.wait().text[0] == generate(folder, base, first, adapters["wide"], 80)
+    assert failing.events.empty()  # one ask, one end
+    wait_until(lambda: engine.open_asks == 0, seconds=10)
+
+
+def test_the_smallest_temperature_ends_nobody(engine: Engine, folder: Path, base: FrozenBase) -> None:
+    prompt = prompts(base, 1)[0]
+    inbox = Inbox()
+    engine.submit(ask(prompt, inbox, sampling=Sampling(temperature=5e-324)))
+    assert inbox.wait().text[0] == generate(folder, base, prompt, None, 24)
 
 
 def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: FrozenBase, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from worker.serving.engine.sampling import Sampling, draw
+from worker.serving.engine.sampling import BadLogits, Sampling, draw
 
 LOGITS = torch.tensor([0.0, 1.0, 3.0, 2.0, -1.0])
 
@@ -20,6 +20,20 @@ def test_temperature_zero_takes_the_largest_logit_and_no_randomness() -> None:
     before = generator.get_state()
     assert draw(LOGITS, Sampling(temperature=0), {}, generator).token == 2
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-3])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    assert set(drawn(Sampling(temperature=temperature), times=20)) == {2}
+    assert set(drawn(Sampling(temperature=temperature, top_p=5e-324), times=20)) == {2}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drawn_from_broken_logits(value: float, temperature: float) -> None:
+    logits = torch.tensor([0.0, value])
+    with pytest.raises(BadLogits):
+        draw(logits, Sampling(temperature=temperature), {}, torch.Generator())
 
 
 def test_a_tiny_nucleus_is_greedy() -> None:
