@@ -72,6 +72,7 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
             f"The base id '{base.id}' in this data folder means '{base.source}', not '{settings.base}'. "
             "Set IMMUNOTUNE_BASE back, rename the folder of the new base, or take another IMMUNOTUNE_DATA."
         )
+    base.context = known.context  # an earlier release may have known another
     others = BaseRow.id != base.id, BaseRow.status != BaseStatus.RETIRED
     session.execute(update(BaseRow).where(*others).values(status=BaseStatus.RETIRED))
     if base.status == BaseStatus.RETIRED:

@@ -43,7 +43,7 @@ class BaseDefaults:
 
 _SMOLLM2 = BaseDefaults(
     id="smollm2-135m-instruct",
-    context=2048,
+    context=8192,
     trained_layers=10,
     max_tokens=512,
     align_steps=240,
@@ -55,7 +55,7 @@ _SMOLLM2 = BaseDefaults(
 )
 _TINY = BaseDefaults(
     id="tiny",
-    context=256,
+    context=512,
     trained_layers=0,
     max_tokens=128,
     align_steps=200,
@@ -74,7 +74,8 @@ def base_of(name: str) -> BaseDefaults:
         if name in (short, base.id):
             return base
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-._")
-    return replace(_SMOLLM2, id=plain[:64] or "base", trained_layers=0, align_rate=2e-4, tune_rate=2e-4)
+    careful = replace(_SMOLLM2, context=2048, trained_layers=0, align_rate=2e-4, tune_rate=2e-4)
+    return replace(careful, id=plain[:64] or "base")
 
 
 def is_known(name: str) -> bool:

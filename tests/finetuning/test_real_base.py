@@ -26,6 +26,7 @@ from finetuning.contract.recipe import (
 from finetuning.contract.report import SafetyReport
 from finetuning.model.base import load_base
 from finetuning.model.packed_linear import PackedLinear
+from finetuning.recipes.library import base_of
 from finetuning.rows.chat_format import prompt_ids
 from finetuning.stages import parity, pipeline
 from tests.support.models import write_operator_rows
@@ -40,6 +41,12 @@ def base_folder() -> Path:
     """The converted SmolLM2, kept under the data folder as the product keeps it."""
     data = Path(os.environ.get("IMMUNOTUNE_DATA", Path(__file__).parents[2] / "var"))
     return fetch("smollm2", data / "bases" / SMOLLM2_ID)
+
+
+def test_the_context_that_clients_are_told_is_the_bases_own(base_folder: Path, tiny_base: Path) -> None:
+    for name, folder in (("smollm2", base_folder), ("tiny", tiny_base)):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert base_of(name).context == config["max_position_embeddings"]
 
 
 def run(order: TrainOrder, scratch: Path) -> list[Progress]:

@@ -15,10 +15,11 @@ from finetuning.rows.strict_json import JsonReader
 Body = TypeVar("Body", bound=RequestBody)
 
 _VALUE_FAULTS = {"nul_character", "number_out_of_range"}
-# pydantic's own sentences for these name Python types, or the class of the body
+# pydantic's own sentences for these name Python types, or the class of the body, or stand before ours
 _SENTENCES = {
     **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "Input should be an object"),
     **dict.fromkeys(("list_type", "tuple_type", "set_type"), "Input should be a valid array"),
+    "value_error": "{error}",
     "too_long": "Input should have at most {max_length} items",
 }
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}

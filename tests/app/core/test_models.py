@@ -42,6 +42,18 @@ def test_a_base_is_aligned_once(database: Database, settings: Settings) -> None:
         assert models.get_base(session, "tiny").status == "aligning"
 
 
+def test_a_start_says_what_context_the_base_has(database: Database, settings: Settings) -> None:
+    with database.writing() as session:
+        models.ensure_base(session, settings)
+        models.get_base(session, "tiny").context = 256  # as an earlier release stored it
+        session.commit()
+    with database.writing() as session:
+        models.ensure_base(session, settings)
+        session.commit()
+    with database.reading() as session:
+        assert models.get_base(session, "tiny").context == 512
+
+
 def test_a_failed_alignment_is_tried_again_at_the_next_start(database: Database, settings: Settings) -> None:
     with database.writing() as session:
         (first,) = models.ensure_base(session, settings)

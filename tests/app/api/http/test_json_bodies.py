@@ -151,6 +151,8 @@ def test_the_hostile_uploads_and_lists_are_refused_in_our_own_words(customer: Cu
         ({"seed": "x"}, "seed: must be an integer."),
         ({"seed": -1}, "seed: must lie within 0 and 2147483647."),
         ({"seed": 2**31}, "seed: must lie within 0 and 2147483647."),
+        ({"hyperparameters": {"n_epochs": 0}}, 'hyperparameters.n_epochs: must be an integer from 1 to 50, or "auto".'),
+        ({"metadata": {"": "x"}}, "metadata: keys must have 1 to 64 characters."),
     ],
     ids=str,
 )
