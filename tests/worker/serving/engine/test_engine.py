@@ -76,15 +76,19 @@ class Inbox:
         self.pieces: list[Piece] = []
         self.ended: dict[int, Ended] = {}
 
+    def take(self) -> None:
+        """Wait for one event and keep it."""
+        event = self.events.get(timeout=60)
+        assert not isinstance(event, Broken)
+        if isinstance(event, Piece):
+            self.pieces.append(event)
+            self.text[event.choice] = self.text.get(event.choice, "") + event.text
+        else:
+            self.ended[event.choice] = event
+
     def wait(self, choices: int = 1) -> "Inbox":
         while len(self.ended) < choices:
-            event = self.events.get(timeout=60)
-            assert not isinstance(event, Broken)
-            if isinstance(event, Piece):
-                self.pieces.append(event)
-                self.text[event.choice] = self.text.get(event.choice, "") + event.text
-            else:
-                self.ended[event.choice] = event
+            self.take()
         return self
 
 
@@ -145,7 +149,7 @@ def test_a_row_that_joins_a_running_batch_gets_its_own_answer(
     first, second = prompts(base, 2)
     running, late = Inbox(), Inbox()
     engine.submit(ask(first, running, adapters["wide"], new_tokens=80))
-    running.events.put(running.events.get(timeout=60))  # it decodes now
+    running.take()  # it decodes now
     engine.submit(ask(second, late, adapters["narrow"]))
     assert late.wait().text[0] == generate(folder, base, second, adapters["narrow"], 24)
     assert running.wait().text[0] == generate(folder, base, first, adapters["wide"], 80)
@@ -223,7 +227,7 @@ def test_an_adapter_with_broken_weights_ends_its_own_answers_alone(
     first, second = prompts(base, 2)
     running, failing = Inbox(), Inbox()
     engine.submit(ask(first, running, adapters["wide"], new_tokens=80))
-    running.events.put(running.events.get(timeout=60))  # it decodes now
+    running.take()  # it decodes now
     engine.submit(ask(second, failing, ServedAdapter("served_broken", broken), choices=2))
     assert failing.events.get(timeout=60) == Broken()
     assert running.wait().text[0] == generate(folder, base, first, adapters["wide"], 80)
