@@ -50,8 +50,9 @@ def draw(logits: Tensor, sampling: Sampling, counts: Mapping[int, int], generato
     Temperature 0 takes the largest adjusted logit (the lowest id on a tie) and leaves the generator untouched. Raises
     BadLogits.
     """
-    if not bool(torch.isfinite(logits).all()):
-        raise BadLogits("a logit is not finite")
+    # a token at minus infinity is one that the model rules out; the largest is finite unless there is nothing to draw
+    if not bool(torch.isfinite(logits.max())):
+        raise BadLogits("the largest logit is not finite")
     adjusted = _adjust(logits, sampling, counts)
     token = int(adjusted.argmax()) if sampling.temperature == 0 else _sample(adjusted, sampling, generator)
     return Drawn(token, _report(logits, token, sampling.top_logprobs))

@@ -28,12 +28,17 @@ def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     assert set(drawn(Sampling(temperature=temperature, top_p=5e-324), times=20)) == {2}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("broken", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nothing_is_drawn_from_broken_logits(value: float, temperature: float) -> None:
-    logits = torch.tensor([0.0, value])
+def test_nothing_is_drawn_from_broken_logits(broken: list[float], temperature: float) -> None:
     with pytest.raises(BadLogits):
-        draw(logits, Sampling(temperature=temperature), {}, torch.Generator())
+        draw(torch.tensor(broken), Sampling(temperature=temperature), {}, torch.Generator())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1.0, 2.0])
+def test_a_token_that_the_model_rules_out_is_never_drawn(temperature: float) -> None:
+    logits, generator = torch.tensor([-math.inf, 0.0, -math.inf]), torch.Generator().manual_seed(0)
+    assert {draw(logits, Sampling(temperature=temperature), {}, generator).token for _ in range(20)} == {1}
 
 
 def test_a_tiny_nucleus_is_greedy() -> None:
