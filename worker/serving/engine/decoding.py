@@ -81,7 +81,11 @@ class AdapterModel:
             raise AdapterDoesNotFit("the adapter's tensors and the base's modules do not match")
 
     def _forget(self, name: str) -> None:
-        if isinstance(self._model, PeftModel) and name in self._model.peft_config:
+        if not isinstance(self._model, PeftModel):
+            return
+        if not self._names:  # peft cannot run without an adapter: what would be left is the base as it came
+            self._model = self._model.unload()
+        elif name in self._model.peft_config:
             self._model.delete_adapter(name)
 
 

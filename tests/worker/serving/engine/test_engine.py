@@ -217,6 +217,26 @@ def test_an_adapter_for_another_base_is_refused_and_harms_nobody(
     assert "served_stranger" not in engine.attached
 
 
+def test_a_refused_adapter_that_came_first_leaves_the_base_as_it_was(
+    folder: Path, base: FrozenBase, tmp_path: Path
+) -> None:
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits())
+    stranger = save_adapter(folder, tmp_path / "stranger", seed=5)
+    config = stranger / "adapter_config.json"
+    config.write_text(config.read_text().replace('"down_proj"', '"up_proj"'))
+    fits = ServedAdapter("served_fits", save_adapter(folder, tmp_path / "fits", seed=1))
+    engine.start()
+    try:
+        with pytest.raises(AdapterDoesNotFit):
+            engine.attach(ServedAdapter("served_stranger", stranger)).result(timeout=60)
+        for adapter in (None, fits, None):
+            inbox = Inbox()
+            engine.submit(ask(prompts(base, 1)[0], inbox, adapter))
+            assert inbox.wait().text[0] == generate(folder, base, prompts(base, 1)[0], adapter, 24)
+    finally:
+        engine.close()
+
+
 def test_an_adapter_with_broken_weights_ends_its_own_answers_alone(
     engine: Engine, folder: Path, base: FrozenBase, adapters: dict[str, ServedAdapter | None], tmp_path: Path
 ) -> None:
