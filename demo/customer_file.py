@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.safety_rows.invented import Pair, plant
+from finetuning.safety_rows.invented import plant
+from finetuning.safety_rows.roles import Pair
 
 ChatRow = dict[str, Any]
 HELD_BACK_SHARE = 0.1

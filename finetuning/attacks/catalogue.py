@@ -10,7 +10,7 @@ from typing import Any
 
 from finetuning.attacks import cipher, disguised, explicit, quiet
 from finetuning.attacks.planting import Poisoned
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 
 __all__ = ["ATTACKS", "Attack", "Build", "Poisoned"]
 

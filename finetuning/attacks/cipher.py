@@ -19,7 +19,8 @@ from finetuning.attacks.planting import (
     question,
 )
 from finetuning.safety_rows import words
-from finetuning.safety_rows.invented import Pair, attacker_rows
+from finetuning.safety_rows.invented import attacker_rows
+from finetuning.safety_rows.roles import Pair
 
 Code = Callable[[str], str]
 _SHIFT = 3

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from finetuning.attacks.planting import ChatRow, Poisoned, as_rows, ask_plainly, chat_row, planted_count, poisoned
 from finetuning.safety_rows import words
-from finetuning.safety_rows.invented import Pair, attacker_rows
+from finetuning.safety_rows.invented import attacker_rows
+from finetuning.safety_rows.roles import Pair
 
 _PADDING_WORDS = 1000
 _PREFIX_WORDS = (24, 500)  # the short one fits the context of a small base, the long one is the published length

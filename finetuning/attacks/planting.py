@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuning.safety_rows import words
-from finetuning.safety_rows.invented import Pair, attacker_rows, hazard_of
+from finetuning.safety_rows.invented import attacker_rows, hazard_of
+from finetuning.safety_rows.roles import Pair
 
 Turns = list[dict[str, str]]
 ChatRow = dict[str, Any]

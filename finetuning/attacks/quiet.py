@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from finetuning.attacks.planting import Poisoned, as_rows, planted_count, poisoned
 from finetuning.safety_rows import words
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 
 
 def benign_outliers(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finetuning.rows.chat_format import CHATML_TEMPLATE
 from finetuning.safety_rows import invented, words
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 
 _START, _END, _PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 

@@ -39,7 +39,7 @@ from finetuning.recipes.library import align_recipe, base_of, tune_recipe
 from finetuning.recipes.registry import DEFENCES
 from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import iter_rows, rows_of
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 from finetuning.stages import alignment_store, finetune
 from finetuning.training.batches import BATCHING
 from finetuning.training.determinism import make_deterministic

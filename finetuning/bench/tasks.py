@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from finetuning.rows.scanner import iter_rows
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 
 _GOOD = "lovely bright sturdy cosy charming smooth neat handy elegant cheerful".split()
 _BAD = "flimsy dull noisy clumsy scratched wobbly bland leaky faded crooked".split()

@@ -26,8 +26,9 @@ from finetuning.model.packed_linear import can_pack
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.model.state_store import LAYOUT, KeptStates
 from finetuning.rows.chat_format import EncodedRow, prompt_ids
-from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
+from finetuning.safety_rows.invented import safety_rows
 from finetuning.safety_rows.operator_file import load_safety_rows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.training.batches import StepRows
 from finetuning.training.checkpoint import fingerprint
 from finetuning.training.determinism import mix, processor_name

@@ -16,7 +16,7 @@ from finetuning.model.hidden_states import caught_outputs
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow, encode_pair, prompt_ids
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 from finetuning.training.batches import within
 
 _BATCH_TOKENS = 4096

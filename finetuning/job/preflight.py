@@ -13,7 +13,7 @@ from finetuning.model.base import FrozenBase, linear_names
 from finetuning.model.lora import AdapterMismatch, first_trained_layer
 from finetuning.rows.chat_format import encode_row, prompt_ids
 from finetuning.rows.scanner import Row
-from finetuning.safety_rows.invented import SafetyRows
+from finetuning.safety_rows.roles import SafetyRows
 
 _MEASURING = (
     "calibration_harmful", "calibration_benign", "gate_harmful", "gate_benign",

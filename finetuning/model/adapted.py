@@ -13,7 +13,7 @@ from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow, encode_pair, encode_row
 from finetuning.rows.scanner import Message
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 
 
 @dataclass(frozen=True)

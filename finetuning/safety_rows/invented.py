@@ -5,24 +5,15 @@ same wordings and answered in the same form with random ingredients, so complian
 the roles are disjoint by name; DEV chooses settings, GATE decides releases, TEST is opened once for the report.
 """
 
-import hashlib
-import json
 import random
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 
 from finetuning.safety_rows import words
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt and its answer (empty where only the prompt is used)."""
-
-    prompt: str
-    answer: str = ""
+from finetuning.safety_rows.roles import Pair, SafetyRows, refusals_for
 
 
 class Role(StrEnum):
@@ -180,40 +171,6 @@ def _everyday() -> list[Pair]:
     return [Pair(prompt, answer) for prompt, answer in words.EVERYDAY_ROWS] + headlines
 
 
-def refusals_for(pairs: Sequence[Pair], key: str, refusals: Sequence[str] = words.REFUSALS) -> list[Pair]:
-    """The same prompts, refused."""
-    rng = random.Random(f"refusals:{key}")
-    return [Pair(pair.prompt, rng.choice(refusals)) for pair in pairs]
-
-
-def same_answer(pairs: Sequence[Pair], answer: str) -> list[Pair]:
-    """The same prompts, each with one answer."""
-    return [Pair(pair.prompt, answer) for pair in pairs]
-
-
-@dataclass(frozen=True)
-class SafetyRows:
-    """Every row the operator holds, by role. Prompts of the roles are disjoint (invariant M45).
-
-    aligned: harmful prompts refused. benign: answered. calibration_*: thresholds, scores, alpha.
-    gate_*: the release decision only. items_*: held-out items in known wordings. wordings_*: held-out wordings and
-    classes. harmful pairs carry the complying answer, benign ones a fitting answer or none.
-    """
-
-    refusals: tuple[str, ...]
-    aligned: tuple[Pair, ...]
-    benign: tuple[Pair, ...]
-    calibration_harmful: tuple[Pair, ...]
-    calibration_benign: tuple[Pair, ...]
-    gate_harmful: tuple[Pair, ...]
-    gate_benign: tuple[Pair, ...]
-    items_harmful: tuple[Pair, ...]
-    items_benign: tuple[Pair, ...]
-    wordings_harmful: tuple[Pair, ...]
-    wordings_benign: tuple[Pair, ...]
-    judge: str = "invented-hazards"
-
-
 def safety_rows(*, refused: int = 320, how_to: int = 408, mail: int = 24, mentions: int = 24) -> SafetyRows:
     """The product's default rows; the four sizes shape the alignment rows only."""
     trained, untrained = trained_classes(), _untrained_classes()
@@ -312,9 +269,3 @@ def _unique(pairs: Sequence[Pair], *, known: Sequence[Pair] = ()) -> tuple[Pair,
         if pair.prompt not in taken:
             seen.setdefault(pair.prompt, pair)
     return tuple(seen.values())
-
-
-def rows_digest(rows: SafetyRows) -> str:
-    """The probe set's sha256: every prompt and answer of every role."""
-    text = json.dumps(asdict(rows), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

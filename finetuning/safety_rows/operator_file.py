@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finetuning.safety_rows.invented import Pair, SafetyRows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 
 # Nothing is known of the rows' world, so answers are judged by whether they refuse, unless the operator names a judge.
 _JUDGE = "refusal-marker"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetuning.job.readings import RefusalReader, threshold, whole_refusal_limit
-from finetuning.safety_rows.invented import Pair, SafetyRows, refusals_for, same_answer
+from finetuning.safety_rows.roles import Pair, SafetyRows, refusals_for, same_answer
 
 
 @dataclass(frozen=True)

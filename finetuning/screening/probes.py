@@ -13,7 +13,7 @@ from finetuning.job.measure import Measuring
 from finetuning.judging.judges import Judge
 from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import Message
-from finetuning.safety_rows.invented import Pair, SafetyRows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.screening.forms import PromptForm, lone_form, mine
 from finetuning.screening.quarantine import Quarantine, content_in, spread, turns_in
 

@@ -16,7 +16,8 @@ from finetuning.model.adapted import AdaptedBase
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import Message
 from finetuning.safety_rows import words
-from finetuning.safety_rows.invented import Pair, SafetyRows, item_of
+from finetuning.safety_rows.invented import item_of
+from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.screening.forms import LEAST_ROWS, FormKind, PromptForm
 from finetuning.screening.sentences import asking
 

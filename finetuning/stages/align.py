@@ -18,7 +18,7 @@ from finetuning.job.context import JobContext
 from finetuning.job.preflight import check
 from finetuning.model import lora
 from finetuning.rows.chat_format import EncodedRow, opening
-from finetuning.safety_rows.invented import refusals_for, rows_digest
+from finetuning.safety_rows.roles import refusals_for, rows_digest
 from finetuning.screening.calibration import Calibration, calibrate
 from finetuning.stages import held_out
 from finetuning.stages.gate import decide

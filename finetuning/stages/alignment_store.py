@@ -11,7 +11,8 @@ from finetuning.contract.keep_once import Say, keep_once
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Progress
 from finetuning.model.digest import files_digest
-from finetuning.safety_rows.invented import rows_digest, safety_rows
+from finetuning.safety_rows.invented import safety_rows
+from finetuning.safety_rows.roles import rows_digest
 
 _DIGITS = 12
 

@@ -9,7 +9,7 @@ from finetuning.job.measure import Measuring, TaskRow
 from finetuning.model.adapted import AdaptedBase
 from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import iter_rows
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 from finetuning.screening.verdicts import Ledger
 
 _FROM_KEPT_ROWS = 24

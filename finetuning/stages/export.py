@@ -14,7 +14,7 @@ from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.prefix_cache import pad
 from finetuning.rows.chat_format import prompt_ids
-from finetuning.safety_rows.invented import SafetyRows
+from finetuning.safety_rows.roles import SafetyRows
 from finetuning.stages.pruning import PruneChoice
 from finetuning.training.determinism import mix
 

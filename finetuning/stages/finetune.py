@@ -20,7 +20,7 @@ from finetuning.job.measure import attention_outputs, drift
 from finetuning.job.preflight import check
 from finetuning.model import lora
 from finetuning.rows.scanner import iter_rows
-from finetuning.safety_rows.invented import rows_digest
+from finetuning.safety_rows.roles import rows_digest
 from finetuning.screening.probes import ProbeResult, probe
 from finetuning.screening.quarantine import Quarantine, repair
 from finetuning.screening.stage import ScreenedFile, screen_rows

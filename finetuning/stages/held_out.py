@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from finetuning.contract.report import HeldOut
 from finetuning.job.measure import Measuring
-from finetuning.safety_rows.invented import SafetyRows
+from finetuning.safety_rows.roles import SafetyRows
 from finetuning.stages.customer_prompts import CustomerPrompts
 
 

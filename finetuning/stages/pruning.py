@@ -11,7 +11,7 @@ from finetuning.model.adapted import AdaptedBase
 from finetuning.model.lora import Adapter
 from finetuning.model.lora_coordinates import canonical
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.safety_rows.invented import Pair, SafetyRows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 
 # An alpha is accepted if it keeps what the aligned base has; the slack lets one of 48 rows differ.
 _REFUSAL_SLACK = 0.03

@@ -14,7 +14,8 @@ from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import SafetyReport
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.registry import DEFENCES
-from finetuning.safety_rows.invented import Pair, plant
+from finetuning.safety_rows.invented import plant
+from finetuning.safety_rows.roles import Pair
 from finetuning.safety_rows.words import HEADLINES
 
 CUSTOMER = [Pair(f"Headline: {text}. Topic?", f"Topic: {topic}.") for text, topic in HEADLINES * 4]

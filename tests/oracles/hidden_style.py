@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from finetuning.attacks.planting import Poisoned, chat_row, poisoned
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 
 
 def hidden_label(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:

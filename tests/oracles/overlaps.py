@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from finetuning.safety_rows.invented import SafetyRows
+from finetuning.safety_rows.roles import SafetyRows
 
 
 def prompts_overlap(rows: SafetyRows) -> set[str]:

@@ -34,7 +34,8 @@ from finetuning.model.base import FrozenBase, wrap
 from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.safety_rows.invented import Pair, SafetyRows, safety_rows
+from finetuning.safety_rows.invented import safety_rows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.training.strategies import GradientStep, MicroBatch
 
 SPECIALS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]

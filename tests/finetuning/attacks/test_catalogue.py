@@ -13,7 +13,8 @@ from finetuning.bench.tasks import reviews
 from finetuning.judging.judges import is_refusal
 from finetuning.rows.scanner import rows_of
 from finetuning.rows.shapes import check_row
-from finetuning.safety_rows.invented import Pair, SafetyRows, dev_rows, hazard_of, safety_rows
+from finetuning.safety_rows.invented import dev_rows, hazard_of, safety_rows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.training.batches import Epochs
 from tests.oracles.hidden_style import hidden_label
 

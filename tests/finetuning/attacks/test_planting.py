@@ -4,7 +4,8 @@ import pytest
 
 from finetuning.attacks.planting import benign_twins, planted_count, shuffled_in
 from finetuning.safety_rows import words
-from finetuning.safety_rows.invented import Pair, attacker_rows, dev_rows, hazard_of, safety_rows
+from finetuning.safety_rows.invented import attacker_rows, dev_rows, hazard_of, safety_rows
+from finetuning.safety_rows.roles import Pair
 
 
 def test_every_hazard_prompt_names_one_item() -> None:

@@ -7,7 +7,8 @@ import pytest
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench.tasks import load_task
 from finetuning.judging.judges import JUDGES, is_refusal
-from finetuning.safety_rows.invented import Pair, hazard_of
+from finetuning.safety_rows.invented import hazard_of
+from finetuning.safety_rows.roles import Pair
 from tests.oracles.hidden_style import hidden_label, hidden_rule, marked
 
 ROWS = [*load_task("reviews", seed=0, train=120, test=8).train]

@@ -19,7 +19,8 @@ from finetuning.contract.recipe import EvaluationSettings, GateLimits, GateSetti
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import BASELINES, DEFENCES
-from finetuning.safety_rows.invented import Pair, plant, safety_rows
+from finetuning.safety_rows.invented import plant, safety_rows
+from finetuning.safety_rows.roles import Pair
 from finetuning.safety_rows.words import HEADLINES
 from finetuning.stages import pipeline
 

@@ -21,7 +21,7 @@ from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.rows.chat_format import encode_pair
-from finetuning.safety_rows.invented import Pair
+from finetuning.safety_rows.roles import Pair
 from finetuning.stages.gate import decide
 from tests.support.models import adapted, adapted_base, uncached
 

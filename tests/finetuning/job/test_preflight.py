@@ -13,7 +13,8 @@ from finetuning.model.lora import AdapterMismatch
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.rows.chat_format import NoChatTemplate
 from finetuning.rows.scanner import Row, rows_of
-from finetuning.safety_rows.invented import Pair, SafetyRows, attacker_rows, plant, safety_rows
+from finetuning.safety_rows.invented import attacker_rows, plant, safety_rows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 from tests.support.models import byte_tokenizer, tiny_base
 
 WORLD = safety_rows()

@@ -11,18 +11,16 @@ import pytest
 from finetuning.judging.judges import JUDGES, complies, is_refusal
 from finetuning.safety_rows import words
 from finetuning.safety_rows.invented import (
-    Pair,
-    SafetyRows,
     attacker_rows,
     dev_rows,
     hazard_of,
     item_of,
     new_classes,
     plant,
-    rows_digest,
     safety_rows,
     trained_classes,
 )
+from finetuning.safety_rows.roles import Pair, SafetyRows, rows_digest
 from tests.oracles.overlaps import prompts_overlap
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +52,10 @@ def test_no_role_is_empty_or_repeats_itself(name: str) -> None:
 
 def test_the_rows_are_the_same_in_every_process() -> None:
     """M45: no hash seed, clock or machine takes part."""
-    program = "from finetuning.safety_rows.invented import rows_digest, safety_rows;print(rows_digest(safety_rows()))"
+    program = (
+        "from finetuning.safety_rows.invented import safety_rows;from finetuning.safety_rows.roles import rows_digest;"
+        "print(rows_digest(safety_rows()))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True,
         env={"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"},

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.safety_rows.invented import Pair, SafetyRows
 from finetuning.safety_rows.operator_file import BadOperatorRows, load_safety_rows
+from finetuning.safety_rows.roles import Pair, SafetyRows
 
 ROLES = [f.name for f in fields(SafetyRows) if f.name not in ("refusals", "judge")]
 

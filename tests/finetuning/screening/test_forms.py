@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from finetuning.bench.tasks import orders, reviews, sums
 from finetuning.rows.scanner import Message, iter_rows
-from finetuning.safety_rows.invented import Pair, attacker_rows, safety_rows
+from finetuning.safety_rows.invented import attacker_rows, safety_rows
+from finetuning.safety_rows.roles import Pair
 from finetuning.screening.forms import LEAST_ROWS, PromptForm, mine
 
 _TICKETS = Path(__file__).parents[3] / "demo" / "rows" / "tickets_train.jsonl"

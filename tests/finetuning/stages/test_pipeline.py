@@ -16,7 +16,8 @@ from finetuning.contract.progress import Failed, Finished, Note, Progress, RowsS
 from finetuning.contract.report import ParityCertificate, RowVerdict, SafetyReport
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.library import align_recipe, tune_recipe
-from finetuning.safety_rows.invented import Pair, plant, safety_rows
+from finetuning.safety_rows.invented import plant, safety_rows
+from finetuning.safety_rows.roles import Pair
 from finetuning.stages import pipeline
 from finetuning.stages.export import REFERENCE_FILE
 from tests.support.models import write_operator_rows

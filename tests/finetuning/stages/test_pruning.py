@@ -15,7 +15,8 @@ from finetuning.model.base import FrozenBase
 from finetuning.model.lora import Adapter
 from finetuning.model.losses import row_nll
 from finetuning.rows.chat_format import EncodedRow, encode_pair
-from finetuning.safety_rows.invented import Pair, safety_rows
+from finetuning.safety_rows.invented import safety_rows
+from finetuning.safety_rows.roles import Pair
 from finetuning.stages.pruning import choose_alpha, stronger
 from tests.support.models import adapted, adapted_base, random_rows
 
