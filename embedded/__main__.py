@@ -41,8 +41,10 @@ def main(argv: list[str]) -> int:
 def _up(settings: Settings) -> int:
     from embedded import programs
     from embedded.launcher import StartFailed, Stopped, running, serve_until_stopped
+    from finetuning.safety_rows.operator_file import require_fit
 
     try:
+        require_fit(settings.operator_rows)
         with running(settings, _say) as service:
             if programs.is_base_aligned(service.settings):  # otherwise chat is refused until it is
                 _say("loading the model server")

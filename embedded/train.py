@@ -22,6 +22,7 @@ from finetuning.model.digest import weights_digest
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import DEFENCES
 from finetuning.rows.scanner import InvalidRowError, iter_rows
+from finetuning.safety_rows.operator_file import BadOperatorRows, require_fit
 from finetuning.stages import alignment_store
 from finetuning.stages.alignment_store import NotAligned
 
@@ -42,7 +43,7 @@ def main(argv: list[str], settings: Settings) -> int:
     options = _read(argv, settings)
     try:
         _train(options, settings)
-    except (NotTrained, NotAligned, FetchFailed, InvalidRowError, OSError) as error:
+    except (NotTrained, NotAligned, FetchFailed, InvalidRowError, BadOperatorRows, OSError) as error:
         _say(f"not trained: {error}")
         return 1
     except KeyboardInterrupt:
@@ -71,7 +72,9 @@ def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, settings: Settings) -> None:
-    """Fetch, align, train, copy. Raises NotTrained, NotAligned, FetchFailed, InvalidRowError, OSError."""
+    """Fetch, align, train, copy. Raises NotTrained, NotAligned, FetchFailed, InvalidRowError,
+    BadOperatorRows, OSError."""
+    require_fit(settings.operator_rows)
     rows = sum(1 for _ in iter_rows(options.train))  # a bad row is reported before a base is fetched
     _say(f"{rows} rows in {options.train}")
     recipe = tune_recipe(

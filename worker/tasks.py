@@ -19,6 +19,7 @@ from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
+from finetuning.safety_rows.operator_file import BadOperatorRows, require_fit
 from worker import checks
 from worker.attempt.launch import Launcher, launch_command, usable_cores
 from worker.attempt.supervisor import Host, supervise
@@ -45,8 +46,10 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
 
     SIGTERM drains: the job under way is saved, handed back and taken up by another worker.
     """
-    if settings.operator_rows is not None and not settings.operator_rows.is_file():
-        _log.error("operator_rows.missing", path=str(settings.operator_rows))
+    try:
+        require_fit(settings.operator_rows)
+    except BadOperatorRows as error:
+        _log.error("operator_rows.refused", reason=str(error))
         return 1  # every job of this worker would be lost
     celery = build_worker(settings, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]

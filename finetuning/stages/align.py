@@ -21,6 +21,7 @@ from finetuning.rows.chat_format import EncodedRow, opening
 from finetuning.safety_rows.roles import refusals_for, rows_digest
 from finetuning.screening.calibration import Calibration, calibrate
 from finetuning.stages import held_out
+from finetuning.stages.base_answers import ask_base, with_answers, write_answers
 from finetuning.stages.gate import decide
 from finetuning.training import checkpoint
 from finetuning.training.batches import Stream
@@ -37,6 +38,9 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     clock = StageClock()
     check(job.recipe, job.model.base, (), job.operator_rows)
     yield StageStarted(stage="align", detail=f"Aligning {order.recipe.base} on refusals and benign rows")
+    clock.start("answers")
+    answers = yield from ask_base(job)
+    job.operator_rows = with_answers(job.operator_rows, answers)
     rows = _training_rows(job)
     clock.start("states")
     yield from _prepare(job, rows)
@@ -64,6 +68,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     )  # fmt: skip
     yield StageStarted(stage="export", detail="Writing the alignment adapter")
     export(job, scratch, report, calibration)
+    write_answers(answers, scratch / "result" / "alignment")
     yield Finished(
         released=decision.decision != "fail", reasons=decision.reasons, trained_tokens=state.tokens,
         seconds=clock.seconds(),

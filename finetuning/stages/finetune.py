@@ -27,6 +27,7 @@ from finetuning.screening.stage import ScreenedFile, screen_rows
 from finetuning.screening.verdicts import Ledger, verdicts
 from finetuning.stages import export, held_out
 from finetuning.stages.align import read_alignment, resumed
+from finetuning.stages.base_answers import read_answers, with_answers
 from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, from_validation
 from finetuning.stages.gate import decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
@@ -84,6 +85,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     assert order.rows is not None
     clock = StageClock()
     calibration, base_report = read_alignment(scratch / order.alignment)
+    job.operator_rows = with_answers(job.operator_rows, read_answers(scratch / order.alignment))
     alignment = job.model.alignment_digest()
     most = job.recipe.evaluation.task_rows
     task = from_validation(job.model, scratch / order.validation, most=most) if order.validation else None

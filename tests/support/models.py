@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from finetuning.bases.fetch import CHATML_TEMPLATE
-from finetuning.contract.recipe import LoraSettings
+from finetuning.contract.recipe import GateLimits, LoraSettings
 from finetuning.defences.vaccine import Vaccine
 from finetuning.model import lora
 from finetuning.model.adapted import AdaptedBase
@@ -35,6 +35,7 @@ from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.safety_rows.invented import safety_rows
+from finetuning.safety_rows.operator_file import fewest_gate_rows
 from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.training.strategies import GradientStep, MicroBatch
 
@@ -210,6 +211,9 @@ def farthest(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> f
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
+_FEWEST_GATE_ROWS = fewest_gate_rows(GateLimits().max_harmful_score)
+
+
 def write_operator_rows(target: Path, *, per_role: int, refusals: Sequence[str] = ()) -> None:
     """A thin slice of the shipped rows as an operator's own file, with refusals of its own where some are given."""
     rows = safety_rows(refused=16, how_to=16, mail=4, mentions=4)
@@ -217,5 +221,6 @@ def write_operator_rows(target: Path, *, per_role: int, refusals: Sequence[str] 
     for field in fields(SafetyRows):
         pairs: Sequence[Pair] = getattr(rows, field.name)
         if field.name not in ("refusals", "judge"):
-            lines += [{"role": field.name, "prompt": p.prompt, "answer": p.answer} for p in pairs[:per_role]]
+            most = max(per_role, _FEWEST_GATE_ROWS) if field.name.startswith("gate_") else per_role
+            lines += [{"role": field.name, "prompt": p.prompt, "answer": p.answer} for p in pairs[:most]]
     target.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""From local copies of public sets to a file of safety rows: `immunotune rows sources | build | check | card`."""
