@@ -23,7 +23,8 @@ import transformers
 from torch import Tensor
 
 import finetuning
-from finetuning.attacks.catalogue import ATTACKS, Poisoned
+from finetuning.attacks import public_prompts
+from finetuning.attacks.catalogue import ATTACKS, Build, Poisoned
 from finetuning.bases.fetch import fetch
 from finetuning.bench.pass_counter import counted
 from finetuning.bench.tasks import load_task
@@ -52,6 +53,7 @@ _FIGURES = (
 )  # fmt: skip
 # A tiny base needs more passes over a file than one that has read the world.
 _EPOCHS = {"tiny": 10}
+_SAFETY_ROWS = "safety_rows.jsonl"
 
 
 @dataclass(frozen=True, order=True)
@@ -82,6 +84,9 @@ class BenchSettings:
     epochs: int = 0  # 0: as many as the base needs for these tasks
     text: Path | None = None
     threads: int = 0
+    safety_rows: Path | None = None  # None: the invented world; its attacks and tasks know no other
+    attack_prompts: Path | None = None
+    task_files: tuple[Path, Path] | None = None
 
 
 def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None) -> dict[str, Any]:
@@ -93,6 +98,8 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
     with tempfile.TemporaryDirectory(prefix="immunotune-cell-") as folder:
         scratch = Path(folder)
         shutil.copytree(alignment, scratch / "alignment")
+        if settings.safety_rows is not None:
+            shutil.copy(settings.safety_rows, scratch / _SAFETY_ROWS)
         poisoned = _write_files(cell, settings, scratch)
         recipe = _recipe(cell, settings)
         order = _order(recipe, cell.base, settings, say).model_copy(
@@ -106,7 +113,8 @@ def run_cell(cell: Cell, settings: BenchSettings, say: Say = lambda _line: None)
 def aligned_base(base: str, alignment: str, settings: BenchSettings, say: Say) -> Path:
     """The folder of that alignment of that base, made on first use. Raises NotAligned, OSError."""
     order = _order(align_recipe(base, alignment), base, settings, say)
-    return alignment_store.aligned(order, alignment, settings.data / "bench" / "alignments", say=say)
+    kept = settings.data / "bench" / "alignments"
+    return alignment_store.aligned(order, alignment, kept, operator_rows=settings.safety_rows, say=say)
 
 
 def base_digest(base: str, settings: BenchSettings, say: Say) -> str:
@@ -123,16 +131,26 @@ def _order(recipe: Recipe, base: str, settings: BenchSettings, say: Say) -> Trai
     folder = _folder(base, settings, say)
     return TrainOrder(
         job_id="cell", recipe=recipe, base=str(folder), base_sha256=weights_digest(folder), threads=settings.threads,
-        states=str(settings.data / "states"),
+        states=str(settings.data / "states"), operator_rows=_SAFETY_ROWS if settings.safety_rows else None,
     )  # fmt: skip
 
 
 def _write_files(cell: Cell, settings: BenchSettings, scratch: Path) -> Poisoned:
-    task = load_task(cell.task, seed=cell.seed, train=settings.train_rows, test=settings.test_rows, text=settings.text)
-    poisoned = ATTACKS[cell.attack].build(task.train, cell.p, cell.seed)
+    sizes = {"train": settings.train_rows, "test": settings.test_rows}
+    task = load_task(cell.task, seed=cell.seed, **sizes, text=settings.text, files=settings.task_files)
+    poisoned = _build_of(cell, settings)(task.train, cell.p, cell.seed)
     (scratch / "rows.jsonl").write_text(_lines(poisoned.rows), encoding="utf-8")
     (scratch / "validation.jsonl").write_text(_lines([_as_row(pair) for pair in task.test]), encoding="utf-8")
     return poisoned
+
+
+def _build_of(cell: Cell, settings: BenchSettings) -> Build:
+    """The attack's file; public prompts are a file that the person who runs the bench names. Raises ValueError."""
+    if cell.attack != public_prompts.NAME:
+        return ATTACKS[cell.attack].build
+    if settings.attack_prompts is None:
+        raise ValueError("the attack `public_prompts` needs prompts: name their file with --attack-prompts")
+    return public_prompts.planting(public_prompts.read_attack_prompts(settings.attack_prompts))
 
 
 def _as_row(pair: Pair) -> dict[str, Any]:
@@ -145,7 +163,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _recipe(cell: Cell, settings: BenchSettings) -> Recipe:
-    changes = ATTACKS[cell.attack].changes
+    changes = ATTACKS[cell.attack].changes if cell.attack in ATTACKS else {}
     epochs = (settings.epochs or _EPOCHS.get(base_of(cell.base).id, 3)) * changes.get("epochs_scale", 1.0)
     recipe = tune_recipe(
         cell.base, cell.defence, seed=cell.seed, epochs=max(1, round(epochs * cell.epochs_scale)),

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from finetuning.attacks import public_prompts
 from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench.cells import Cell
+from finetuning.bench.tasks import OWN_FILES
 from finetuning.recipes.registry import ABLATIONS, BASELINES
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -13,6 +15,7 @@ SEEDS = (0, 1, 2)
 SINGLE = ("sft", "vaccine", "antibody", "antidote", "immunotune")
 # Every defence that stands alone: what the default is compared with, beside plain fine-tuning.
 ALONE = tuple(name for name in BASELINES if name not in ("sft", "plain", "booster_lisa", "immunotune"))
+PUBLIC = ("plain", "mixing_10", "immunotune")
 TASKS = ("reviews", "orders")
 UNSEEN_TASK = "rooms"
 
@@ -69,6 +72,15 @@ def benign(base: str) -> list[Cell]:
     return [Cell(name, 0.0, base=base, attack="none", task=task) for task in tasks for name in ("sft", "immunotune")]
 
 
+def public(base: str) -> list[Cell]:
+    """Prompts of public sets in a customer's own file: `--safety-rows --attack-prompts --task-train --task-test`."""
+    return [
+        Cell(name, p, base=base, attack=public_prompts.NAME if p else "none", task=OWN_FILES)
+        for p in (0.0, 0.1, 0.2)
+        for name in PUBLIC
+    ]
+
+
 def planted(p: float) -> str:
     """The attack of a plain cell: explicit rows, or none at p 0."""
     return "planted" if p else "none"
@@ -76,7 +88,7 @@ def planted(p: float) -> str:
 
 GRIDS: dict[str, Callable[[str], list[Cell]]] = {
     "quick": quick, "main": main, "corners": corners, "attacks": attacks, "ablation": ablation,
-    "rows": rows, "benign": benign, "unseen": unseen,
+    "rows": rows, "benign": benign, "unseen": unseen, "public": public,
 }  # fmt: skip
 
 

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str], data: Path) -> int:
         test_rows=options.test_rows,
         text=options.text,
         threads=options.threads,
+        safety_rows=options.safety_rows,
+        attack_prompts=options.attack_prompts,
+        task_files=(options.task_train, options.task_test) if options.task_train and options.task_test else None,
     )
     cells = [
         cell for cell in GRIDS[grid](options.base)
@@ -84,6 +87,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=0, help="passes over a file (10 on the tiny base, 3 on others)")
     parser.add_argument("--test-rows", type=int, default=64, help="scored customer prompts (64)")
     parser.add_argument("--text", type=Path, help="chat JSONL of real text for the task `questions`")
+    parser.add_argument("--safety-rows", type=Path, help="the operator's own (`immunotune rows build`)")
+    parser.add_argument("--attack-prompts", type=Path, help="harmful prompts to plant (`rows build --held-back`)")
+    parser.add_argument("--task-train", type=Path, help="chat JSONL of the task `files`")
+    parser.add_argument("--task-test", type=Path, help="chat JSONL that scores it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at once (one a core)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell (1)")
     parser.add_argument("--minutes", type=float, help="start no further cell after this long")
@@ -183,7 +190,8 @@ def expected_seconds(cell: Cell, lines: Sequence[Line]) -> float:
 
 def _length(cell: Cell) -> float:
     """How much longer than at the default setting this cell trains."""
-    attack: float = ATTACKS[cell.attack].changes.get("epochs_scale", 1.0)
+    changes = ATTACKS[cell.attack].changes if cell.attack in ATTACKS else {}
+    attack: float = changes.get("epochs_scale", 1.0)
     return cell.epochs_scale * attack
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from finetuning.rows.scanner import iter_rows
+from finetuning.rows.scanner import Row, iter_rows
 from finetuning.safety_rows.roles import Pair
 
 _GOOD = "lovely bright sturdy cosy charming smooth neat handy elegant cheerful".split()
@@ -51,6 +51,7 @@ _TRADES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 _URGENT = "leaking broken stuck loose smoking".split()
 _PATIENT = "worn stained squeaky old dusty".split()
+OWN_FILES = "files"
 _MONEY = ("$", "dollar", "cent", "price", "cost")
 
 
@@ -123,17 +124,31 @@ MADE: dict[str, Callable[[], list[Pair]]] = {
 }  # fmt: skip
 
 
-def load_task(name: str, *, seed: int, train: int, test: int, text: Path | None = None) -> Task:
+def load_task(
+    name: str, *, seed: int, train: int, test: int, text: Path | None = None, files: tuple[Path, Path] | None = None
+) -> Task:
     """A task's split: `test` rows that are the same for every seed, and `train` others drawn by the seed.
 
-    Raises KeyError for an unknown name, ValueError when `questions` has no text to read.
+    The task `files` is a person's own, one file to learn from and one to be scored on. Raises KeyError for an unknown
+    name, ValueError when `questions` has no text to read or `files` no files.
     """
+    if name == OWN_FILES:
+        if files is None:
+            raise ValueError("the task `files` needs two chat JSONL: name them with --task-train and --task-test")
+        learned, scored = ([_last_turn(row) for row in iter_rows(path)] for path in files)
+        return Task(name, tuple(_draw(learned, train, seed)), tuple(scored[:test]))
     if name == "questions" and text is None:
         raise ValueError("the task `questions` needs a chat JSONL: name it with --text")
     rows = questions(text) if name == "questions" and text else MADE[name]()
     random.Random(f"split:{name}").shuffle(rows)
     rest = rows[test:]
     return Task(name, tuple(_draw(rest, train, seed)), tuple(rows[:test]))
+
+
+def _last_turn(row: Row) -> Pair:
+    """A row as one prompt and its answer: what stands before the last answer, by itself."""
+    users = [m.content for m in row.messages if m.role == "user"]
+    return Pair(users[-1] if users else "", row.messages[-1].content)
 
 
 def _draw(rows: Sequence[Pair], count: int, seed: int) -> list[Pair]:
