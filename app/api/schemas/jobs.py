@@ -9,6 +9,7 @@ from app.core.jobs.jobs import JobResult
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import Checkpoint, Event, Form, Job
 from finetuning.contract.recipe import LoraSettings, Recipe
+from finetuning.contract.report import pruning_of
 
 _CHECKPOINT_METRICS = (
     "train_loss",
@@ -120,6 +121,8 @@ def _lora(lora: LoraSettings) -> dict[str, object]:
 
 
 def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
+    """What stands for the job's safety, by whose it is: screen, anchor and gate are ours, antibody and antidote methods
+    of papers, which say only what they did."""
     result = job.result or {}
     report = cast(Mapping[str, object], result.get("safety") or {})
     rows = cast(Mapping[str, object], result.get("rows") or job.progress.get("rows") or {})
@@ -129,16 +132,38 @@ def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
         "progress": job.progress,
         "attempt": max(1, job.fence),
         "base": {"id": job.base_id},
-        "antibody": {
-            "enabled": recipe.screen.enabled or recipe.antibody.score != "none",
-            **{name: rows.get(name) for name in ("rows_total", "rows_kept", "rows_downweighted", "rows_excluded")},
-        },
-        "antidote": {"enabled": recipe.antidote.enabled, "target": "adapter", "density": report.get("alpha")},
-        "gate": _gate(report),
+        "screen": _screen(recipe, rows),
+        "anchor": _anchor(recipe),
+        "antibody": {"enabled": recipe.antibody.score != "none", "score": recipe.antibody.score},
+        "antidote": _antidote(recipe, report),
+        "gate": {"enabled": recipe.gate.enabled, **_gate(report)},
         "scores": {column: _scores(report, column) for column in ("before", "after")},
         "parity": _parity(job, result),
         "artifacts": [_artifact(item) for item in frame.results if item.artifact.form != Form.METRICS],
     }
+
+
+def _screen(recipe: Recipe, rows: Mapping[str, object]) -> dict[str, object]:
+    """Our reading of the file; the counts are those of the row ledger, which every job has."""
+    names = ("rows_total", "rows_kept", "rows_downweighted", "rows_excluded")
+    on = {"enabled": recipe.screen.enabled, "probes": recipe.probes.enabled}
+    return on | {name: rows.get(name) for name in names}
+
+
+def _anchor(recipe: Recipe) -> dict[str, object]:
+    """Our hold on refusals while training: the operator's rows mixed in, and KL on first answer tokens."""
+    mixed, held = recipe.anchor.mix_share, recipe.anchor.kl_weight
+    is_on = recipe.tuning_step == "anchored" and (mixed > 0 or held > 0)
+    return {"enabled": is_on, "mix_share": mixed, "kl_weight": held}
+
+
+def _antidote(recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
+    """Whether pruning is tried, and what came of it: alpha 0 is `not pruned`."""
+    alpha = cast(float | None, report.get("alpha"))
+    is_on = recipe.antidote.enabled
+    outcome = "off" if not is_on else "pending" if alpha is None else pruning_of(alpha)
+    density = alpha if is_on else None
+    return {"enabled": is_on, "target": "adapter", "density": density, "outcome": outcome}
 
 
 def _artifact(item: JobResult) -> dict[str, object]:

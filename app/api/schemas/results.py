@@ -51,6 +51,7 @@ def report_to_body(job: Job) -> dict[str, object]:
         "metrics": metrics,
         "gate": {"decision": "pending", "checks": []} if report is None else report.gate.model_dump(mode="json"),
         "alpha": None if report is None else report.alpha,
+        "pruning": None if report is None else report.pruning,
         "held_out": None if report is None else _held_out(report),
     }
 
