@@ -135,7 +135,7 @@ def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
         "screen": _screen(recipe, rows),
         "anchor": _anchor(recipe),
         "antibody": {"enabled": recipe.antibody.score != "none", "score": recipe.antibody.score},
-        "antidote": _antidote(recipe, report),
+        "antidote": _antidote(job, recipe, report),
         "gate": {"enabled": recipe.gate.enabled, **_gate(report)},
         "scores": {column: _scores(report, column) for column in ("before", "after")},
         "parity": _parity(job, result),
@@ -157,13 +157,17 @@ def _anchor(recipe: Recipe) -> dict[str, object]:
     return {"enabled": is_on, "mix_share": mixed, "kl_weight": held}
 
 
-def _antidote(recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
+def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
     """Whether pruning is tried, and what came of it: alpha 0 is `not pruned`."""
     alpha = cast(float | None, report.get("alpha"))
     is_on = recipe.antidote.enabled
-    outcome = "off" if not is_on else "pending" if alpha is None else pruning_of(alpha)
-    density = alpha if is_on else None
-    return {"enabled": is_on, "target": "adapter", "density": density, "outcome": outcome}
+    if not is_on:
+        outcome, alpha = "off", None
+    elif alpha is None:
+        outcome = "not reached" if job.state in FINAL else "pending"
+    else:
+        outcome = pruning_of(alpha)
+    return {"enabled": is_on, "target": "adapter", "density": alpha, "outcome": outcome}
 
 
 def _artifact(item: JobResult) -> dict[str, object]:
