@@ -77,7 +77,7 @@ def event_to_body(event: Event) -> dict[str, object]:
 
 
 def checkpoint_to_body(checkpoint: Checkpoint, model_name: str) -> dict[str, object]:
-    """The checkpoint object. A checkpoint here is for resuming: it is never served."""
+    """The checkpoint object. A checkpoint here is for resuming: it is never measured and never served."""
     metrics = {"step": checkpoint.step} | {name: checkpoint.metrics.get(name) for name in _CHECKPOINT_METRICS}
     return {
         "id": checkpoint.id,
@@ -88,7 +88,7 @@ def checkpoint_to_body(checkpoint: Checkpoint, model_name: str) -> dict[str, obj
         "step_number": checkpoint.step,
         "metrics": metrics,
         "servable": False,
-        "gate": "pending",
+        "gate": "not run",
     }
 
 
@@ -136,7 +136,7 @@ def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
         "anchor": _anchor(recipe),
         "antibody": {"enabled": recipe.antibody.score != "none", "score": recipe.antibody.score},
         "antidote": _antidote(job, recipe, report),
-        "gate": {"enabled": recipe.gate.enabled, **_gate(report)},
+        "gate": {"enabled": recipe.gate.enabled, **_gate(job, report)},
         "scores": {column: _scores(report, column) for column in ("before", "after")},
         "parity": _parity(job, result),
         "artifacts": [_artifact(item) for item in frame.results if item.artifact.form != Form.METRICS],
@@ -164,7 +164,7 @@ def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[st
     if not is_on:
         outcome, alpha = "off", None
     elif alpha is None:
-        outcome = "not reached" if job.state in FINAL else "pending"
+        outcome = undecided(job)
     else:
         outcome = pruning_of(alpha)
     return {"enabled": is_on, "target": "adapter", "density": alpha, "outcome": outcome}
@@ -175,8 +175,13 @@ def _artifact(item: JobResult) -> dict[str, object]:
     return {"form": item.artifact.form, "file_id": file.id, "bytes": file.size_bytes, "sha256": file.sha256}
 
 
-def _gate(report: Mapping[str, object]) -> dict[str, object]:
-    gate = cast(Mapping[str, object], report.get("gate") or {"decision": "pending", "reasons": []})
+def undecided(job: Job) -> str:
+    """What stands for a decision that there is none of: it may still come, or the job ended before it."""
+    return "not reached" if job.state in FINAL else "pending"
+
+
+def _gate(job: Job, report: Mapping[str, object]) -> dict[str, object]:
+    gate = cast(Mapping[str, object], report.get("gate") or {"decision": undecided(job), "reasons": []})
     return {"decision": gate["decision"], "reasons": gate["reasons"]}
 
 

@@ -109,6 +109,13 @@ def test_alpha_0_is_not_pruned_and_a_job_without_pruning_says_off(
     }  # fmt: skip
 
 
+def test_a_job_that_ended_before_the_gate_waits_for_no_decision(customer: Customer) -> None:
+    path = f"/fine_tuning/jobs/{customer.create().json()['id']}"
+    ended = customer.http.post(f"{path}/cancel", json={}).json()["safety"]
+    assert (ended["gate"]["decision"], ended["antidote"]["outcome"]) == ("not reached", "not reached")
+    assert customer.http.get(f"{path}/safety").json()["gate"] == {"decision": "not reached", "checks": []}
+
+
 def test_antibody_is_enabled_where_its_score_weighs_the_rows(customer: Customer) -> None:
     job = customer.job()
     job.recipe = tune_recipe("tiny", "immunotune_contrast", epochs=1).model_dump(mode="json")
