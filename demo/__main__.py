@@ -141,6 +141,8 @@ def _demo(service: RunningService, options: argparse.Namespace, begin: float) ->
 def _count_verdicts(client: OpenAI, customer: CustomerFile, immune: FinishedJob, findings: DemoFindings) -> None:
     findings.facts["verdicts"] = counts = steps.count_verdicts(client, immune.job.id, customer.planted_lines)
     steps.print_verdicts(counts)
+    steps.print_methods(immune.job)
+    findings.facts |= {"pruning": immune.report.get("pruning"), "alpha": immune.report.get("alpha")}
 
 
 def _use_model(

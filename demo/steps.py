@@ -164,6 +164,15 @@ def as_figures(immune: FinishedJob, plain: FinishedJob, align_seconds: float | N
     ]
 
 
+def print_methods(job: FineTuningJob) -> None:
+    """Print one line: what weighed the rows, and whether anything was pruned, as the job itself says it."""
+    safety: dict[str, Any] = (job.model_extra or {}).get("safety") or {}
+    antibody, antidote = safety["antibody"], safety["antidote"]
+    scored = f"and Antibody's score ({antibody['score']})" if antibody["enabled"] else "alone"
+    alpha = "" if antidote["density"] is None else f" (alpha {antidote['density']:g})"
+    say(f"  rows weighed: by the screen {scored}; pruning: {antidote['outcome']}{alpha}")
+
+
 def why_no_model(job: FineTuningJob) -> str:
     """The reason of a job that made no model, in the service's words."""
     return f"{job.error.code}: {job.error.message}" if job.error else "no reason given"

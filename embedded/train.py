@@ -54,7 +54,10 @@ def main(argv: list[str], settings: Settings) -> int:
 
 def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="immunotune train", description="One fine-tune, without the service.")
-    parser.add_argument("--defence", required=True, choices=sorted(DEFENCES))
+    parser.add_argument(
+        "--defence", required=True, choices=sorted(DEFENCES), metavar="NAME",
+        help=f"one of {', '.join(DEFENCES)}; a paper's method runs under our settings (docs/papers.md)",
+    )  # fmt: skip
     parser.add_argument("--train", required=True, type=Path, help="chat rows, JSONL")
     parser.add_argument("--test", type=Path, help="chat rows whose last answers give the task score")
     parser.add_argument("--base", default=settings.base, help="smollm2, tiny, a hub id or a local folder")

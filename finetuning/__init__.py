@@ -1,1 +1,1 @@
-"""The library: fine-tuning that keeps a model's safety, usable from a notebook. No web, database or broker."""
+"""The library: fine-tuning whose harm is measured before release, also from a notebook. No web, database or broker."""

@@ -37,6 +37,7 @@ MORE_TESTS: Mapping[str, Sequence[str]] = {
     "vaccine": ("defences/test_joint.py",),
     "antidote": ("test_invariants.py", "model/test_lora_coordinates.py"),
     "antibody": ("test_invariants.py",),
+    "screen_weights": ("test_invariants.py", "defences/test_antibody.py"),
     "anchored": ("test_invariants.py",),
     "plain": ("test_invariants.py", "defences/test_vaccine.py"),
 }

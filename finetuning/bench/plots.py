@@ -5,6 +5,7 @@ task, and row scores of harmful and benign rows.
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -21,6 +22,8 @@ mpl.rcParams.update({
 })  # fmt: skip
 _HERO = "immunotune"
 _DOTS = 120  # an inch
+# Names in a legend are the registry's: a paper's method among them has our base, rows, rates and loss.
+_TITLED: dict[str, Any] = {"title": "papers' methods:\nunder our settings", "title_fontsize": 7}
 
 
 def _style(name: str, index: int) -> dict[str, object]:
@@ -64,7 +67,7 @@ def over_share(lines: Sequence[Line], path: Path) -> Path:
     for axes, metric, title in ((left, "harmful_score", "harmful score %"), (right, "task_score", "task score %")):
         _lines_over(axes, lines, "p", metric)
         axes.set(xlabel="harmful share p of the file", ylabel=title, ylim=(-3, 103))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, **_TITLED)
     return _save(figure, path)
 
 
@@ -77,7 +80,7 @@ def over_scales(lines: Sequence[Line], path: Path) -> Path:
     for axes, label in ((left, "learning rate, times the default"), (right, "epochs, times the default")):
         axes.set(xlabel=label, ylabel="harmful score %", xscale="log", ylim=(-3, 103))
         axes.set_xticks([1, 3, 10], ["1", "3", "10"])
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, **_TITLED)
     return _save(figure, path)
 
 
@@ -92,7 +95,7 @@ def plane(lines: Sequence[Line], path: Path) -> Path:
             style = _style(name, i) | {"linestyle": "none", "markersize": 9 if name == _HERO else 6}
             axes.plot([task.value], [harm.value], label=name, **style)  # type: ignore[arg-type]
     axes.set(xlabel="task score %", ylabel="harmful score %", ylim=(-3, 103), xlim=(-3, 103))
-    figure.legend(loc="outside right center", fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8, **_TITLED)
     return _save(figure, path)
 
 
@@ -108,7 +111,8 @@ def antibody_scores(lines: Sequence[Line], path: Path) -> Path:
             for kind in ("benign", "harmful"):
                 _histogram(axes, found[kind], kind, span=(min(every), max(every)))
             axes.set_title(f"{line['defence']}, {when}", fontsize=8)
-    figure.supxlabel("r = nll of a refusal - nll of the row's answer, nats; high: looks benign")
+    r = "r = nll of a refusal - nll of the row's answer, nats; high: looks benign"
+    figure.supxlabel(f"{r}. Papers' methods: under our settings")
     figure.supylabel("rows")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
     return _save(figure, path)

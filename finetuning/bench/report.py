@@ -8,7 +8,17 @@ from finetuning.attacks.catalogue import ATTACKS
 from finetuning.bench import plots
 from finetuning.bench.grid import SINGLE
 from finetuning.bench.results_file import Line
-from finetuning.bench.tables import HELD_OUT, crossed, harm_and_task, mean_of, table, values_of, where
+from finetuning.bench.tables import (
+    HELD_OUT,
+    UNDER_OURS,
+    crossed,
+    harm_and_task,
+    label,
+    mean_of,
+    table,
+    values_of,
+    where,
+)
 from finetuning.bench.targets import targets
 from finetuning.recipes.registry import ABLATIONS, BASELINES, DEFENCES
 from finetuning.training.batches import BATCHING
@@ -19,6 +29,12 @@ _LEGEND = (
     "Wilson's over the prompts and Student's over seeds; the task's half interval is Student's. "
     "✗: the release gate refused the model (n/m: it released n of m), so nobody is ever served it. Harmful score is "
     "measured on {n} held-out prompts a cell in known wordings; new wordings have columns of their own.\n"
+)
+_PAPERS = (
+    f"A paper's method stands here {UNDER_OURS}: our code, base, rows, rates, steps, loss and judge (docs/papers.md "
+    "says where they differ). No figure compares with one of a paper. `immunotune` is the product's default job: our "
+    "screen, scout, anchor, probes and gate over a base aligned by Vaccine; Antibody's score weighs none of its rows, "
+    "and it is pruned only where a pruning alpha above 0 was chosen from data.\n"
 )
 
 
@@ -45,7 +61,7 @@ def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] |
         raise ValueError("there is no line to report; run the bench first")
     target.parent.mkdir(parents=True, exist_ok=True)
     known = [line for base in values_of(lines, "base") for line in _of_its_newest(where(lines, base=base))]
-    parts = ["# Safety bench\n", _made_of(known)]
+    parts = ["# Safety bench\n", _made_of(known), _PAPERS]
     if len(known) < len(lines):
         left_out = len(lines) - len(known)
         parts.append(
@@ -96,7 +112,7 @@ def _base_part(lines: list[Line], base: str, draw: Draw) -> list[str]:
             parts.append(draw(plots.antibody_scores, drawn, f"{base}-{task}-antibody-scores"))
             parts += _details(own, task)
     parts += _scales(lines, base, draw) + _attacks(lines, base, draw)
-    return [*parts, "### Row verdicts of the default pipeline\n", _verdicts(lines), *_ablation(plain)]
+    return [*parts, "### The screen's row verdicts in the default job\n", _verdicts(lines), *_ablation(plain)]
 
 
 def _over_p(lines: list[Line]) -> str:
@@ -118,7 +134,7 @@ def _details(lines: list[Line], task: str) -> list[str]:
     work = ("seconds", "forwards", "backwards")
     own = where(lines, p=0.1)
     rows = [
-        [name, *(_short(mean_of(where(own, defence=name), m)) for m in (*names, *work))]
+        [label(name), *(_short(mean_of(where(own, defence=name), m)) for m in (*names, *work))]
         for name in values_of(own, "defence")
     ]
     return [f"### All figures at p 0.1, task `{task}`\n", table(["defence", *names, *work], rows)] if own else []
@@ -195,5 +211,5 @@ def _ablation(lines: list[Line]) -> list[str]:
     own = [x for x in own if x["task"] == "reviews" and x["p"] in (0.0, 0.1, 0.5)]
     if not any(x["defence"] in ABLATIONS for x in own):
         return []
-    about = [[name, DEFENCES[name].source] for name in values_of(own, "defence")]
+    about = [[label(name), DEFENCES[name].source] for name in values_of(own, "defence")]
     return ["### What each part buys (seed 0)\n", _over_p(own), table(["name", "what differs"], about)]

@@ -80,7 +80,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small grid on the tiny base, within 15 minutes")
     parser.add_argument("--grid", choices=sorted(GRIDS), default="main")
     parser.add_argument("--base", default="tiny", help="tiny, smollm2, a hub id or a folder")
-    parser.add_argument("--defence", action="append", choices=sorted(DEFENCES), help="only these (may be repeated)")
+    parser.add_argument(
+        "--defence", action="append", choices=sorted(DEFENCES), help="only these (may be repeated), under our settings"
+    )
     parser.add_argument("--seed", action="append", type=int, help="only these (may be repeated)")
     parser.add_argument("--p", action="append", type=float, help="only these harmful shares (may be repeated)")
     parser.add_argument("--rows", type=int, default=160, help="customer rows of a file (160)")

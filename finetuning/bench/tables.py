@@ -1,4 +1,4 @@
-"""Means with 95 % intervals over the lines of cells, and Markdown tables of them."""
+"""Means with 95 % intervals over the lines of cells, and Markdown tables of them; what a table calls a defence."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,8 +8,10 @@ from typing import Any
 
 from finetuning.bench.results_file import Line
 from finetuning.contract.report import share
+from finetuning.recipes.registry import DEFENCES
 from finetuning.safety_rows.invented import safety_rows
 
+UNDER_OURS = "under our settings"
 HELD_OUT = len(safety_rows().items_harmful)  # prompts behind each cell's harmful score
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -55,11 +57,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(["| " + " | ".join(r) + " |" for r in [list(head), ["---"] * len(head), *shown]]) + "\n"
 
 
+def label(defence: str) -> str:
+    """What tables call a defence: its name in the registry, and of a paper's method that the settings are ours."""
+    known = DEFENCES.get(defence)
+    return f"{defence} ({UNDER_OURS})" if known is not None and UNDER_OURS in known.source else defence
+
+
+def _shown(field: str, value: object) -> str:
+    return label(str(value)) if field == "defence" else f"{field} {value:g}" if isinstance(value, float) else str(value)
+
+
 def crossed(lines: Sequence[Line], *, row: str, column: str, cell: Callable[[list[Line]], object]) -> str:
     """One row a value of `row`, one column a value of `column`."""
     columns = sorted(values_of(lines, column))
-    body = [[name, *(cell(where(lines, **{row: name, column: c})) for c in columns)] for name in values_of(lines, row)]
-    return table([row, *(f"{column} {c:g}" if isinstance(c, float) else str(c) for c in columns)], body)
+    body = [
+        [label(name) if row == "defence" else name, *(cell(where(lines, **{row: name, column: c})) for c in columns)]
+        for name in values_of(lines, row)
+    ]
+    return table([row, *(_shown(column, c) for c in columns)], body)
 
 
 def harm_and_task(lines: list[Line]) -> str | None:

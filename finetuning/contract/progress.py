@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 Stage = Literal["validate", "wait", "align", "screen", "train", "prune", "gate", "export", "parity", "done"]
 
@@ -29,7 +29,12 @@ class StageProgress(_ProgressLine):
 
 
 class StepDone(_ProgressLine):
-    """One optimiser step; `step` counts from 1."""
+    """One optimiser step; `step` counts from 1.
+
+    `mean_row_weight`: mean of the screen's weights of the step's rows, by which the rate is scaled; 0: skipped whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
 
     type: Literal["step_done"] = "step_done"
     step: int
@@ -37,7 +42,10 @@ class StepDone(_ProgressLine):
     train_loss: float
     train_mean_token_accuracy: float | None = None
     learning_rate: float
-    antibody_mean_weight: float = 1.0
+    # Checkpoints of earlier releases keep their steps under the old name.
+    mean_row_weight: float = Field(
+        default=1.0, validation_alias=AliasChoices("mean_row_weight", "antibody_mean_weight")
+    )
     tokens: int
     skipped: bool = False
 

@@ -1,11 +1,12 @@
 """What a job measured and decided: safety report, row verdicts, parity certificate. All rates are shares in 0..1."""
 
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 Column = Literal["public", "before", "tuned", "after"]
+Pruning = Literal["pruned", "not pruned"]
 
 
 class _ReportPart(BaseModel):
@@ -53,8 +54,18 @@ class GateDecision(_ReportPart):
     attempts: int = 1
 
 
+def pruning_of(alpha: float) -> Pruning:
+    """What a chosen alpha did: at 0 no entry of the adapter was pruned."""
+    return "pruned" if alpha > 0 else "not pruned"
+
+
+def _pruning_of_report(fields: dict[str, Any]) -> Pruning | None:
+    alpha = fields.get("alpha")
+    return None if alpha is None else pruning_of(alpha)
+
+
 class PruneTrial(_ReportPart):
-    """One alpha of Antidote's choice: what it pruned and what it did on the calibration rows."""
+    """One alpha that was tried (0: not pruned): what it pruned and what it did on the calibration rows."""
 
     alpha: float
     pruned: int
@@ -86,23 +97,36 @@ class SafetyReport(_ReportPart):
     metrics: dict[str, Metrics] = Field(default_factory=dict)
     held_out: HeldOut | None = None
     prune: tuple[PruneTrial, ...] = ()
-    alpha: float | None = None
+    alpha: float | None = Field(default=None, description="the pruned share of a row's entries; 0: not pruned")
+    # Absent from reports of earlier releases; alpha says it.
+    pruning: Pruning | None = Field(default_factory=_pruning_of_report)
     gate: GateDecision
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
-class RowReason(_ReportPart):
-    """Why a row was not simply kept."""
+def _by_its_name_now(code: object) -> object:
+    """Earlier releases called the screen's own reason by Antibody's name, whatever weighed the rows."""
+    return "screen_low_weight" if code == "antibody_low_weight" else code
 
-    code: Literal[
-        "antibody_low_weight", "harmful_probe_match", "unreadable", "user_weight_zero", "truncated", "duplicate"
-    ]
+
+ReasonCode = Literal[
+    "screen_low_weight", "harmful_probe_match", "unreadable", "user_weight_zero", "truncated", "duplicate"
+]
+
+
+class RowReason(_ReportPart):
+    """Why a row was not simply kept. `screen_low_weight`: the screen's reading of the prompt against its limit."""
+
+    code: Annotated[ReasonCode, BeforeValidator(_by_its_name_now)]
     score: float | None = None
     threshold: float | None = None
 
 
 class RowVerdict(_ReportPart):
-    """The ledger's entry for one row of the uploaded file; `line` is 1-based in that file."""
+    """The ledger's entry for one row of the uploaded file; `line` is 1-based in that file.
+
+    `weight` is the screen's. `scores` holds `antibody` only where Antibody's score was computed.
+    """
 
     line: int
     row_sha256: str

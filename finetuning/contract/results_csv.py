@@ -15,7 +15,7 @@ COLUMNS = (
     "valid_loss",
     "valid_mean_token_accuracy",
     "learning_rate",
-    "antibody_mean_weight",
+    "mean_row_weight",
 )
 HEADER = ",".join(COLUMNS)
 
@@ -35,7 +35,7 @@ def results_line(step: StepDone) -> str:
         None,
         None,
         step.learning_rate,
-        step.antibody_mean_weight,
+        step.mean_row_weight,
     )
     return ",".join((str(step.step), *map(_cell, cells)))
 

@@ -1,6 +1,7 @@
 """Antibody row weights: how much safer is it to learn a row's answer than to refuse its prompt?
 
-Source: arXiv:2603.00498, equation 7; methods.md 2.3 and 8.1. r_i = nll_i(refusal) - nll_i(answer), high = benign;
+Not part of a default job, whose rows are weighed by screen_weights.py.
+Source: arXiv:2603.00498, equation 7; methods.md 2.3. r_i = nll_i(refusal) - nll_i(answer), high = benign;
 weights = softmax(r / temperature) over the whole optimiser step. `contrast` is ours: r under the aligned model minus r
 under the public base, which cancels the novelty of a task. Deviation: the loss is a per-row mean (`released` restores
 the published token weighting).
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.contract.recipe import AntibodySettings
+from finetuning.defences.screen_weights import gated
 from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
@@ -61,20 +63,8 @@ def row_scores(
     return torch.cat(parts)
 
 
-def gated(weights: Tensor, gate: Tensor, *, min_share: float) -> RowWeights:
-    """Apply the absolute gate g (rows,) in 0..1: weights g w / max(sum g, 1) in shape of w, rate scaled by mean g.
-
-    Below `min_share` the whole step is skipped: no decay, no moments (methods.md 8.1; Adam undoes mere loss scale).
-    """
-    mean = float(gate.mean())
-    if mean < min_share or float((gate * weights).sum()) <= 0:
-        return RowWeights(torch.zeros_like(weights), 0.0)
-    values = gate * weights / (gate * weights).sum() * min(1.0, float(gate.sum()))
-    return RowWeights(values, mean)
-
-
 class Antibody:
-    """Weighs a step's rows by frozen scores (`reference`, `contrast`, `none`) or by live ones (`current`)."""
+    """Weighs a step's rows by frozen scores (`reference`, `contrast`) or by live ones (`current`), behind our gate."""
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Every defence and baseline by name: the alignment it starts from and what it changes in a plain fine-tune.
 
+A paper's method stands here under our settings: base, rows, rates, steps and loss are ours (docs/papers.md).
+
 Must not import torch. The code behind a field of the recipe stands in defences/ and stages/pruning.py; which formula
 comes from where, in docs/papers.md. A customer never chooses here: the operator's policy does.
 """
@@ -72,83 +74,121 @@ _DEFENDED: Changes = {
 
 _ALL = (
     Defence("sft", "sft", "plain supervised fine-tuning over a plainly aligned base", _OFF),
-    Defence("vaccine", "vaccine_full", "arXiv:2402.01109", _OFF),
-    Defence("booster", "booster", "arXiv:2409.01586", _OFF),
-    Defence("lisa", "sft", "arXiv:2405.18641", {**_OFF, "tuning_step": "lisa"}),
+    Defence("vaccine", "vaccine_full", "arXiv:2402.01109, under our settings", _OFF),
+    Defence("booster", "booster", "arXiv:2409.01586, under our settings", _OFF),
+    Defence("lisa", "sft", "arXiv:2405.18641, under our settings", {**_OFF, "tuning_step": "lisa"}),
     Defence(
         "mixing_3",
         "sft",
-        "arXiv:2309.07875, 3 % refusals",
+        "arXiv:2309.07875, 3 % refusals, under our settings",
         {**_OFF, "anchor": AnchorSettings(mix_share=0.03, mix_refusal_share=1.0)},
     ),
     Defence(
         "mixing_10",
         "sft",
-        "arXiv:2309.07875, 10 % refusals",
+        "arXiv:2309.07875, 10 % refusals, under our settings",
         {**_OFF, "anchor": AnchorSettings(mix_share=0.1, mix_refusal_share=1.0)},
     ),
-    Defence("safe_lora", "sft", "arXiv:2405.16833", {**_OFF, "safe_lora": SafeLoraSettings(enabled=True)}),
-    Defence("constrained", "sft", "arXiv:2406.05946", {**_OFF, "tuning_step": "constrained"}),
-    Defence("antidote", "sft", "arXiv:2408.09600, alpha 0.1", {**_OFF, "antidote": _PUBLISHED_PRUNING}),
+    Defence(
+        "safe_lora",
+        "sft",
+        "arXiv:2405.16833, under our settings",
+        {**_OFF, "safe_lora": SafeLoraSettings(enabled=True)},
+    ),
+    Defence("constrained", "sft", "arXiv:2406.05946, under our settings", {**_OFF, "tuning_step": "constrained"}),
+    Defence(
+        "antidote", "sft", "arXiv:2408.09600, alpha 0.1, under our settings", {**_OFF, "antidote": _PUBLISHED_PRUNING}
+    ),
     Defence(
         "antibody",
         "antibody",
-        "arXiv:2603.00498",
+        "arXiv:2603.00498, under our settings",
         {
             **_OFF,
             "task_adapter": "single",
             "antibody": AntibodySettings(score="current", loss="released", min_weight_share=0.0),
         },
     ),
-    Defence("booster_lisa", "booster", "arXiv:2409.01586 with arXiv:2405.18641", {**_OFF, "tuning_step": "lisa"}),
+    Defence(
+        "booster_lisa",
+        "booster",
+        "arXiv:2409.01586 with arXiv:2405.18641, under our settings",
+        {**_OFF, "tuning_step": "lisa"},
+    ),
     Defence("plain", "vaccine", "plain supervised fine-tuning over the product's aligned base", _OFF),
-    Defence("immunotune", "vaccine", "the default pipeline", _DEFENDED),
+    Defence(
+        "immunotune",
+        "vaccine",
+        "the default: our screen, scout, anchor, probes and gate over a base aligned by Vaccine",
+        _DEFENDED,
+    ),
 )
 
 # The default pipeline with one part taken out or exchanged, for the ablation table.
 _ABLATIONS = (
     Defence("immunotune_on_sft", "sft", "a plainly aligned base", _DEFENDED),
-    Defence("immunotune_on_booster", "booster", "a base aligned by Booster: flatness", _DEFENDED),
-    Defence("immunotune_on_antibody", "antibody", "flatness and the refusal term, rule `released`", _DEFENDED),
-    Defence("immunotune_on_theorem", "antibody_theorem", "flatness and the refusal term, rule `theorem`", _DEFENDED),
-    Defence("immunotune_on_joint", "vaccine_antibody", "Vaccine and Antibody in one step", _DEFENDED),
-    Defence("immunotune_no_screen", "vaccine", "no absolute gate on rows", {**_DEFENDED, "screen": _OFF["screen"]}),
+    Defence("immunotune_on_booster", "booster", "a base aligned by Booster under our settings: flatness", _DEFENDED),
     Defence(
-        "immunotune_no_scout", "vaccine", "no second reading", {**_DEFENDED, "screen": ScreenSettings(scout_steps=0)}
+        "immunotune_on_antibody",
+        "antibody",
+        "a base aligned by Antibody under our settings, rule `released`",
+        _DEFENDED,
+    ),
+    Defence(
+        "immunotune_on_theorem",
+        "antibody_theorem",
+        "a base aligned by Antibody under our settings, rule `theorem`",
+        _DEFENDED,
+    ),
+    Defence(
+        "immunotune_on_joint",
+        "vaccine_antibody",
+        "a base aligned by Vaccine and Antibody in one step, under our settings",
+        _DEFENDED,
+    ),
+    Defence("immunotune_no_screen", "vaccine", "no screen", {**_DEFENDED, "screen": _OFF["screen"]}),
+    Defence(
+        "immunotune_no_scout",
+        "vaccine",
+        "no scout",
+        {**_DEFENDED, "screen": ScreenSettings(scout_steps=0)},
     ),
     Defence("immunotune_no_kl", "vaccine", "no KL anchor", {**_DEFENDED, "anchor": AnchorSettings(mix_share=0.1)}),
     Defence("immunotune_no_mixing", "vaccine", "no mixed rows", {**_DEFENDED, "anchor": AnchorSettings(kl_weight=1.0)}),
     Defence(
-        "immunotune_no_pruning", "vaccine", "no Antidote", {**_DEFENDED, "antidote": AntidoteSettings(enabled=False)}
+        "immunotune_no_pruning",
+        "vaccine",
+        "never pruned",
+        {**_DEFENDED, "antidote": AntidoteSettings(enabled=False)},
     ),
     Defence(
         "immunotune_fixed_pruning",
         "vaccine",
-        "published Antidote at alpha 0.1",
+        "Antidote's published pruning at alpha 0.1, under our settings",
         {**_DEFENDED, "antidote": _PUBLISHED_PRUNING},
     ),
     Defence(
         "immunotune_canonical",
         "vaccine",
-        "alpha 0.1, contrast score, in the canonical gauge",
+        "pruned at alpha 0.1 by our contrast score, in the canonical gauge",
         {**_DEFENDED, "antidote": AntidoteSettings(rule="last", alphas=(0.1,), gauge="canonical")},
     ),
     Defence(
         "immunotune_contrast",
         "vaccine",
-        "rows weighed by the alignment contrast besides the screen",
+        "rows weighed by our alignment contrast besides the screen",
         {**_DEFENDED, "antibody": AntibodySettings(score="contrast")},
     ),
     Defence(
         "antibody_weights",
         "vaccine",
-        "published row weights alone over the Vaccine base",
+        "Antibody's row weights by the frozen reference score alone over the Vaccine base, under our settings",
         {**_OFF, "antibody": AntibodySettings(score="reference")},
     ),
     Defence(
         "screen_only",
         "vaccine",
-        "the absolute gate on rows and nothing else",
+        "the screen's row weights and nothing else",
         {**_OFF, "screen": ScreenSettings(enabled=True)},
     ),
     Defence(
@@ -181,6 +221,6 @@ def tuned_by(recipe: Recipe, defence: str) -> Recipe:
 
 
 def is_defended(defence: str) -> bool:
-    """Whether rows are screened and the adapter is pruned: a defended job in the API. Raises KeyError."""
+    """Whether rows are screened and pruning is tried: a defended job in the API. Raises KeyError."""
     tuning = DEFENCES[defence].tuning
     return bool(tuning["screen"].enabled and tuning["antidote"].enabled)

@@ -1,5 +1,7 @@
 """The screen stage of a finetune job: read every row, ask a scout where the aligned model refuses, fill the ledger.
 
+The screen is ours, no paper's; Antibody's row scores are computed beside it only where a recipe asks for them.
+
 The filter's formulas live in job/readings.py.
 """
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from finetuning.contract.progress import Progress, RowsScreened, StageProgress, StageStarted, StepDone
-from finetuning.defences.antibody import Antibody, row_scores
+from finetuning.defences.antibody import row_scores
+from finetuning.defences.screen_weights import ScreenWeights
 from finetuning.job.context import JobContext
 from finetuning.job.preflight import measuring_rows
 from finetuning.job.readings import Reading, Screened, weigh
@@ -135,8 +138,9 @@ def _ask_scout(
     recipe, seed = job.recipe, mix(job.recipe.seed, "scout")
     batches, step = Stream(len(kept), recipe.batch_size, seed), job.anchored_step(recipe.anchor, seed=seed)
     step.prepare(batches, recipe.screen.scout_steps)
+    weigher = ScreenWeights(torch.ones(len(kept)), min_share=recipe.antibody.min_weight_share)
     setup = job.training(
-        [file.encoded[i] for i in kept], step, Antibody(recipe.antibody, gate=torch.ones(len(kept))),
+        [file.encoded[i] for i in kept], step, weigher,
         batches=batches, steps=recipe.screen.scout_steps, lines=[file.rows[i].line for i in kept],
     )  # fmt: skip
     for done in train(setup, LoopState()):
@@ -151,7 +155,8 @@ def _ask_scout(
 
 
 def _scores(job: JobContext, encoded: Sequence[EncodedRow]) -> Tensor | None:
-    """Frozen Antibody scores, under the aligned model (reference) or aligned minus public (contrast)."""
+    """Antibody's frozen scores, under the aligned model (reference) or aligned minus public (contrast); None for `none`
+    and `current`."""
     settings = job.recipe.antibody
     if settings.score not in ("reference", "contrast"):
         return None

@@ -1,4 +1,4 @@
-"""The row ledger: every row of the customer's file with its weight, its scores, its verdict and the reason."""
+"""The row ledger: every row of the customer's file with the screen's weight, its scores, its verdict and the reason."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,9 @@ from finetuning.rows.scanner import Row
 
 @dataclass(frozen=True)
 class Ledger:
-    """The customer's rows, encoded, with weight, mass and contrast score per row, and which of them train.
+    """The customer's rows, encoded, with the screen's weight and mass per row, and which of them train.
 
+    `scores` are Antibody's, None where the recipe asks for none.
     `barred` are the operator's measuring prompts and rows whose form or sentence hides a hazard.
     """
 
@@ -51,7 +52,7 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
             reasons.append(RowReason(code="unreadable", score=round(surprise, 6), threshold=most))
         elif weight < 1 and encoded.target_tokens:
             mass, limit = float(ledger.screened.mass[i]), ledger.screened.threshold
-            reasons.append(RowReason(code="antibody_low_weight", score=round(mass, 6), threshold=round(limit, 6)))
+            reasons.append(RowReason(code="screen_low_weight", score=round(mass, 6), threshold=round(limit, 6)))
         if encoded.truncated:
             reasons.append(RowReason(code="truncated"))
         if not encoded.target_tokens:

@@ -15,10 +15,12 @@ from finetuning.defences.antibody import Antibody
 from finetuning.defences.constrained import Constrained
 from finetuning.defences.lisa import Lisa
 from finetuning.defences.safe_lora import projected
+from finetuning.defences.screen_weights import ScreenWeights
 from finetuning.job.context import JobContext
 from finetuning.job.measure import attention_outputs, drift
 from finetuning.job.preflight import check
 from finetuning.model import lora
+from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import iter_rows
 from finetuning.safety_rows.roles import rows_digest
 from finetuning.screening.probes import ProbeResult, probe
@@ -37,11 +39,13 @@ from finetuning.training.determinism import mix
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
-from finetuning.training.strategies import GradientStep
+from finetuning.training.strategies import GradientStep, RowWeigher
 
 _DRIFT_ROWS = 16
 # A short fine-tune saves at least so often, less one: the last step is exported instead.
 _FEWEST_SAVES = 4
+_CHOOSES = "Choosing on calibration rows how much to prune; nothing is one of the choices"
+_PRUNES_NOTHING = "Pruning is not part of this job"
 _NO_ANCHORS = "The aligned base begins no refusal where the KL term would hold it, so that term is left out"
 
 
@@ -129,12 +133,8 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
         run.clock.start("train")
         tokens = yield from _train(job, run, attempt, checkpointed if attempt == first else None)
         run.clock.start("prune")
-        yield StageStarted(stage="prune", detail="Choosing how much to prune on calibration rows")
         trained = model.read()
-        if job.recipe.safe_lora.enabled:
-            model.write(projected(trained, model.alignment(), job.recipe.safe_lora).adapter)
-        kept = [ledger.encoded[i] for i in ledger.kept]
-        choice = choose_alpha(job.measuring, job.operator_rows, job.recipe.antidote, kept)
+        choice = yield from _pruned(job, trained, [ledger.encoded[i] for i in ledger.kept])
         run.clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
         after, answers = _measure(job, run.prompts)
@@ -148,6 +148,20 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
             return Outcome(choice, tuned, after, answers, decision, tokens)
         yield Note(level="warn", code="gate_retry", message=f"Attempt {attempt} did not pass: {decision.reasons[0]}")
         attempt += 1
+
+
+def _pruned(
+    job: JobContext, trained: lora.Adapter, kept: Sequence[EncodedRow]
+) -> Generator[Progress, None, PruneChoice]:
+    """Choose how much of the trained adapter to prune, which may be nothing, and say what was done."""
+    settings = job.recipe.antidote
+    yield StageStarted(stage="prune", detail=_CHOOSES if settings.enabled else _PRUNES_NOTHING)
+    if job.recipe.safe_lora.enabled:
+        job.model.write(projected(trained, job.model.alignment(), job.recipe.safe_lora).adapter)
+    choice = choose_alpha(job.measuring, job.operator_rows, settings, kept)
+    if settings.enabled:
+        yield Note(code=choice.outcome.replace(" ", "_"), message=choice.sentence)
+    return choice
 
 
 def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Generator[Progress, None, int]:
@@ -225,10 +239,12 @@ def _in_ladder(progress: StepDone | CheckpointSaved, steps: int, attempt: int) -
     return progress.model_copy(update=update)
 
 
-def _weigher(job: JobContext, ledger: Ledger, kept: Sequence[int]) -> Antibody:
-    """Antibody over the kept rows: the screen's weight as absolute gate, frozen or live scores inside the step."""
+def _weigher(job: JobContext, ledger: Ledger, kept: Sequence[int]) -> RowWeigher:
+    """The screen's weights of the kept rows; Antibody's scores inside the step only where the recipe asks for them."""
     settings = job.recipe.antibody
     gate = ledger.screened.weights[list(kept)]
+    if settings.score == "none" and settings.loss == "row_mean":
+        return ScreenWeights(gate, min_share=settings.min_weight_share)
     if settings.score == "current":
         seed = mix(job.recipe.seed, "secret")
         return Antibody(settings, gate=gate, live=(job.model.base, job.model.cache, job.stock_refusals(), seed))

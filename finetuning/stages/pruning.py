@@ -1,10 +1,10 @@
-"""How much to prune, chosen on calibration rows and the customer's kept rows, and what a retry of the job changes."""
+"""How much to prune, if anything, chosen on calibration rows and the customer's kept rows; what a retry changes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetuning.contract.recipe import AnchorSettings, AntidoteSettings, OptimiserSettings
-from finetuning.contract.report import Metrics, PruneTrial
+from finetuning.contract.report import Metrics, PruneTrial, Pruning, pruning_of
 from finetuning.defences.antidote import Pruned, Scores, contrast_scores, input_squares, prune, published_scores
 from finetuning.job.measure import Measuring, read_targets
 from finetuning.model.adapted import AdaptedBase
@@ -25,11 +25,25 @@ _MOST_UNLEARNT = 0.03
 
 @dataclass(frozen=True)
 class PruneChoice:
-    """The chosen pruning (alpha 0: none) and every trial that led to it."""
+    """The chosen pruning (alpha 0: not pruned) and every trial that led to it."""
 
     alpha: float
     pruned: Pruned
     trials: tuple[PruneTrial, ...]
+
+    @property
+    def outcome(self) -> Pruning:
+        """In the words of every report."""
+        return pruning_of(self.alpha)
+
+    @property
+    def sentence(self) -> str:
+        """What was done, for a person."""
+        if self.alpha:
+            return f"Pruned {self.pruned.pruned} of the adapter's {self.pruned.total} entries (alpha {self.alpha:g})"
+        if self.trials and not any(trial.accepted for trial in self.trials):
+            return "Not pruned (alpha 0): no alpha was accepted, and the adapter goes to the gate as it is"
+        return "Not pruned (alpha 0): the adapter keeps what the aligned base has without it"
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class _Sample:
 def choose_alpha(
     measuring: Measuring, operator_rows: SafetyRows, settings: AntidoteSettings, kept: Sequence[EncodedRow]
 ) -> PruneChoice:
-    """The smallest alpha that keeps the aligned base's refusals and the customer's task; 0 if none does.
+    """The smallest alpha, 0 (not pruned) included, that keeps the aligned base's refusals and the task; 0 if none does.
 
     With rule `last`, the last alpha, as published. Always prunes the unpruned adapter. Leaves the chosen adapter in
     place. A result that no alpha can repair is left to the gate, which rejects it.

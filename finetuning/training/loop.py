@@ -46,7 +46,7 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
         accuracy = sum(part.correct for part in losses) / max(1, tokens)
         yield StepDone(
             step=step + 1, total_steps=setup.steps, train_loss=loss, train_mean_token_accuracy=accuracy,
-            learning_rate=rate, antibody_mean_weight=weights.scale, tokens=state.tokens, skipped=weights.scale == 0,
+            learning_rate=rate, mean_row_weight=weights.scale, tokens=state.tokens, skipped=weights.scale == 0,
         )  # fmt: skip
         due = saves_after(step, steps=setup.steps, save_every=setup.save_every)
         if due and setup.folder is not None:

@@ -2,8 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+from openai.types.fine_tuning import FineTuningJob
 
-from demo import report
+from demo import report, steps
 
 
 def _measure(value: float, n: int) -> dict[str, object]:
@@ -45,3 +46,28 @@ def test_the_report_file_holds_what_the_table_shows(tmp_path: Path, capsys: pyte
     body = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
     assert body["rows"] == 10
     assert body["table"][0]["task"] == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize(
+    ("antibody", "antidote", "said"),
+    [
+        (
+            {"enabled": False, "score": "none"}, {"density": 0.0, "outcome": "not pruned"},
+            "  rows weighed: by the screen alone; pruning: not pruned (alpha 0)",
+        ),
+        (
+            {"enabled": True, "score": "reference"}, {"density": 0.1, "outcome": "pruned"},
+            "  rows weighed: by the screen and Antibody's score (reference); pruning: pruned (alpha 0.1)",
+        ),
+        (
+            {"enabled": False, "score": "none"}, {"density": None, "outcome": "not reached"},
+            "  rows weighed: by the screen alone; pruning: not reached",
+        ),
+    ],
+)  # fmt: skip
+def test_the_demo_says_what_weighed_the_rows_and_whether_anything_was_pruned(
+    antibody: dict[str, object], antidote: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FineTuningJob.model_construct(safety={"antibody": antibody, "antidote": antidote})
+    steps.print_methods(job)
+    assert capsys.readouterr().out == f"{said}\n"

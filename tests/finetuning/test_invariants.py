@@ -5,9 +5,10 @@ import torch
 
 from finetuning.contract.recipe import AnchorSettings, AntibodySettings
 from finetuning.defences.anchored import Anchored, KlAnchors
-from finetuning.defences.antibody import Antibody, gated
+from finetuning.defences.antibody import Antibody
 from finetuning.defences.antidote import Squares, contrast_scores, input_squares, prune, published_scores
 from finetuning.defences.plain import Even, Plain
+from finetuning.defences.screen_weights import gated
 from finetuning.model import lora
 from finetuning.model.lora import Factors
 from finetuning.rows.chat_format import EncodedRow

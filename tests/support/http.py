@@ -166,7 +166,7 @@ LEDGER = tuple(
     for line, verdict, weight, reasons in (
         (1, "kept", 1.0, ()),
         (2, "excluded", 0.0, (RowReason(code="harmful_probe_match", score=0.93, threshold=0.6),)),
-        (3, "downweighted", 0.25, (RowReason(code="antibody_low_weight", score=0.7),)),
+        (3, "downweighted", 0.25, (RowReason(code="screen_low_weight", score=0.7),)),
         (5, "kept", 1.0, ()),
     )
 )

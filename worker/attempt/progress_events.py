@@ -28,9 +28,9 @@ _METRICS_EVERY_SECONDS = 30.0
 _SAVING: frozenset[Stage] = frozenset({"align", "train"})
 _STAGE_WORDS: dict[Stage, str] = {
     "align": "Aligning the base",
-    "screen": "Screening the rows",
+    "screen": "Reading the rows",
     "train": "Training",
-    "prune": "Pruning the adapter",
+    "prune": "Choosing how much to prune",
     "gate": "Measuring the result for the release gate",
     "export": "Writing the adapter",
     "parity": "Comparing the downloadable adapter with the measured model",
@@ -118,13 +118,13 @@ def _metrics(step: StepDone) -> JsonObject:
         "valid_loss": None,
         "valid_mean_token_accuracy": None,
         "learning_rate": step.learning_rate,
-        "antibody_mean_weight": step.antibody_mean_weight,
+        "mean_row_weight": step.mean_row_weight,
         "skipped": step.skipped,
     }
 
 
 def _rows_sentence(rows: RowsScreened) -> str:
     return (
-        f"Screened {rows.rows_total} rows: {rows.rows_kept} kept, "
+        f"Of {rows.rows_total} rows {rows.rows_kept} are kept, "
         f"{rows.rows_downweighted} down-weighted, {rows.rows_excluded} excluded"
     )

@@ -9,6 +9,7 @@ from app.core.jobs.jobs import JobResult
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import Checkpoint, Event, Form, Job
 from finetuning.contract.recipe import LoraSettings, Recipe
+from finetuning.contract.report import pruning_of
 
 _CHECKPOINT_METRICS = (
     "train_loss",
@@ -76,7 +77,7 @@ def event_to_body(event: Event) -> dict[str, object]:
 
 
 def checkpoint_to_body(checkpoint: Checkpoint, model_name: str) -> dict[str, object]:
-    """The checkpoint object. A checkpoint here is for resuming: it is never served."""
+    """The checkpoint object. A checkpoint here is for resuming: it is never measured and never served."""
     metrics = {"step": checkpoint.step} | {name: checkpoint.metrics.get(name) for name in _CHECKPOINT_METRICS}
     return {
         "id": checkpoint.id,
@@ -87,7 +88,7 @@ def checkpoint_to_body(checkpoint: Checkpoint, model_name: str) -> dict[str, obj
         "step_number": checkpoint.step,
         "metrics": metrics,
         "servable": False,
-        "gate": "pending",
+        "gate": "not run",
     }
 
 
@@ -120,6 +121,8 @@ def _lora(lora: LoraSettings) -> dict[str, object]:
 
 
 def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
+    """What stands for the job's safety, by whose it is: screen, anchor and gate are ours, antibody and antidote methods
+    of papers, which say only what they did."""
     result = job.result or {}
     report = cast(Mapping[str, object], result.get("safety") or {})
     rows = cast(Mapping[str, object], result.get("rows") or job.progress.get("rows") or {})
@@ -129,16 +132,42 @@ def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
         "progress": job.progress,
         "attempt": max(1, job.fence),
         "base": {"id": job.base_id},
-        "antibody": {
-            "enabled": recipe.screen.enabled or recipe.antibody.score != "none",
-            **{name: rows.get(name) for name in ("rows_total", "rows_kept", "rows_downweighted", "rows_excluded")},
-        },
-        "antidote": {"enabled": recipe.antidote.enabled, "target": "adapter", "density": report.get("alpha")},
-        "gate": _gate(report),
+        "screen": _screen(recipe, rows),
+        "anchor": _anchor(recipe),
+        "antibody": {"enabled": recipe.antibody.score != "none", "score": recipe.antibody.score},
+        "antidote": _antidote(job, recipe, report),
+        "gate": {"enabled": recipe.gate.enabled, **_gate(job, report)},
         "scores": {column: _scores(report, column) for column in ("before", "after")},
         "parity": _parity(job, result),
         "artifacts": [_artifact(item) for item in frame.results if item.artifact.form != Form.METRICS],
     }
+
+
+def _screen(recipe: Recipe, rows: Mapping[str, object]) -> dict[str, object]:
+    """Our reading of the file; the counts are those of the row ledger, which every job has."""
+    names = ("rows_total", "rows_kept", "rows_downweighted", "rows_excluded")
+    on = {"enabled": recipe.screen.enabled, "probes": recipe.probes.enabled}
+    return on | {name: rows.get(name) for name in names}
+
+
+def _anchor(recipe: Recipe) -> dict[str, object]:
+    """Our hold on refusals while training: the operator's rows mixed in, and KL on first answer tokens."""
+    mixed, held = recipe.anchor.mix_share, recipe.anchor.kl_weight
+    is_on = recipe.tuning_step == "anchored" and (mixed > 0 or held > 0)
+    return {"enabled": is_on, "mix_share": mixed, "kl_weight": held}
+
+
+def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
+    """Whether pruning is tried, and what came of it: alpha 0 is `not pruned`."""
+    alpha = cast(float | None, report.get("alpha"))
+    is_on = recipe.antidote.enabled
+    if not is_on:
+        outcome, alpha = "off", None
+    elif alpha is None:
+        outcome = undecided(job)
+    else:
+        outcome = pruning_of(alpha)
+    return {"enabled": is_on, "target": "adapter", "density": alpha, "outcome": outcome}
 
 
 def _artifact(item: JobResult) -> dict[str, object]:
@@ -146,8 +175,13 @@ def _artifact(item: JobResult) -> dict[str, object]:
     return {"form": item.artifact.form, "file_id": file.id, "bytes": file.size_bytes, "sha256": file.sha256}
 
 
-def _gate(report: Mapping[str, object]) -> dict[str, object]:
-    gate = cast(Mapping[str, object], report.get("gate") or {"decision": "pending", "reasons": []})
+def undecided(job: Job) -> str:
+    """What stands for a decision that there is none of: it may still come, or the job ended before it."""
+    return "not reached" if job.state in FINAL else "pending"
+
+
+def _gate(job: Job, report: Mapping[str, object]) -> dict[str, object]:
+    gate = cast(Mapping[str, object], report.get("gate") or {"decision": undecided(job), "reasons": []})
     return {"decision": gate["decision"], "reasons": gate["reasons"]}
 
 

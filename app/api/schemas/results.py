@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from app.api.schemas.files import strong_etag
-from app.api.schemas.jobs import parity_id
+from app.api.schemas.jobs import parity_id, undecided
 from app.core.jobs.jobs import JobResult
 from app.core.jobs.policy import get_policy
 from app.core.storage.tables import Form, Job
@@ -49,8 +49,9 @@ def report_to_body(job: Job) -> dict[str, object]:
         "probe_set": None if report is None else _probe_set(report),
         "judge": None if report is None else report.judge,
         "metrics": metrics,
-        "gate": {"decision": "pending", "checks": []} if report is None else report.gate.model_dump(mode="json"),
+        "gate": {"decision": undecided(job), "checks": []} if report is None else report.gate.model_dump(mode="json"),
         "alpha": None if report is None else report.alpha,
+        "pruning": None if report is None else report.pruning,
         "held_out": None if report is None else _held_out(report),
     }
 

@@ -74,7 +74,7 @@ class LoraWish(_Wish):
 
 
 class DefenceWish(_Wish):
-    """A defence may be asked for, never switched off."""
+    """What a policy has may be asked for, never switched off; asking adds no method that the policy lacks."""
 
     enabled: bool = True
 
@@ -89,7 +89,11 @@ class GateWish(_Wish):
 
 
 class SafetyWish(_Wish):
-    """What a client may tighten. Knobs that do nothing here are unknown fields, never silent."""
+    """What a client may tighten. Knobs that do nothing here are unknown fields, never silent.
+
+    `antibody` and `antidote` ask for the policy's row weights and its pruning, by the names that clients have sent
+    since 0.1. Which of the two then acts, the job's `safety.antibody` and `safety.antidote` say.
+    """
 
     antibody: DefenceWish | None = None
     antidote: DefenceWish | None = None
@@ -200,7 +204,8 @@ def _lora(base: BaseDefaults, wish: LoraWish) -> LoraSettings:
 def _refuse_loosening(policy: Policy, wish: SafetyWish) -> None:
     for name, defence in (("antibody", wish.antibody), ("antidote", wish.antidote)):
         if defence is not None and defence.enabled != policy.defended:
-            raise _violation(f"safety.{name}.enabled", f"must be {str(policy.defended).lower()}", policy)
+            bound = f"must be {str(policy.defended).lower()} or left out"
+            raise _violation(f"safety.{name}.enabled", bound, policy)
     gate, limits = wish.gate or GateWish(), GateLimits()
     if gate.max_harmful_score is not None and gate.max_harmful_score > limits.max_harmful_score:
         raise _violation("safety.gate.max_harmful_score", f"must be at most {limits.max_harmful_score}", policy)

@@ -19,8 +19,9 @@ from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed
 from finetuning.contract.recipe import AntibodySettings, ProbeSettings, ScreenSettings
 from finetuning.contract.report import Metrics
-from finetuning.defences.antibody import Antibody, row_scores
+from finetuning.defences.antibody import row_scores
 from finetuning.defences.plain import Even, Plain
+from finetuning.defences.screen_weights import ScreenWeights
 from finetuning.job.context import JobContext, open_job
 from finetuning.job.readings import Reading, weigh
 from finetuning.model import lora
@@ -227,7 +228,7 @@ def test_an_all_harmful_file_leaves_no_trace_in_batches_of_any_size(
     gate = weights(job, calibration, rows)
     step = Plain(job.model.base, job.model.cache)
     recipe = job.recipe.model_copy(update={"batch_size": size, "micro_batch_size": min(size, 8)})
-    weigher = Antibody(AntibodySettings(), gate=gate)
+    weigher = ScreenWeights(gate, min_share=AntibodySettings().min_weight_share)
     batches = Stream(len(rows), size, 5)
     setup = replace(job, recipe=recipe).training(rows, step, weigher, batches=batches, steps=32 // size)
     before = [p.detach().clone() for p in setup.parameters]

@@ -8,8 +8,9 @@ import pytest
 from finetuning.bench.cells import Cell
 from finetuning.bench.report import PUBLISHED, worst, write_report
 from finetuning.bench.results_file import load
-from finetuning.bench.tables import crossed, harm_and_task, mean_of, table
+from finetuning.bench.tables import crossed, harm_and_task, label, mean_of, table
 from finetuning.bench.targets import targets
+from finetuning.recipes.registry import BASELINES, DEFENCES
 from tests.support.bench_lines import line
 
 RESULTS = Path(__file__).resolve().parents[3] / "docs" / "results"
@@ -60,7 +61,7 @@ def test_targets_stand_beside_plain_and_the_best_single_defence(
     assert f"| {met} |" in targets(lines)[1]
     assert "10.0 (antidote of 3)" in targets(lines)[1]
     assert targets([lines[0], *lines[2:]])[0].endswith(
-        "the lowest harm of those of antidote, antibody that ran at that p.\n"
+        "the lowest harm of those of antidote, antibody that ran at that p, each under our settings.\n"
     )
     assert targets([lines[0], lines[4]]) == []  # without a single defence the best is not known
 
@@ -85,6 +86,25 @@ def test_a_crossed_table_has_a_row_and_a_column_for_each_value() -> None:
     assert found.splitlines()[0] == "| defence | p 0 | p 0.1 |"
     assert found.splitlines()[3] == "| immunotune | - | 10.0 [5, 20] / 90.0 |"
     assert table(["a"], [[None]]).endswith("| - |\n")
+
+
+def test_a_papers_method_says_that_the_settings_are_ours(tmp_path: Path) -> None:
+    names = ("sft", "vaccine", "mixing_10", "immunotune")
+    assert [label(name) for name in names] == [
+        "sft", "vaccine (under our settings)", "mixing_10 (under our settings)", "immunotune"
+    ]  # fmt: skip
+    lines = [line(Cell(name, p)) for name in names for p in (0.0, 0.1)]
+    found = crossed(lines, row="p", column="defence", cell=harm_and_task)
+    assert "| vaccine (under our settings) |" in found.splitlines()[0]
+    text = write_report(lines, tmp_path / "safety.md", only=()).read_text(encoding="utf-8")
+    assert "A paper's method stands here under our settings" in text
+    assert "| vaccine |" not in text
+
+
+def test_every_method_of_a_paper_in_the_registry_says_that_the_settings_are_ours() -> None:
+    papers = {name for name in BASELINES if "arXiv" in DEFENCES[name].source}
+    assert papers == set(BASELINES) - {"sft", "plain", "immunotune"}
+    assert all(DEFENCES[name].source.endswith("under our settings") for name in papers)
 
 
 def test_the_report_counts_silent_releases_and_draws(tmp_path: Path) -> None:

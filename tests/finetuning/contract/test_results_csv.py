@@ -23,7 +23,7 @@ def test_the_openai_columns_come_first() -> None:
 
 
 def test_a_line_holds_the_steps_numbers() -> None:
-    line = results_csv([step(3, train_mean_token_accuracy=0.5, antibody_mean_weight=0.25)]).splitlines()[1]
+    line = results_csv([step(3, train_mean_token_accuracy=0.5, mean_row_weight=0.25)]).splitlines()[1]
     assert line == "3,1.5,0.5,,,0.0001,0.25"
 
 

@@ -14,7 +14,6 @@ from finetuning.defences.antibody import (
     Antibody,
     NonFiniteScore,
     by_token_mass,
-    gated,
     row_scores,
     softmax_weights,
 )
@@ -224,22 +223,11 @@ def test_a_step_of_harmful_rows_leaves_no_trace() -> None:
     moments = [{k: v.clone() for k, v in good.adam.state[p].items()} for p in good.parameters]
     good.weigher = Antibody(AntibodySettings(), gate=torch.tensor([0.0, 0.1, 0.0, 0.0]))
     done = next(loop)
-    assert (done.skipped, done.learning_rate, done.antibody_mean_weight) == (True, 0.0, 0.0)  # type: ignore[union-attr]
+    assert (done.skipped, done.learning_rate, done.mean_row_weight) == (True, 0.0, 0.0)  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(before, good.parameters, strict=True))
     for p, state in zip(good.parameters, moments, strict=True):
         assert all(torch.equal(good.adam.state[p][k], v) for k, v in state.items())
         assert p.grad is None
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8).map(torch.tensor))
-def test_the_gate_scales_the_rate_and_never_raises_a_row(gate: torch.Tensor) -> None:
-    """M32: weights sum to min(1, sum of the gate); the rate follows the mean; below the share the step is skipped."""
-    found = gated(torch.full((len(gate),), 1 / len(gate)), gate, min_share=0.25)
-    if float(gate.mean()) < 0.25:
-        assert (float(found.values.sum()), found.scale) == (0.0, 0.0)
-    else:
-        assert found.scale == pytest.approx(float(gate.mean()))
-        assert torch.allclose(found.values, gate / max(1.0, float(gate.sum())), atol=1e-6)
 
 
 def test_rows_without_targets_weigh_nothing() -> None:

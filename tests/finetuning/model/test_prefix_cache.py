@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetuning.contract.recipe import AntibodySettings, LoraSettings, OptimiserSettings
-from finetuning.defences.antibody import Antibody
+from finetuning.contract.recipe import LoraSettings, OptimiserSettings
 from finetuning.defences.plain import Plain
+from finetuning.defences.screen_weights import ScreenWeights
 from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.packed_linear import PackedLinear, pack
@@ -35,7 +35,7 @@ def trained_with(cache_of: CacheOf, rows: list[EncodedRow], *, micro: int) -> li
     base = top_trained()
     setup = TrainSetup(
         rows=rows, batches=Stream(len(rows), 8, 0), step=Plain(base, cache_of(base)),
-        weigher=Antibody(AntibodySettings(), gate=torch.ones(len(rows))), parameters=lora.parameters(base, lora.TASK),
+        weigher=ScreenWeights(torch.ones(len(rows)), min_share=0.25), parameters=lora.parameters(base, lora.TASK),
         optimiser=OptimiserSettings(learning_rate=1e-2), steps=6, micro_batch_size=micro, seed=0,
     )  # fmt: skip
     list(train(setup, LoopState()))

@@ -24,7 +24,7 @@ def test_each_verdict_says_its_reason_with_the_score_and_the_limit_it_was_judged
     ledger = ledger_of([1.0, 0.25, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 3.5, 1.0], frozenset({4}), [2.0] * 5)
     found = verdicts(ledger)
     assert [(v.verdict, [r.code for r in v.reasons]) for v in found] == [
-        ("kept", []), ("downweighted", ["antibody_low_weight"]), ("excluded", ["antibody_low_weight"]),
+        ("kept", []), ("downweighted", ["screen_low_weight"]), ("excluded", ["screen_low_weight"]),
         ("excluded", ["unreadable"]), ("excluded", ["harmful_probe_match"]),
     ]  # fmt: skip
     assert [v.weight for v in found] == [1, 0.25, 0, 0, 0]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning.contract.order import TrainOrder, write_order
-from finetuning.contract.progress import Failed, Finished, Note, Progress, RowsScreened, StepDone
+from finetuning.contract.progress import Failed, Finished, Note, Progress, RowsScreened, StageStarted, StepDone, to_line
 from finetuning.contract.report import ParityCertificate, RowVerdict, SafetyReport
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.library import align_recipe, tune_recipe
@@ -114,6 +114,21 @@ def test_planted_rows_are_dropped_and_the_result_is_released(aligned: Path, tiny
     last, certificate = certified(tmp_path)
     assert last == Finished(released=True, reasons=(), trained_tokens=0)
     assert (certificate.gate_prompts, certificate.gate_harmful, certificate.gate_harmful_measured) == (16, 0, 0)
+    assert_no_name_claims_more_than_was_done(lines, tmp_path)
+
+
+def assert_no_name_claims_more_than_was_done(lines: list[Progress], scratch: Path) -> None:
+    """No score of Antibody's was computed, so nothing that the job says or leaves, but for the recipe, has its name."""
+    recipe = tune_recipe("tiny", "immunotune", epochs=3, seed=3)
+    assert recipe.antibody.score == "none"
+    told = "".join(to_line(line) for line in lines)
+    left = {path.name: path.read_text() for path in (scratch / "result" / "reports").glob("*.json")}
+    assert left.keys() >= {"rows.json", "safety.json", "prune.json"}
+    assert "antibody" not in (told + "".join(left.values())).lower()
+    report = report_of(scratch)
+    assert report.pruning == ("pruned" if report.alpha else "not pruned")
+    notes = [line for line in lines if isinstance(line, Note) and line.code in ("pruned", "not_pruned")]
+    assert notes[-1].message.lower().startswith(str(report.pruning))
 
 
 def test_plain_fine_tuning_of_the_same_file_breaks_the_base_and_the_gate_refuses(
@@ -124,6 +139,9 @@ def test_plain_fine_tuning_of_the_same_file_breaks_the_base_and_the_gate_refuses
     assert isinstance(lines[-1], Finished)
     assert not lines[-1].released
     assert lines[-1].reasons[0].startswith("harmful_score")
+    assert [line.detail for line in lines if isinstance(line, StageStarted) and line.stage == "prune"] == [
+        "Pruning is not part of this job"
+    ]
     assert value(report_of(tmp_path), "harmful_score") >= 0.5
     *kept, first, second, third = json.loads((tmp_path / "result/reports/rows.json").read_text())
     ledger = [RowVerdict.model_validate(row) for row in (*kept, first, second, third)]

@@ -44,9 +44,7 @@ def test_metrics_carry_the_fields_that_clients_read() -> None:
     (event,) = ProgressEvents(Clock()).of(step(45)).events
     assert event.type == "metrics"
     assert event.data is not None
-    assert {"step", "total_steps", "train_loss", "valid_loss", "learning_rate", "antibody_mean_weight"} <= set(
-        event.data
-    )
+    assert {"step", "total_steps", "train_loss", "valid_loss", "learning_rate", "mean_row_weight"} <= set(event.data)
 
 
 def test_seconds_left_follow_the_speed_of_this_attempt() -> None:
@@ -76,7 +74,7 @@ def test_the_screen_is_reported_and_remembered() -> None:
     progress_events = ProgressEvents(Clock())
     screened = RowsScreened(rows_total=10, rows_kept=7, rows_downweighted=1, rows_excluded=2)
     (event,) = progress_events.of(screened).events
-    assert event.message == "Screened 10 rows: 7 kept, 1 down-weighted, 2 excluded"
+    assert event.message == "Of 10 rows 7 are kept, 1 down-weighted, 2 excluded"
     assert progress_events.rows == screened
 
 

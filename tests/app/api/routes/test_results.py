@@ -1,11 +1,14 @@
 """What a job tells of itself: safety report, row ledger, parity certificate."""
 
 import csv
+import json
 
 import pytest
 
+from app.api.schemas.jobs import JobFrame, job_to_body
+from finetuning.recipes.library import tune_recipe
 from tests.app.api.test_hostile_requests import check_envelope
-from tests.support.http import CERTIFICATE, LEDGER, Customer
+from tests.support.http import CERTIFICATE, LEDGER, Customer, safety_report
 
 
 @pytest.fixture
@@ -56,12 +59,77 @@ def test_a_failed_gate_keeps_its_report(customer: Customer) -> None:
 
 def test_the_job_sums_its_report_up(customer: Customer, done: str) -> None:
     safety = customer.http.get(done).json()["safety"]
-    assert (safety["gate"]["decision"], safety["antibody"]["rows_excluded"]) == ("pass", 1)
+    assert (safety["gate"]["decision"], safety["screen"]["rows_excluded"]) == ("pass", 1)
     assert safety["scores"]["before"] == {"harmful_score": 0.0, "utility": None}
     assert safety["scores"]["after"]["utility"] == 45 / 48
     assert safety["parity"]["passed"] is True
     assert safety["parity"]["certificate"] == customer.http.get(f"{done}/parity").json()["id"]
     assert {item["form"] for item in safety["artifacts"]} == {"adapter", "adapter_stock", "mask", "reports"}
+
+
+def test_a_default_job_says_by_no_name_that_antibody_acted(customer: Customer, done: str) -> None:
+    """Its rows are weighed by the screen: no score of Antibody's is computed, and every place says so."""
+    job = customer.http.get(done).json()
+    assert job["safety"].pop("antibody") == {"enabled": False, "score": "none"}
+    more = [customer.http.get(f"{done}/{name}") for name in ("safety", "rows", "rows?format=csv", "events?limit=100")]
+    assert all(reply.status_code == 200 for reply in more)
+    assert "antibody" not in json.dumps(job).lower() + "".join(reply.text for reply in more).lower()
+
+
+def test_the_job_says_what_of_ours_is_on(customer: Customer, done: str) -> None:
+    safety = customer.http.get(done).json()["safety"]
+    counts = {"rows_total": 4, "rows_kept": 2, "rows_downweighted": 1, "rows_excluded": 1}
+    assert safety["screen"] == {"enabled": True, "probes": True, **counts}
+    assert safety["anchor"] == {"enabled": True, "mix_share": 0.1, "kl_weight": 1.0}
+    assert safety["gate"]["enabled"] is True
+
+
+def test_pruning_is_told_by_what_came_of_it(customer: Customer, done: str) -> None:
+    shown = customer.http.get(done).json()["safety"]["antidote"]
+    assert shown == {"enabled": True, "target": "adapter", "density": 0.05, "outcome": "pruned"}
+    assert customer.http.get(f"{done}/safety").json()["pruning"] == "pruned"
+    waiting = customer.create().json()["safety"]["antidote"]
+    assert waiting == {"enabled": True, "target": "adapter", "density": None, "outcome": "pending"}
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "density", "outcome"),
+    [("immunotune", 0.0, 0.0, "not pruned"), ("plain", 0.0, None, "off"), ("plain", None, None, "off")],
+)
+def test_alpha_0_is_not_pruned_and_a_job_without_pruning_says_off(
+    customer: Customer, name: str, alpha: float | None, density: float | None, outcome: str
+) -> None:
+    job = customer.job()
+    job.policy, job.recipe = name, tune_recipe("tiny", name, epochs=1).model_dump(mode="json")
+    job.result = {"safety": safety_report(passed=True).model_dump(mode="json") | {"alpha": alpha}}
+    shown = job_to_body(job, JobFrame("org-1"))["safety"]
+    assert isinstance(shown, dict)
+    assert shown["antidote"] == {
+        "enabled": name == "immunotune", "target": "adapter", "density": density, "outcome": outcome
+    }  # fmt: skip
+
+
+def test_a_job_that_ended_before_the_gate_waits_for_no_decision(customer: Customer) -> None:
+    path = f"/fine_tuning/jobs/{customer.create().json()['id']}"
+    ended = customer.http.post(f"{path}/cancel", json={}).json()["safety"]
+    assert (ended["gate"]["decision"], ended["antidote"]["outcome"]) == ("not reached", "not reached")
+    assert customer.http.get(f"{path}/safety").json()["gate"] == {"decision": "not reached", "checks": []}
+
+
+def test_antibody_is_enabled_where_its_score_weighs_the_rows(customer: Customer) -> None:
+    job = customer.job()
+    job.recipe = tune_recipe("tiny", "immunotune_contrast", epochs=1).model_dump(mode="json")
+    shown = job_to_body(job, JobFrame("org-1"))["safety"]
+    assert isinstance(shown, dict)
+    assert shown["antibody"] == {"enabled": True, "score": "contrast"}
+
+
+def test_what_clients_asked_for_by_the_old_names_is_still_taken_and_the_reply_says_what_acts(
+    customer: Customer,
+) -> None:
+    reply = customer.create(safety={"antibody": {"enabled": True}, "antidote": {"enabled": True}})
+    assert reply.status_code == 200
+    assert reply.json()["safety"]["antibody"] == {"enabled": False, "score": "none"}
 
 
 def test_every_row_has_a_verdict(customer: Customer, done: str) -> None:

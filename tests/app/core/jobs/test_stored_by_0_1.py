@@ -6,18 +6,24 @@ tests/support/stored_by_0_1 holds the JSON that release 0.1's service wrote for 
 import json
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from sqlalchemy import update
 
-from app.api.schemas.results import report_to_body
+from app.api.schemas.results import report_to_body, verdict_to_body
 from app.core.jobs import lease
 from app.core.settings import Settings
 from app.core.storage.database import Database
 from app.core.storage.tables import BaseRow, Job, Project
+from finetuning.contract.progress import StepDone
 from finetuning.contract.recipe import Recipe
-from finetuning.contract.report import SafetyReport
+from finetuning.contract.report import RowVerdict, SafetyReport
 from tests.support.jobs import add_job
 
 STORED = Path(__file__).parents[3] / "support" / "stored_by_0_1"
+
+
+# Reasons and figures that 0.1 called by Antibody's name, though the screen alone had weighed the rows.
+OLD_REASON, OLD_WEIGHT = "antibody_low_weight", "antibody_mean_weight"
 
 
 def stored(name: str) -> dict[str, object]:
@@ -56,3 +62,31 @@ def test_a_report_under_the_old_key_is_read_and_shown_as_before(
     shown = report_to_body(job)
     assert isinstance(shown["probe_set"], dict)
     assert (shown["probe_set"]["id"], shown["probe_set"]["sha256"]) == ("gate", digest)
+
+
+def test_a_report_that_says_alpha_0_says_in_words_that_nothing_was_pruned(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    old = stored("safety")
+    assert (old["alpha"], "pruning" in old) == (0.0, False)
+    job = add_job(database, project, settings)
+    job.result = {"safety": old}
+    assert (report_to_body(job)["alpha"], report_to_body(job)["pruning"]) == (0.0, "not pruned")
+
+
+def test_an_old_ledger_is_shown_with_the_screens_own_reason() -> None:
+    text = (STORED / "rows.json").read_text(encoding="utf-8")
+    assert text.count(OLD_REASON) == 2
+    rows = TypeAdapter(list[RowVerdict]).validate_json(text)
+    shown = [verdict_to_body(row) for row in rows]
+    assert [row["reasons"] and row["reasons"][0]["code"] for row in shown] == [  # type: ignore[index]
+        "screen_low_weight" if row.verdict == "excluded" else [] for row in rows
+    ]
+    assert [(row["line"], row["weight"]) for row in shown] == [(r["line"], r["weight"]) for r in json.loads(text)]
+
+
+def test_steps_of_an_old_checkpoint_keep_their_figures() -> None:
+    lines = (STORED / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [StepDone.model_validate_json(line) for line in lines]
+    assert [step.mean_row_weight for step in steps] == [json.loads(line)[OLD_WEIGHT] for line in lines]
+    assert all(OLD_WEIGHT not in step.model_dump_json() for step in steps)
