@@ -83,6 +83,12 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     api_key: str | None = Field(default=None, min_length=16, repr=False)
+    draw_secret: str | None = Field(
+        default=None,
+        min_length=32,
+        repr=False,
+        description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
+    )
     base: str = "smollm2"
     operator_rows: Path | None = Field(
         default=None, description="the operator's own safety rows, read where jobs train; unset: the shipped ones"

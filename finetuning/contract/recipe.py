@@ -147,7 +147,7 @@ class AntidoteSettings(_RecipePart):
     gauge: Literal["trained", "canonical"] = "trained"
     score: Literal["published", "contrast"] = "contrast"
     unit: Literal["row", "matrix"] = "row"
-    rounding: Literal["floor", "official"] = "official"
+    rounding: Literal["floor", "official"] = "floor"
     alphas: tuple[Share, ...] = (0.0, 0.05, 0.1, 0.2)
     calibration_rows: int = Field(default=48, ge=1)
 

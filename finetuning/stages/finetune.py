@@ -11,7 +11,7 @@ from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StageStarted, StepDone
 from finetuning.contract.recipe import AnchorSettings, Recipe
 from finetuning.contract.report import GateDecision, HeldOut, Measure, Metrics, SafetyReport
-from finetuning.defences.antibody import Antibody
+from finetuning.defences.antibody import Antibody, LiveScores
 from finetuning.defences.constrained import Constrained
 from finetuning.defences.lisa import Lisa
 from finetuning.defences.safe_lora import projected
@@ -19,6 +19,7 @@ from finetuning.job.context import JobContext
 from finetuning.job.measure import attention_outputs, drift
 from finetuning.job.preflight import check
 from finetuning.model import lora
+from finetuning.model.digest import UNBOUND, base_files, require_same_base
 from finetuning.rows.scanner import iter_rows
 from finetuning.safety_rows.roles import rows_digest
 from finetuning.screening.probes import ProbeResult, probe
@@ -32,7 +33,7 @@ from finetuning.stages.gate import decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
 from finetuning.training import checkpoint
 from finetuning.training.batches import Epochs, StepRows, Stream
-from finetuning.training.determinism import mix
+from finetuning.training.determinism import mix, seed_of
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
@@ -84,6 +85,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     assert order.rows is not None
     clock = StageClock()
     calibration, base_report = read_alignment(scratch / order.alignment)
+    if not require_same_base(scratch / order.alignment, base_files(order.base, order.base_sha256)):
+        yield Note(level="warn", code="alignment_unbound", message=UNBOUND)
     alignment = job.model.alignment_digest()
     most = job.recipe.evaluation.task_rows
     task = from_validation(job.model, scratch / order.validation, most=most) if order.validation else None
@@ -228,8 +231,9 @@ def _weigher(job: JobContext, ledger: Ledger, kept: Sequence[int]) -> Antibody:
     settings = job.recipe.antibody
     gate = ledger.screened.weights[list(kept)]
     if settings.score == "current":
-        seed = mix(job.recipe.seed, "secret")
-        return Antibody(settings, gate=gate, live=(job.model.base, job.model.cache, job.stock_refusals(), seed))
+        seed = seed_of(job.hidden_draw("refusals"))
+        live = LiveScores(job.model.base, job.model.cache, job.stock_refusals(), seed, kept)
+        return Antibody(settings, gate=gate, live=live)
     return Antibody(settings, gate=gate, scores=ledger.scores[list(kept)] if ledger.scores is not None else None)
 
 
