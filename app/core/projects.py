@@ -59,7 +59,7 @@ def authenticate(session: Session, pepper: bytes, secret: str) -> Caller:
 
 
 def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapKeys:
-    """Make the projects `default` (policy immunotune) and `baseline` (policy plain) with a key each. Safe to repeat.
+    """Make the projects `default` (the service's policy) and `baseline` (policy plain) with a key each. Safe to repeat.
 
     The default key is `settings.api_key`; keys not given are generated once and kept under <data>/keys, mode 600.
     Whatever else opened these projects is revoked: who changes the configured key wants the old one dead.
@@ -69,8 +69,10 @@ def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapK
         default=settings.api_key or keep_secret(folder / "default", new_secret()),
         baseline=keep_secret(folder / "baseline", new_secret()),
     )
-    for name, policy, secret in (("default", "immunotune", keys.default), ("baseline", "plain", keys.baseline)):
-        key = add_key(session, pepper, ensure_project(session, name, policy=policy), secret)
+    for name, policy, secret in (("default", settings.policy, keys.default), ("baseline", "plain", keys.baseline)):
+        project = ensure_project(session, name, policy=policy)
+        project.policy = policy  # whoever changes the setting means the jobs that come
+        key = add_key(session, pepper, project, secret)
         key.revoked_at = None  # a key that is configured again opens again
         others = ApiKey.project_id == key.project_id, ApiKey.id != key.id, ApiKey.revoked_at.is_(None)
         session.execute(update(ApiKey).where(*others).values(revoked_at=db_now()))

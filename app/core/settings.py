@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from finetuning.judging.catalogue import parts_of
 from finetuning.judging.judges import BadGuard
+from finetuning.recipes.registry import DEFENCES
 
 _PREFIX = "IMMUNOTUNE_"
 
@@ -90,6 +91,11 @@ class Settings(BaseModel):
         description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
     )
     base: str = "smollm2"
+    policy: str = Field(
+        default="immunotune",
+        description="how the default project's jobs are defended, and by that how the base is aligned: immunotune, or "
+        "as_asked (the three papers as they are)",
+    )
     operator_rows: Path | None = Field(
         default=None, description="the operator's own safety rows, read where jobs train; unset: the shipped ones"
     )
@@ -114,6 +120,13 @@ class Settings(BaseModel):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        if value not in DEFENCES:
+            raise ValueError(f"{_PREFIX}POLICY is no policy: use immunotune or as_asked")
+        return value
 
     @field_validator("judge")
     @classmethod

@@ -17,8 +17,10 @@ from finetuning.contract.recipe import GateLimits, LoraSettings, Recipe
 from finetuning.recipes.library import BaseDefaults, align_recipe, base_of, is_known, tune_recipe
 from finetuning.recipes.registry import DEFENCES, is_defended
 
-# The alignment of the base that the service serves; policies that need another are for the bench only.
-SERVED_ALIGNMENT = "vaccine"
+# What a service offers to its projects. The alignment of its base follows the operator's choice of the first two.
+OFFERED = ("immunotune", "as_asked", "plain")
+# Plain fine-tuning starts from whatever base is served: it is what a policy is compared with.
+_ON_ANY_BASE = "plain"
 _MAX_SEED = 2**31 - 1
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
@@ -132,11 +134,9 @@ _CPU_ROWS_SEEN, _GPU_ROWS_SEEN = 480, 6000
 
 
 def get_policy(name: str, *, queue: str = CPU_QUEUE) -> Policy:
-    """The policy of that name for jobs of that queue: a CPU sees fewer rows. Its name is a defence of the registry that
-    starts from the served base's alignment. Raises KeyError.
+    """The policy of that name for jobs of that queue: a CPU sees fewer rows. Its name is a defence of the registry, of
+    which those in `OFFERED` are meant for a service. Raises KeyError.
     """
-    if DEFENCES[name].alignment != SERVED_ALIGNMENT:
-        raise KeyError(f"the policy {name} needs a base aligned by {DEFENCES[name].alignment}, which is not served")
     rows_seen = _CPU_ROWS_SEEN if queue == CPU_QUEUE else _GPU_ROWS_SEEN
     return Policy(name=name, version=1, defended=is_defended(name), queue=queue, auto_rows_seen=rows_seen)
 
@@ -161,9 +161,23 @@ def resolve_recipe(policy: Policy, base_id: str, request: CreateJob, *, rows: in
     )
 
 
-def resolve_alignment(base_id: str) -> Recipe:
-    """The operator's recipe that aligns this base."""
-    return align_recipe(base_id, SERVED_ALIGNMENT)
+def resolve_alignment(base_id: str, policy: str = "immunotune") -> Recipe:
+    """The operator's recipe that aligns this base for the service's policy. Raises KeyError."""
+    return align_recipe(base_id, DEFENCES[policy].alignment)
+
+
+def require_alignment(policy: Policy, base_id: str, served: str) -> None:
+    """Raises InvalidRequest `model_not_fine_tunable` where a policy starts from another alignment of the base than the
+    one that is served."""
+    needed = DEFENCES[policy.name].alignment
+    if policy.name != _ON_ANY_BASE and served != needed:
+        raise InvalidRequest(
+            f"This project's policy {policy.label} starts from the base '{base_id}' aligned by '{needed}', and this "
+            f"service serves it aligned by '{served}'. The operator can align it so: restart the service with "
+            f"IMMUNOTUNE_POLICY={policy.name}, or give the project a policy that starts from '{served}'.",
+            code="model_not_fine_tunable",
+            param="model",
+        )
 
 
 def resolve_hyperparameters(request: Hyperparameters, policy: Policy, *, rows: int) -> Hyperparameters:

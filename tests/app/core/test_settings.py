@@ -65,3 +65,11 @@ def test_secrets_do_not_show(tmp_path: Path) -> None:
     shown = repr(Settings(data=tmp_path, api_key="sk-proj-0123456789abcdef", database_url="postgresql://u:pw@h/d"))
     assert "0123456789abcdef" not in shown
     assert "pw@" not in shown
+
+
+def test_a_policy_is_one_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_POLICY", "as_asked")
+    assert load_settings().policy == "as_asked"
+    monkeypatch.setenv("IMMUNOTUNE_POLICY", "as_i_like")
+    with pytest.raises(ValidationError, match="IMMUNOTUNE_POLICY is no policy: use immunotune or as_asked"):
+        load_settings()
