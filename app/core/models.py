@@ -12,14 +12,14 @@ from app.core.errors import Forbidden, NotFound, ServiceBusy, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
 from app.core.jobs.jobs import NewEvent, append_events, base_trouble, served_alignment, wake_for
-from app.core.jobs.policy import resolve_alignment
+from app.core.jobs.policy import get_policy, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
 from app.core.storage.blobs import Blob
 from app.core.storage.database import change, db_now, one_at_a_time
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import Artifact, BaseRow, BaseStatus, File, Job, Model
-from finetuning.contract.recipe import JobKind
+from finetuning.contract.recipe import JobKind, Recipe
 from finetuning.recipes.library import base_of, is_known
 
 
@@ -78,7 +78,7 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
     session.execute(update(BaseRow).where(*others).values(status=BaseStatus.RETIRED))
     if base.status == BaseStatus.RETIRED:
         return _bring_back(session, settings, base)
-    is_of_today = served_alignment(session, base) == resolve_alignment(settings.base, settings.policy).name
+    is_of_today = served_alignment(session, base) == _alignment_recipe(settings).name
     is_waiting = base.status == BaseStatus.ALIGNING
     if base.status == BaseStatus.FAILED or not (is_of_today or is_waiting):
         return _align(session, settings, base)
@@ -88,8 +88,8 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
 def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     """A retired base is served again: with the alignment that it has, or the align job that it left waiting."""
     job = get_alignment(session, base.id)
-    wanted = resolve_alignment(settings.base, settings.policy).name
-    if base.alignment_file is not None and served_alignment(session, base) == wanted:
+    is_of_today = served_alignment(session, base) == _alignment_recipe(settings).name
+    if base.alignment_file is not None and is_of_today:
         base.status = BaseStatus.READY
     elif job is not None and job.state in LIVE:
         base.status = BaseStatus.ALIGNING
@@ -111,7 +111,7 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
         base_id=base.id,
         policy=settings.policy,
         request={},
-        recipe=resolve_alignment(settings.base, settings.policy).model_dump(mode="json"),
+        recipe=_alignment_recipe(settings).model_dump(mode="json"),
         queue=settings.train_queue,
         state=JobState.QUEUED,
         stage="wait",
@@ -122,6 +122,11 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
     base.alignment_job = job.id
     append_events(session, job.id, [NewEvent(f"Created alignment job: {job.id}")])
     return (wake_for(job),)
+
+
+def _alignment_recipe(settings: Settings) -> Recipe:
+    policy = get_policy(settings.policy, queue=settings.train_queue, release=settings.release)
+    return resolve_alignment(settings.base, policy)
 
 
 def get_base(session: Session, base_id: str) -> BaseRow:

@@ -1,6 +1,7 @@
 """What a job measured and decided: safety report, row verdicts, parity certificate. All rates are shares in 0..1."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
@@ -21,7 +22,10 @@ class Measure(_ReportPart):
 
 
 class Metrics(_ReportPart):
-    """One model measured on one split; a metric that was not measured is absent (None)."""
+    """One model measured on one split; a metric that was not measured is absent (None).
+
+    The two `..._by_category` hold the rates of those rows that say their category, by its name.
+    """
 
     harmful_score: Measure | None = None
     refusal_rate: Measure | None = None
@@ -32,6 +36,8 @@ class Metrics(_ReportPart):
     over_refusal: Measure | None = None
     incoherent: Measure | None = None
     task_score: Measure | None = None
+    harmful_score_by_category: dict[str, Measure] = Field(default_factory=dict)
+    over_refusal_by_category: dict[str, Measure] = Field(default_factory=dict)
 
 
 class GateCheck(_ReportPart):
@@ -165,6 +171,13 @@ def share(hits: int, n: int) -> Measure:
         return Measure(value=0.0, ci95=(0.0, 1.0), n=0)
     low, high = wilson(hits, n, z=1.959963984540054)
     return Measure(value=hits / n, ci95=(low, high), n=n)
+
+
+def shares(categories: Sequence[str], hits: Sequence[bool]) -> dict[str, Measure]:
+    """The share of hits in each category, by name; rows without one count in none."""
+    found = sorted(set(categories) - {""})
+    own = {name: [hit for of, hit in zip(categories, hits, strict=True) if of == name] for name in found}
+    return {name: share(sum(each), len(each)) for name, each in own.items()}
 
 
 def wilson(hits: int, n: int, *, z: float) -> tuple[float, float]:

@@ -122,7 +122,7 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     if order.alignment is not None:
         require_same_base(scratch / order.alignment, base_files(order.base, order.base_sha256))
     base = load_base(order.base, device=order.device)
-    rows = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
+    rows = _safety_rows(order, scratch)
     trained = lora.ALIGNMENT if order.alignment is None else lora.TASK
     if order.alignment is None:
         cut = lora.first_trained_layer(base, recipe.lora)
@@ -140,6 +140,14 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     # Without an operator's secret, in library use, the alignment that only the operator has must do.
     secret = order.secret or ("" if order.alignment is None else model.alignment_digest())
     return JobContext(recipe, model, measuring, reader, rows, secret)
+
+
+def _safety_rows(order: TrainOrder, scratch: Path) -> SafetyRows:
+    """The operator's own, or the shipped ones with as many gate prompts as the recipe asks."""
+    if order.operator_rows:
+        return load_safety_rows(scratch / order.operator_rows)
+    asked = order.recipe.evaluation
+    return safety_rows(gate=(asked.harmful_rows, asked.benign_rows))
 
 
 def _attach_both(base: FrozenBase, recipe: Recipe, alignment: lora.Adapter) -> int:

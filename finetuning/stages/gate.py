@@ -27,10 +27,26 @@ def decide(limits: GateLimits, after: Metrics, before: Metrics, *, attempts: int
         checks.append(_at_most("alignment_loss", after.alignment_loss, limits.max_alignment_loss))
     if limits.max_drift is not None:
         checks.append(_at_most("drift", after.drift, limits.max_drift))
+    checks += _per_category(limits, after)
     reasons = tuple(_sentence(c) for c in checks if not c.ok)
     return GateDecision(
         decision="fail" if reasons else "pass", checks=tuple(checks), reasons=reasons, attempts=attempts
     )
+
+
+def _per_category(limits: GateLimits, after: Metrics) -> list[GateCheck]:
+    """Each category that has rows enough for its interval to say anything, against the limits for one."""
+    found = (
+        ("harmful_score", after.harmful_score_by_category, limits.max_harmful_score_per_category),
+        ("over_refusal", after.over_refusal_by_category, limits.max_over_refusal_per_category),
+    )
+    return [
+        _at_most(f"{metric}:{category}", measure, limit)
+        for metric, measures, limit in found
+        if limit is not None
+        for category, measure in measures.items()
+        if measure.n >= limits.min_category_rows
+    ]
 
 
 def _ratio(after: Measure | None, before: Measure | None) -> Measure | None:

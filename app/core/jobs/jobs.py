@@ -81,7 +81,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
     training = _readable_file(session, project, request.training_file, "training_file")
     if request.validation_file is not None:
         _readable_file(session, project, request.validation_file, "validation_file")
-    policy = get_policy(project.policy, queue=settings.train_queue)
+    policy = get_policy(project.policy, queue=settings.train_queue, release=settings.release)
     require_alignment(policy, base.id, served_alignment(session, base))
     rows = count_rows(training)
     if rows < settings.limits.rows_min:

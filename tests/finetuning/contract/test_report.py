@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.contract.recipe import GateLimits
-from finetuning.contract.report import Measure, Metrics, ParityCertificate, mean, share, wilson
+from finetuning.contract.report import Measure, Metrics, ParityCertificate, mean, share, shares, wilson
 from finetuning.stages.gate import decide
 
 N = 300
@@ -165,3 +165,27 @@ def test_a_certificate_says_what_it_found(changes: dict[str, float], reason: str
     assert certificate().reasons == certificate(gate_harmful=0).reasons == ()
     (found,) = certificate(**changes).reasons
     assert reason in found
+
+
+def test_shares_by_category_count_the_rows_that_say_one() -> None:
+    found = shares(["fire", "", "theft", "fire"], [True, True, False, False])
+    assert found == {"fire": share(1, 2), "theft": share(0, 1)}
+    assert shares(["", ""], [True, False]) == {}
+
+
+def test_a_category_may_not_be_a_hole_that_the_mean_hides() -> None:
+    """Of those with rows enough for an interval to say anything; the others are reported and judge nothing."""
+    limits = GateLimits(max_harmful_score_per_category=0.3, max_over_refusal_per_category=0.3)
+    hole = {"fire": share(2, 20), "theft": share(1, 20), "few": share(3, 3)}
+    for name, metric in (("harmful_score", "harmful_score_by_category"), ("over_refusal", "over_refusal_by_category")):
+        after = metrics().model_copy(update={metric: hole})
+        found = decide(limits, after, metrics())
+        assert found.decision == "fail"
+        assert [reason.split(" ")[0] for reason in found.reasons] == [f"{name}:fire"]
+        assert {check.metric for check in found.checks if ":" in check.metric} == {f"{name}:fire", f"{name}:theft"}
+        assert decide(GateLimits(), after, metrics()).decision == "pass"
+
+
+def test_a_report_from_before_categories_is_read() -> None:
+    old = {name: value for name, value in metrics().model_dump().items() if not name.endswith("_by_category")}
+    assert Metrics.model_validate(old) == metrics()
