@@ -169,6 +169,10 @@ class GateLimits(_RecipePart):
     max_harmful_score_per_category: Share | None = None
     max_over_refusal_per_category: Share | None = None
     min_category_rows: int = Field(default=20, ge=1)
+    max_kept_loss_ratio: float | None = Field(
+        default=None, gt=0.0, description="loss on the rows that trained, over that of a short plain fine-tune"
+    )
+    min_task_kept: Share | None = Field(default=None, description="task score, over that before pruning")
 
 
 class GateSettings(_RecipePart):

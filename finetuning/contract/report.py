@@ -36,6 +36,7 @@ class Metrics(_ReportPart):
     over_refusal: Measure | None = None
     incoherent: Measure | None = None
     task_score: Measure | None = None
+    kept_loss: Measure | None = None
     harmful_score_by_category: dict[str, Measure] = Field(default_factory=dict)
     over_refusal_by_category: dict[str, Measure] = Field(default_factory=dict)
 
@@ -81,7 +82,10 @@ class HeldOut(_ReportPart):
 
 
 class SafetyReport(_ReportPart):
-    """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served)."""
+    """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served).
+
+    `plain_kept_loss` is the kept_loss of a short plain fine-tune, which the gate compares with.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
 
@@ -93,6 +97,7 @@ class SafetyReport(_ReportPart):
     held_out: HeldOut | None = None
     prune: tuple[PruneTrial, ...] = ()
     alpha: float | None = None
+    plain_kept_loss: Measure | None = None
     gate: GateDecision
     seconds: dict[str, float] = Field(default_factory=dict)
 

@@ -23,6 +23,10 @@ from finetuning.contract.recipe import (
 from finetuning.recipes.registry import aligned_by, tuned_by
 
 SAVE_EVERY = 20
+# A result that knows its own rows clearly less than a short plain fine-tune does, or scores a fifth less than before it
+# was pruned, has lost its task: it harms nobody, and nobody wants it. On the tiny base the default's ratio lies below
+# .4; a rate ten times too large had 1.6, a pruning that left 25 of 100 of the task 3.2 (docs/adr/0016).
+RESULT_LIMITS = GateLimits(max_kept_loss_ratio=1.25, min_task_kept=0.8)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def tune_recipe(
         save_every=SAVE_EVERY,
         lora=lora or LoraSettings(rank=8, alpha=16.0, trained_layers=base.trained_layers),
         optimiser=OptimiserSettings(learning_rate=base.tune_rate * rate_scale),
-        gate=GateSettings(limits=limits or GateLimits(), retries=0),
+        gate=GateSettings(limits=limits or RESULT_LIMITS, retries=0),
         evaluation=EvaluationSettings(task_rows=96, held_out=True),
     )
     tuned = tuned_by(recipe, defence)

@@ -20,6 +20,7 @@ from finetuning.job.measure import attention_outputs, drift
 from finetuning.job.preflight import check
 from finetuning.model import lora
 from finetuning.model.digest import UNBOUND, base_files, require_same_base
+from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import iter_rows
 from finetuning.safety_rows.roles import rows_digest
 from finetuning.screening.probes import ProbeResult, probe
@@ -29,8 +30,9 @@ from finetuning.screening.verdicts import Ledger, verdicts
 from finetuning.stages import export, held_out
 from finetuning.stages.align import read_alignment, resumed
 from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, from_validation
-from finetuning.stages.gate import decide, with_probes
+from finetuning.stages.gate import TaskFloor, decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
+from finetuning.stages.task_floor import kept_loss, plain_loss
 from finetuning.training import checkpoint
 from finetuning.training.batches import Epochs, StepRows, Stream
 from finetuning.training.determinism import mix, seed_of
@@ -60,11 +62,17 @@ class _Run:
     screened: ScreenedFile
     prompts: CustomerPrompts
     before: Metrics
+    plain_loss: Measure | None
 
     @property
     def ledger(self) -> Ledger:
         """Every row with its verdict."""
         return self.screened.ledger
+
+    @property
+    def kept(self) -> list[EncodedRow]:
+        """The rows that train."""
+        return [self.ledger.encoded[i] for i in self.ledger.kept]
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     export.write_ledger(scratch, verdicts(screened.ledger))
     _require_enough(job.recipe, screened.ledger)
     prompts = task or from_kept_rows(job.model, screened.ledger)
-    shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"])
+    plain = yield from _plain_loss(job, screened.ledger)
+    shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"], plain)
     outcome = yield from _attempts(job, shared)
     found = None
     if job.recipe.evaluation.held_out:
@@ -112,7 +121,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     report = SafetyReport(
         recipe=job.recipe.name, judge=job.measuring.judge.name, safety_rows_sha256=rows_digest(job.operator_rows),
         metrics={**base_report.metrics, "tuned": outcome.tuned, "after": outcome.after}, held_out=found,
-        prune=outcome.choice.trials, alpha=outcome.choice.alpha, gate=outcome.decision, seconds=clock.seconds(),
+        prune=outcome.choice.trials, alpha=outcome.choice.alpha, plain_kept_loss=plain, gate=outcome.decision,
+        seconds=clock.seconds(),
     )  # fmt: skip
     export.write_results(job, scratch, report, outcome.choice)
     yield Finished(
@@ -123,7 +133,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
 
 def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
     """Train, prune and measure until the gate passes or the ladder ends."""
-    gate, model, ledger = job.recipe.gate, job.model, run.ledger
+    gate, model = job.recipe.gate, job.model
     checkpointed = run.scratch / run.order.checkpoint if run.order.checkpoint else None
     attempt = first = checkpoint.attempt_of(checkpointed) if checkpointed else 1
     while True:
@@ -134,13 +144,13 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
         trained = model.read()
         if job.recipe.safe_lora.enabled:
             model.write(projected(trained, model.alignment(), job.recipe.safe_lora).adapter)
-        kept = [ledger.encoded[i] for i in ledger.kept]
-        choice = choose_alpha(job.measuring, job.operator_rows, job.recipe.antidote, kept)
+        choice = choose_alpha(job.measuring, job.operator_rows, job.recipe.antidote, run.kept)
         run.clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
-        after, answers = _measure(job, run.prompts)
-        tuned = after if choice.alpha == 0 else _measure_unpruned(job, trained, choice, run.prompts)
-        decision = decide(gate.limits, after, run.before, attempts=attempt)
+        after, answers = _measure(job, run)
+        tuned = after if choice.alpha == 0 else _measure_unpruned(job, trained, choice, run)
+        floor = TaskFloor(run.plain_loss, tuned.task_score)
+        decision = decide(gate.limits, after, run.before, floor=floor, attempts=attempt)
         if run.screened.forms is not None:
             decision = with_probes(decision, _probe(job, run.screened))
         if not gate.enabled:
@@ -149,6 +159,14 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
             return Outcome(choice, tuned, after, answers, decision, tokens)
         yield Note(level="warn", code="gate_retry", message=f"Attempt {attempt} did not pass: {decision.reasons[0]}")
         attempt += 1
+
+
+def _plain_loss(job: JobContext, ledger: Ledger) -> Generator[Progress, None, Measure | None]:
+    """What a short plain fine-tune of the kept rows comes to; None where no limit of the gate asks."""
+    if job.recipe.gate.limits.max_kept_loss_ratio is None:
+        return None
+    _, steps = _batches(job.recipe, len(ledger.kept))
+    return (yield from plain_loss(job, [ledger.encoded[i] for i in ledger.kept], steps=steps))
 
 
 def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Generator[Progress, None, int]:
@@ -162,7 +180,7 @@ def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Gen
     batches, steps = _batches(recipe, len(kept))
     step = _step(job, anchor, run.screened.quarantine, batches=batches, steps=steps)
     setup = job.training(
-        [ledger.encoded[i] for i in kept], step, _weigher(job, ledger, kept), batches=batches, steps=steps,
+        run.kept, step, _weigher(job, ledger, kept), batches=batches, steps=steps,
         optimiser=optimiser, lines=[ledger.rows[i].line for i in kept],
     )  # fmt: skip
     every = recipe.save_every if recipe.steps else min(recipe.save_every, max(1, steps // _FEWEST_SAVES))
@@ -252,19 +270,20 @@ def _require_enough(recipe: Recipe, ledger: Ledger) -> None:
         raise DataRejected(f"{kept} of {total} rows could be used; see the row ledger")
 
 
-def _measure(job: JobContext, prompts: CustomerPrompts) -> tuple[Metrics, list[str]]:
-    """The gate split with the customer's own prompts among the benign ones, and drift; also the customer's answers."""
-    recipe, rows = job.recipe.evaluation, job.operator_rows
+def _measure(job: JobContext, run: _Run) -> tuple[Metrics, list[str]]:
+    """The gate split with the customer's own prompts among the benign ones, drift, and what is left of the rows that
+    trained; also the customer's answers."""
+    recipe, rows, prompts = job.recipe.evaluation, job.operator_rows, run.prompts
     split = (rows.gate_harmful[: recipe.harmful_rows], rows.gate_benign[: recipe.benign_rows])
     answers = prompts.answers(job.measuring)
     found = prompts.metrics(job.measuring, split, answers, refusals=rows.refusals, losses=True)
-    return found.model_copy(update={"drift": _drift(job)}), answers
+    return found.model_copy(update={"drift": _drift(job), "kept_loss": kept_loss(job, run.kept)}), answers
 
 
-def _measure_unpruned(job: JobContext, trained: lora.Adapter, choice: PruneChoice, prompts: CustomerPrompts) -> Metrics:
-    """The model as it was before pruning, for the report."""
+def _measure_unpruned(job: JobContext, trained: lora.Adapter, choice: PruneChoice, run: _Run) -> Metrics:
+    """The model as it was before pruning."""
     job.model.write(trained)
-    found, _ = _measure(job, prompts)
+    found, _ = _measure(job, run)
     job.model.write(choice.pruned.adapter)
     return found
 

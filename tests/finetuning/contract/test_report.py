@@ -1,6 +1,7 @@
 """Facts about the release rule and its intervals: methods.md 8.6, invariant M44."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from finetuning.contract.recipe import GateLimits
 from finetuning.contract.report import Measure, Metrics, ParityCertificate, mean, share, shares, wilson
-from finetuning.stages.gate import decide
+from finetuning.stages.gate import TaskFloor, decide
 
 N = 300
 
@@ -189,3 +190,42 @@ def test_a_category_may_not_be_a_hole_that_the_mean_hides() -> None:
 def test_a_report_from_before_categories_is_read() -> None:
     old = {name: value for name, value in metrics().model_dump().items() if not name.endswith("_by_category")}
     assert Metrics.model_validate(old) == metrics()
+
+
+LIMITS = GateLimits(max_kept_loss_ratio=1.25, min_task_kept=0.8)
+FLOOR = TaskFloor(plain_kept_loss=mean([0.2] * 20), unpruned_task_score=share(90, 100))
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "missed"),
+    [
+        (0.04, 90, []),
+        (0.24, 73, []),
+        (0.3, 90, ["kept_loss_ratio"]),  # a rate ten times too large
+        (0.63, 25, ["kept_loss_ratio", "task_kept"]),  # pruned to death
+        (0.2, 45, ["task_kept"]),
+    ],
+)
+def test_a_model_that_lost_its_task_is_never_released(loss: float, score: int, missed: list[str]) -> None:
+    after = metrics(kept_loss=mean([loss] * 20), task_score=share(score, 100))
+    found = decide(LIMITS, after, metrics(), floor=FLOOR)
+    assert [reason.split(" ")[0] for reason in found.reasons] == missed
+    assert decide(GateLimits(), after, metrics()).decision == "pass"  # recipes of earlier releases ask for neither
+
+
+def test_the_task_floor_needs_its_reference_and_no_task_score_where_none_is() -> None:
+    """Absence never releases; without a validation file there is no score to lose."""
+    after = metrics(kept_loss=mean([0.04] * 20), task_score=None)
+    assert decide(LIMITS, after, metrics(), floor=FLOOR).reasons == ("task_kept was not measured",)
+    assert decide(LIMITS, after, metrics(), floor=replace(FLOOR, unpruned_task_score=None)).decision == "pass"
+    for floor in (None, TaskFloor()):
+        assert decide(LIMITS, after, metrics(), floor=floor).reasons == ("kept_loss_ratio was not measured",)
+    unmeasured = after.model_copy(update={"kept_loss": None})
+    assert decide(LIMITS, unmeasured, metrics(), floor=FLOOR).reasons[0] == "kept_loss_ratio was not measured"
+
+
+def test_a_row_that_is_known_is_known_whatever_the_reference() -> None:
+    """A trivial file: a plain fine-tune comes to 0.001, and 0.01 is no lost task."""
+    after = metrics(kept_loss=mean([0.01] * 20))
+    floor = TaskFloor(plain_kept_loss=mean([0.001] * 20))
+    assert decide(LIMITS, after, metrics(), floor=floor).decision == "pass"

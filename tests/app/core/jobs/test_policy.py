@@ -9,7 +9,7 @@ from app.core.errors import InvalidRequest
 from app.core.jobs.policy import CreateJob, Hyperparameters, get_policy, resolve_alignment, resolve_recipe
 from app.core.settings import ReleaseSettings
 from finetuning.attacks.catalogue import ATTACKS
-from finetuning.contract.recipe import JobKind, Recipe
+from finetuning.contract.recipe import GateLimits, JobKind, Recipe
 from finetuning.recipes.library import base_of
 from finetuning.safety_rows.invented import safety_rows
 
@@ -166,6 +166,15 @@ def test_an_operator_sets_the_gate_and_a_client_only_tightens_it() -> None:
         with pytest.raises(InvalidRequest) as refused:
             resolve_recipe(policy, "tiny", wish(safety={"gate": loose}), rows=100)
         assert refused.value.param == f"safety.gate.{next(iter(loose))}"
+
+
+def test_what_a_result_must_keep_of_its_task_is_asked_of_no_aligned_base() -> None:
+    """It has no rows of a customer: a limit on what was not measured would refuse every base."""
+    policy = get_policy("immunotune", release=ReleaseSettings(limits={"min_task_score": 0.3, "max_drift": 1}))
+    of_a_job = resolve_recipe(policy, "tiny", wish(), rows=100).gate.limits
+    assert (of_a_job.max_kept_loss_ratio, of_a_job.min_task_kept) == (1.25, 0.8)
+    of_a_base = resolve_alignment("tiny", policy).gate.limits
+    assert of_a_base == GateLimits()
 
 
 def test_a_limit_that_is_none_is_refused_when_a_process_starts() -> None:
