@@ -93,8 +93,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     assert order.rows is not None
     clock = StageClock()
     calibration, base_report = read_alignment(scratch / order.alignment)
-    if not require_same_base(scratch / order.alignment, base_files(order.base, order.base_sha256)):
-        yield Note(level="warn", code="alignment_unbound", message=UNBOUND)
+    yield from _unbound(order, scratch / order.alignment)
     alignment = job.model.alignment_digest()
     most = job.recipe.evaluation.task_rows
     task = from_validation(job.model, scratch / order.validation, most=most) if order.validation else None
@@ -108,12 +107,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     plain = yield from _plain_loss(job, screened.ledger)
     shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"], plain)
     outcome = yield from _attempts(job, shared)
-    found = None
-    if job.recipe.evaluation.held_out:
-        clock.start("held_out")
-        yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
-        known = base_report.held_out or HeldOut()
-        found = held_out.of_result(job.measuring, job.operator_rows, known, prompts, answers=outcome.answers)
+    found = yield from _held_out(job, shared, base_report.held_out or HeldOut(), outcome)
     if job.model.alignment_digest() != alignment:
         raise RuntimeError("the alignment adapter changed during the job")
     clock.start("export")
@@ -129,6 +123,23 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         released=outcome.decision.decision != "fail", reasons=outcome.decision.reasons, trained_tokens=outcome.tokens,
         seconds=clock.seconds(),
     )  # fmt: skip
+
+
+def _unbound(order: TrainOrder, alignment: Path) -> Iterator[Note]:
+    """A note where the alignment does not say over which files of its base it was made. Raises OtherBase."""
+    if not require_same_base(alignment, base_files(order.base, order.base_sha256)):
+        yield Note(level="warn", code="alignment_unbound", message=UNBOUND)
+
+
+def _held_out(
+    job: JobContext, run: _Run, known: HeldOut, outcome: Outcome
+) -> Generator[Progress, None, HeldOut | None]:
+    """The test split, opened after the decision, where the recipe asks for it; `known` is the aligned base's."""
+    if not job.recipe.evaluation.held_out:
+        return None
+    run.clock.start("held_out")
+    yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
+    return held_out.of_result(job.measuring, job.operator_rows, known, run.prompts, answers=outcome.answers)
 
 
 def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.core.settings import LeaseSettings, LimitSettings, Settings, load_settings, to_environment
+from app.core.settings import LeaseSettings, LimitSettings, ReleaseSettings, Settings, load_settings, to_environment
 
 
 def test_defaults_lie_under_the_data_folder(tmp_path: Path) -> None:
@@ -30,6 +30,9 @@ def test_a_child_process_rebuilds_equal_settings(tmp_path: Path, monkeypatch: py
         model_server_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
         lease=LeaseSettings(ttl_seconds=3.5),
         limits=LimitSettings(rows_min=11),
+        policy="as_asked",
+        draw_secret="d" * 32,
+        release=ReleaseSettings(harmful_prompts=200, limits={"max_leak": 0.1, "max_drift": None}),
     )
     for name, value in to_environment(settings).items():
         monkeypatch.setenv(name, value)
