@@ -270,6 +270,12 @@ def test_the_operators_own_rows_reach_every_job(tmp_path: Path, kind: JobKind) -
     scene.database.close()
 
 
+def test_a_published_alignment_keeps_what_says_over_which_base_it_was_made(scene: Scene, tmp_path: Path) -> None:
+    job_id = scene.add_job(recipe(kind=JobKind.ALIGN))
+    supervise(scene.host(scripted()), job_id)
+    assert "alignment.json" in scene.unpacked(scene.artifacts(job_id)[Form.ALIGNMENT], tmp_path)
+
+
 def test_every_attempt_of_a_job_gets_the_jobs_own_secret_and_no_other_jobs(scene: Scene) -> None:
     found: dict[str, list[str]] = {}
     for job_id in [scene.add_job(recipe()) for _ in range(2)]:
