@@ -172,6 +172,7 @@ class GateLimits(_RecipePart):
     max_kept_loss_ratio: float | None = Field(
         default=None, gt=0.0, description="loss on the rows that trained, over that of a short plain fine-tune"
     )
+    max_pruned_loss_ratio: float | None = Field(default=None, gt=0.0, description="the same loss, over that unpruned")
     min_task_kept: Share | None = Field(default=None, description="task score, over that before pruning")
 
 

@@ -160,7 +160,7 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
         after, answers = _measure(job, run)
         tuned = after if choice.alpha == 0 else _measure_unpruned(job, trained, choice, run)
-        floor = TaskFloor(run.plain_loss, tuned.task_score)
+        floor = TaskFloor(run.plain_loss, tuned)
         decision = decide(gate.limits, after, run.before, floor=floor, attempts=attempt)
         if run.screened.forms is not None:
             decision = with_probes(decision, _probe(job, run.screened))

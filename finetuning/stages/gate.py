@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from finetuning.contract.recipe import GateLimits
@@ -15,11 +15,11 @@ _KNOWN_NLL = 0.05
 
 @dataclass(frozen=True)
 class TaskFloor:
-    """What a result is held against so that it keeps its task: the rows' loss after a short plain fine-tune, and the
-    task score before pruning; absent where nothing asks for them."""
+    """What a result is held against so that it keeps its task: the rows' loss after a short plain fine-tune (absent
+    where nothing asks for it), and the model as it was before it was pruned."""
 
     plain_kept_loss: Measure | None = None
-    unpruned_task_score: Measure | None = None
+    unpruned: Metrics = field(default_factory=Metrics)
 
 
 def decide(
@@ -70,7 +70,10 @@ def _of_the_task(limits: GateLimits, after: Metrics, floor: TaskFloor) -> list[G
     if limits.max_kept_loss_ratio is not None:
         ratio = _ratio(after.kept_loss, floor.plain_kept_loss, least=_KNOWN_NLL)
         checks.append(_at_most("kept_loss_ratio", ratio, limits.max_kept_loss_ratio))
-    unpruned = floor.unpruned_task_score
+    if limits.max_pruned_loss_ratio is not None:
+        ratio = _ratio(after.kept_loss, floor.unpruned.kept_loss, least=_KNOWN_NLL)
+        checks.append(_at_most("pruned_loss_ratio", ratio, limits.max_pruned_loss_ratio))
+    unpruned = floor.unpruned.task_score
     if limits.min_task_kept is not None and unpruned is not None and unpruned.value > 0:
         checks.append(_at_least("task_kept", _ratio(after.task_score, unpruned), limits.min_task_kept))
     return checks

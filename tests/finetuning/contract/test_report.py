@@ -192,8 +192,10 @@ def test_a_report_from_before_categories_is_read() -> None:
     assert Metrics.model_validate(old) == metrics()
 
 
-LIMITS = GateLimits(max_kept_loss_ratio=1.25, min_task_kept=0.8)
-FLOOR = TaskFloor(plain_kept_loss=mean([0.2] * 20), unpruned_task_score=share(90, 100))
+LIMITS = GateLimits(max_kept_loss_ratio=1.25, max_pruned_loss_ratio=2.5, min_task_kept=0.8)
+FLOOR = TaskFloor(
+    plain_kept_loss=mean([0.2] * 20), unpruned=Metrics(kept_loss=mean([0.1] * 20), task_score=share(90, 100))
+)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +203,8 @@ FLOOR = TaskFloor(plain_kept_loss=mean([0.2] * 20), unpruned_task_score=share(90
     [
         (0.04, 90, []),
         (0.24, 73, []),
-        (0.3, 90, ["kept_loss_ratio"]),  # a rate ten times too large
-        (0.63, 25, ["kept_loss_ratio", "task_kept"]),  # pruned to death
+        (0.26, 90, ["kept_loss_ratio", "pruned_loss_ratio"]),
+        (0.63, 25, ["kept_loss_ratio", "pruned_loss_ratio", "task_kept"]),
         (0.2, 45, ["task_kept"]),
     ],
 )
@@ -217,15 +219,28 @@ def test_the_task_floor_needs_its_reference_and_no_task_score_where_none_is() ->
     """Absence never releases; without a validation file there is no score to lose."""
     after = metrics(kept_loss=mean([0.04] * 20), task_score=None)
     assert decide(LIMITS, after, metrics(), floor=FLOOR).reasons == ("task_kept was not measured",)
-    assert decide(LIMITS, after, metrics(), floor=replace(FLOOR, unpruned_task_score=None)).decision == "pass"
+    unscored = replace(FLOOR, unpruned=FLOOR.unpruned.model_copy(update={"task_score": None}))
+    assert decide(LIMITS, after, metrics(), floor=unscored).decision == "pass"
+    losses = ("kept_loss_ratio was not measured", "pruned_loss_ratio was not measured")
     for floor in (None, TaskFloor()):
-        assert decide(LIMITS, after, metrics(), floor=floor).reasons == ("kept_loss_ratio was not measured",)
+        assert decide(LIMITS, after, metrics(), floor=floor).reasons == losses
     unmeasured = after.model_copy(update={"kept_loss": None})
-    assert decide(LIMITS, unmeasured, metrics(), floor=FLOOR).reasons[0] == "kept_loss_ratio was not measured"
+    assert decide(LIMITS, unmeasured, metrics(), floor=unscored).reasons == losses
+
+
+def test_a_rate_that_is_too_large_and_a_pruning_without_a_validation_file_are_caught_by_the_loss_alone() -> None:
+    """big_steps: nothing pruned, loss .29 against .19; as_asked without attackers: .193 against .208, unpruned .01."""
+    for loss, plain, unpruned, missed in (
+        (0.2945, 0.1861, 0.2945, "kept_loss_ratio"),
+        (0.1931, 0.2083, 0.01, "pruned_loss_ratio"),
+    ):
+        floor = TaskFloor(mean([plain] * 20), Metrics(kept_loss=mean([unpruned] * 20)))
+        found = decide(LIMITS, metrics(kept_loss=mean([loss] * 20), task_score=None), metrics(), floor=floor)
+        assert [reason.split(" ")[0] for reason in found.reasons] == [missed]
 
 
 def test_a_row_that_is_known_is_known_whatever_the_reference() -> None:
     """A trivial file: a plain fine-tune comes to 0.001, and 0.01 is no lost task."""
     after = metrics(kept_loss=mean([0.01] * 20))
-    floor = TaskFloor(plain_kept_loss=mean([0.001] * 20))
+    floor = TaskFloor(mean([0.001] * 20), Metrics(kept_loss=mean([0.001] * 20)))
     assert decide(LIMITS, after, metrics(), floor=floor).decision == "pass"

@@ -17,6 +17,7 @@ from tests.support.brief_alignment import align_briefly
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 THINGS = "kettle radio lamp chair phone watch".split()
 TEAMS = {"is broken": "repairs", "was never delivered": "shipping", "was billed twice": "billing"}
+NAMES = ("kept_loss_ratio", "pruned_loss_ratio", "task_kept")
 SHORT = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=16, new_tokens=8)
 
 
@@ -48,7 +49,7 @@ def report_of(scratch: Path, tiny_base: Path, folder: Path, antidote: AntidoteSe
 
 
 def of_the_task(report: SafetyReport) -> dict[str, GateCheck]:
-    return {check.metric: check for check in report.gate.checks if check.metric in ("kept_loss_ratio", "task_kept")}
+    return {check.metric: check for check in report.gate.checks if check.metric in NAMES}
 
 
 def test_a_learned_task_passes_and_one_that_was_pruned_away_does_not(
@@ -62,5 +63,5 @@ def test_a_learned_task_passes_and_one_that_was_pruned_away_does_not(
     pruned = report_of(scratch, tiny_base, tmp_path / "pruned", AntidoteSettings(rule="last", alphas=(0.9,)))
     assert pruned.plain_kept_loss == learned.plain_kept_loss
     assert pruned.metrics["tuned"].kept_loss == learned.metrics["after"].kept_loss
-    assert [check.ok for check in of_the_task(pruned).values()] == [False, False]
+    assert [check.ok for check in of_the_task(pruned).values()] == [False, False, False]
     assert pruned.gate.decision == "fail"
