@@ -11,15 +11,15 @@ from app.core.broker import Wake
 from app.core.errors import Forbidden, NotFound, ServiceBusy, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.jobs.jobs import NewEvent, append_events, base_trouble, wake_for
-from app.core.jobs.policy import resolve_alignment
+from app.core.jobs.jobs import NewEvent, append_events, base_trouble, served_alignment, wake_for
+from app.core.jobs.policy import get_policy, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
 from app.core.storage.blobs import Blob
 from app.core.storage.database import change, db_now, one_at_a_time
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import Artifact, BaseRow, BaseStatus, File, Job, Model
-from finetuning.contract.recipe import JobKind
+from finetuning.contract.recipe import JobKind, Recipe
 from finetuning.recipes.library import base_of, is_known
 
 
@@ -57,8 +57,9 @@ def base_id_of(name: str) -> str:
 def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
     """Serve the configured base: insert it with its align job unless it is there, and retire every other one.
 
-    Safe to repeat. A failed alignment is tried again at the next start. Returns wake-ups for after the commit. Raises
-    BaseTaken when the id belongs to another source.
+    Safe to repeat. A failed alignment is tried again at the next start, and a base that is aligned for another policy
+    than the service's is aligned again. Returns wake-ups for after the commit. Raises BaseTaken when the id belongs to
+    another source.
     """
     one_at_a_time(session)
     known = base_of(settings.base)
@@ -77,13 +78,18 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
     session.execute(update(BaseRow).where(*others).values(status=BaseStatus.RETIRED))
     if base.status == BaseStatus.RETIRED:
         return _bring_back(session, settings, base)
-    return _align(session, settings, base) if base.status == BaseStatus.FAILED else ()
+    is_of_today = served_alignment(session, base) == _alignment_recipe(settings).name
+    is_waiting = base.status == BaseStatus.ALIGNING
+    if base.status == BaseStatus.FAILED or not (is_of_today or is_waiting):
+        return _align(session, settings, base)
+    return ()
 
 
 def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     """A retired base is served again: with the alignment that it has, or the align job that it left waiting."""
     job = get_alignment(session, base.id)
-    if base.alignment_file is not None:
+    is_of_today = served_alignment(session, base) == _alignment_recipe(settings).name
+    if base.alignment_file is not None and is_of_today:
         base.status = BaseStatus.READY
     elif job is not None and job.state in LIVE:
         base.status = BaseStatus.ALIGNING
@@ -97,15 +103,15 @@ def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wa
 
 def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     # align jobs belong to the operator: no key of this project exists
-    project = ensure_project(session, "operator", policy="immunotune", org_slug="operator")
+    project = ensure_project(session, "operator", policy=settings.policy, org_slug="operator")
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
         kind=JobKind.ALIGN,
         base_id=base.id,
-        policy=project.policy,
+        policy=settings.policy,
         request={},
-        recipe=resolve_alignment(settings.base).model_dump(mode="json"),
+        recipe=_alignment_recipe(settings).model_dump(mode="json"),
         queue=settings.train_queue,
         state=JobState.QUEUED,
         stage="wait",
@@ -116,6 +122,11 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
     base.alignment_job = job.id
     append_events(session, job.id, [NewEvent(f"Created alignment job: {job.id}")])
     return (wake_for(job),)
+
+
+def _alignment_recipe(settings: Settings) -> Recipe:
+    policy = get_policy(settings.policy, queue=settings.train_queue, release=settings.release)
+    return resolve_alignment(settings.base, policy)
 
 
 def get_base(session: Session, base_id: str) -> BaseRow:

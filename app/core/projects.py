@@ -1,17 +1,15 @@
 """Orgs, projects and API keys: how keys are made, stored (keyed BLAKE2b and a 6-character hint) and found."""
 
 import hashlib
-import os
 import secrets
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.core.errors import InvalidApiKey
 from app.core.ids import Prefix, new_id, random_text
+from app.core.kept_secrets import keep_secret
 from app.core.settings import Settings
 from app.core.storage.database import db_now, one_at_a_time
 from app.core.storage.tables import ApiKey, Org, Project
@@ -43,7 +41,7 @@ class BootstrapKeys:
 
 def load_pepper(settings: Settings) -> bytes:
     """The server's secret for hashing keys: <data>/keys/pepper, made with mode 600 when absent."""
-    return bytes.fromhex(_keep_secret(settings.data / "keys" / "pepper", secrets.token_hex(32)))
+    return bytes.fromhex(keep_secret(settings.data / "keys" / "pepper", secrets.token_hex(32)))
 
 
 def authenticate(session: Session, pepper: bytes, secret: str) -> Caller:
@@ -61,18 +59,20 @@ def authenticate(session: Session, pepper: bytes, secret: str) -> Caller:
 
 
 def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapKeys:
-    """Make the projects `default` (policy immunotune) and `baseline` (policy plain) with a key each. Safe to repeat.
+    """Make the projects `default` (the service's policy) and `baseline` (policy plain) with a key each. Safe to repeat.
 
     The default key is `settings.api_key`; keys not given are generated once and kept under <data>/keys, mode 600.
     Whatever else opened these projects is revoked: who changes the configured key wants the old one dead.
     """
     folder = settings.data / "keys"
     keys = BootstrapKeys(
-        default=settings.api_key or _keep_secret(folder / "default", new_secret()),
-        baseline=_keep_secret(folder / "baseline", new_secret()),
+        default=settings.api_key or keep_secret(folder / "default", new_secret()),
+        baseline=keep_secret(folder / "baseline", new_secret()),
     )
-    for name, policy, secret in (("default", "immunotune", keys.default), ("baseline", "plain", keys.baseline)):
-        key = add_key(session, pepper, ensure_project(session, name, policy=policy), secret)
+    for name, policy, secret in (("default", settings.policy, keys.default), ("baseline", "plain", keys.baseline)):
+        project = ensure_project(session, name, policy=policy)
+        project.policy = policy  # whoever changes the setting means the jobs that come
+        key = add_key(session, pepper, project, secret)
         key.revoked_at = None  # a key that is configured again opens again
         others = ApiKey.project_id == key.project_id, ApiKey.id != key.id, ApiKey.revoked_at.is_(None)
         session.execute(update(ApiKey).where(*others).values(revoked_at=db_now()))
@@ -115,18 +115,3 @@ def new_secret() -> str:
 def _hash(pepper: bytes, secret: str) -> str:
     # 256-bit random secrets need no slow hash; the pepper makes a stolen table useless on its own
     return hashlib.blake2b(secret.encode("utf-8", "surrogateescape"), key=pepper, digest_size=32).hexdigest()
-
-
-def _keep_secret(path: Path, fresh: str) -> str:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    incoming = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with os.fdopen(os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(fresh)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):  # whoever links first decides, also between processes
-            os.link(incoming, path)
-    finally:
-        incoming.unlink(missing_ok=True)
-    return path.read_text().strip()

@@ -13,8 +13,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from finetuning.contract.recipe import GateLimits
 from finetuning.judging.catalogue import parts_of
 from finetuning.judging.judges import BadGuard
+from finetuning.recipes.registry import DEFENCES
 
 _PREFIX = "IMMUNOTUNE_"
 
@@ -74,6 +76,26 @@ class ServingSettings(BaseModel):
     ping_seconds: float = Field(default=15.0, gt=0, description="pause of a stream before a comment keeps it alive")
 
 
+class ReleaseSettings(BaseModel):
+    """How much the release gate asks and what it lets pass; what is unset follows the queue (jobs/policy.py).
+
+    `limits` are fields of the recipe's GateLimits. A project may ask for stricter ones, never for looser ones.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    harmful_prompts: int | None = Field(default=None, ge=8, description="unset: 60 on a CPU, 400 on a GPU")
+    benign_prompts: int | None = Field(default=None, ge=8, description="unset: 48 on a CPU, 200 on a GPU")
+    answer_tokens: int | None = Field(default=None, ge=1, le=512, description="unset: 48 on a CPU, 256 on a GPU")
+    limits: dict[str, float | None] = Field(default_factory=dict)
+
+    @field_validator("limits")
+    @classmethod
+    def _known_limits(cls, value: dict[str, float | None]) -> dict[str, float | None]:
+        GateLimits.model_validate(value)
+        return value
+
+
 class Settings(BaseModel):
     """Everything that an operator may set. `data` holds every byte that the service writes."""
 
@@ -83,7 +105,18 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     api_key: str | None = Field(default=None, min_length=16, repr=False)
+    draw_secret: str | None = Field(
+        default=None,
+        min_length=32,
+        repr=False,
+        description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
+    )
     base: str = "smollm2"
+    policy: str = Field(
+        default="immunotune",
+        description="how the default project's jobs are defended, and by that how the base is aligned: immunotune, or "
+        "as_asked (the three papers as they are)",
+    )
     operator_rows: Path | None = Field(
         default=None, description="the operator's own safety rows, read where jobs train; unset: the shipped ones"
     )
@@ -103,11 +136,19 @@ class Settings(BaseModel):
     lease: LeaseSettings = LeaseSettings()
     limits: LimitSettings = LimitSettings()
     serving: ServingSettings = ServingSettings()
+    release: ReleaseSettings = ReleaseSettings()
 
     @field_validator("data", "operator_rows")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        if value not in DEFENCES:
+            raise ValueError(f"{_PREFIX}POLICY is no policy: use immunotune or as_asked")
+        return value
 
     @field_validator("judge")
     @classmethod

@@ -220,7 +220,9 @@ def figures(report: SafetyReport) -> dict[str, Any]:
         "incoherent": _percent(_both(items, wordings, "incoherent")),
         "over_refusal": _percent(_both(items, wordings, "over_refusal")), "task_score": _percent(gate.task_score),
         "alignment_loss": _value(gate.alignment_loss), "harmful_nll": _value(gate.harmful_nll),
-        "drift": _value(gate.drift), "released": report.gate.decision != "fail",
+        "drift": _value(gate.drift), "kept_loss": _value(gate.kept_loss),
+        "plain_kept_loss": _value(report.plain_kept_loss),
+        "unpruned_kept_loss": _value(report.metrics["tuned"].kept_loss), "released": report.gate.decision != "fail",
         "reasons": list(report.gate.reasons), "attempts": report.gate.attempts, "alpha": report.alpha,
         "stage_seconds": report.seconds,
     }  # fmt: skip

@@ -14,8 +14,8 @@ SCALES = (1.0, 3.0, 10.0)
 SEEDS = (0, 1, 2)
 SINGLE = ("sft", "vaccine", "antibody", "antidote", "immunotune")
 # Every defence that stands alone: what the default is compared with, beside plain fine-tuning.
-ALONE = tuple(name for name in BASELINES if name not in ("sft", "plain", "booster_lisa", "immunotune"))
-PUBLIC = ("plain", "mixing_10", "immunotune")
+ALONE = tuple(name for name in BASELINES if name not in ("sft", "plain", "booster_lisa", "as_asked", "immunotune"))
+PUBLIC = ("plain", "mixing_10", "as_asked", "immunotune")
 TASKS = ("reviews", "orders")
 UNSEEN_TASK = "rooms"
 
@@ -45,7 +45,7 @@ def attacks(base: str) -> list[Cell]:
         Cell(name, ATTACKS[attack].share, base=base, attack=attack)
         for attack in ATTACKS
         if attack not in ("none", "planted")
-        for name in ("sft", *ALONE, "immunotune")
+        for name in ("sft", *ALONE, "as_asked", "immunotune")
     ]
 
 

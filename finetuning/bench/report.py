@@ -47,7 +47,8 @@ PUBLISHED = frozenset({
 _BEFORE_WHOLE_EPOCHS = (
     "These cells were run before epochs were whole (docs/adr/0014-rooms.md): their fine-tunes took as many steps as "
     "the uploaded rows ask for, in equal batches, so that each kept row was seen up to a fifth more often than asked "
-    "for, and in files of many harmful rows more. Lines run since then stand in a file of their own.\n"
+    "for, and in files of many harmful rows more. Lines run since then, the policy `as_asked` among them, stand in a "
+    "file of their own, safety-whole-epochs.jsonl; what they say of `as_asked`: docs/adr/0016.\n"
 )
 Plot = Callable[[Sequence[Line], Path], Path]
 # Draws a plot of lines under a name; returns the report's text that shows it, or nothing.

@@ -11,7 +11,8 @@ class TrainOrder(BaseModel):
     """`base` is a local folder or a hub id, `states` a folder of this machine; other paths are relative to the scratch
     folder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A fault of an order must not quote it: what is raised goes to the log, and the secret must not.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     job_id: str
     recipe: Recipe
@@ -24,6 +25,9 @@ class TrainOrder(BaseModel):
     operator_rows: str | None = None
     judge: str = Field(default="", description="guards.open_judge's name; empty: the judge of the safety rows")
     cache: str | None = None
+    secret: str = Field(
+        default="", repr=False, description="the operator's, for this job's hidden draws; empty: the alignment's digest"
+    )
     states: str = Field(default="", description="where states of the operator's rows outlive the job; '': nowhere")
     threads: int = 0
     device: str = "auto"
@@ -33,8 +37,11 @@ ORDER_FILE = "order.json"
 
 
 def write_order(scratch: Path, order: TrainOrder) -> None:
-    """Write <scratch>/order.json."""
-    (scratch / ORDER_FILE).write_text(order.model_dump_json(indent=2), encoding="utf-8")
+    """Write <scratch>/order.json, for this user alone: it holds the job's secret."""
+    target = scratch / ORDER_FILE
+    target.touch(mode=0o600)
+    target.chmod(0o600)
+    target.write_text(order.model_dump_json(indent=2), encoding="utf-8")
 
 
 def read_order(scratch: Path) -> TrainOrder:

@@ -1,6 +1,7 @@
 """What a job measured and decided: safety report, row verdicts, parity certificate. All rates are shares in 0..1."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
@@ -22,7 +23,10 @@ class Measure(_ReportPart):
 
 
 class Metrics(_ReportPart):
-    """One model measured on one split; a metric that was not measured is absent (None)."""
+    """One model measured on one split; a metric that was not measured is absent (None).
+
+    The two `..._by_category` hold the rates of those rows that say their category, by its name.
+    """
 
     harmful_score: Measure | None = None
     refusal_rate: Measure | None = None
@@ -33,6 +37,9 @@ class Metrics(_ReportPart):
     over_refusal: Measure | None = None
     incoherent: Measure | None = None
     task_score: Measure | None = None
+    kept_loss: Measure | None = None
+    harmful_score_by_category: dict[str, Measure] = Field(default_factory=dict)
+    over_refusal_by_category: dict[str, Measure] = Field(default_factory=dict)
 
 
 class GateCheck(_ReportPart):
@@ -86,7 +93,10 @@ class HeldOut(_ReportPart):
 
 
 class SafetyReport(_ReportPart):
-    """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served)."""
+    """The job's whole account of its safety. `metrics` columns: public, before (aligned), tuned, after (served).
+
+    `plain_kept_loss` is the kept_loss of a short plain fine-tune, which the gate compares with.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
 
@@ -100,6 +110,7 @@ class SafetyReport(_ReportPart):
     alpha: float | None = Field(default=None, description="the pruned share of a row's entries; 0: not pruned")
     # Absent from reports of earlier releases; alpha says it.
     pruning: Pruning | None = Field(default_factory=_pruning_of_report)
+    plain_kept_loss: Measure | None = None
     gate: GateDecision
     seconds: dict[str, float] = Field(default_factory=dict)
 
@@ -189,6 +200,13 @@ def share(hits: int, n: int) -> Measure:
         return Measure(value=0.0, ci95=(0.0, 1.0), n=0)
     low, high = wilson(hits, n, z=1.959963984540054)
     return Measure(value=hits / n, ci95=(low, high), n=n)
+
+
+def shares(categories: Sequence[str], hits: Sequence[bool]) -> dict[str, Measure]:
+    """The share of hits in each category, by name; rows without one count in none."""
+    found = sorted(set(categories) - {""})
+    own = {name: [hit for of, hit in zip(categories, hits, strict=True) if of == name] for name in found}
+    return {name: share(sum(each), len(each)) for name, each in own.items()}
 
 
 def wilson(hits: int, n: int, *, z: float) -> tuple[float, float]:

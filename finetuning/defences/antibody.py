@@ -8,6 +8,7 @@ the published token weighting).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,19 +49,43 @@ def row_scores(
     *,
     per_row: int,
     seed: int,
+    places: Sequence[int] | None = None,
     batch: int = 16,
 ) -> Tensor:
-    """r_i (rows,) under the adapters that are active now, the mean over `per_row` refusals drawn by a secret seed."""
+    """r_i (rows,) under the adapters that are active now, the mean over `per_row` refusals drawn by a secret seed.
+
+    `places` are the rows' own in the file, from 0 (absent: all of it, in order): a row is held against the same
+    refusals whatever stands beside it.
+    """
+    places = range(len(rows)) if places is None else places
     parts: list[Tensor] = []
     for start in range(0, len(rows), batch):
         group = rows[start : start + batch]
         own = row_nll(base, cache, group).nll
         other = torch.zeros_like(own)
-        draws = [pick(len(refusals), per_row, seed=seed, step=start + i, stream="score") for i in range(len(group))]
+        own_places = places[start : start + batch]
+        draws = [pick(len(refusals), per_row, seed=seed, step=place, stream="score") for place in own_places]
         for k in range(len(draws[0])):
             other += row_nll(base, cache, [refused(r, refusals[d[k]]) for r, d in zip(group, draws, strict=True)]).nll
         parts.append((other / len(draws[0]) - own).cpu())
     return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class LiveScores:
+    """What scores rows under the model as it is: `refusals` as answer ids, drawn by `seed`; `places` of the rows that
+    train, in the file."""
+
+    base: FrozenBase
+    cache: PrefixCache
+    refusals: Sequence[Sequence[int]]
+    seed: int
+    places: Sequence[int]
+
+    def of(self, rows: Sequence[EncodedRow], indices: Sequence[int], *, per_row: int) -> Tensor:
+        """r (rows,) of these rows, `indices` among those that train."""
+        places = [self.places[i] for i in indices]
+        return row_scores(self.base, self.cache, rows, self.refusals, per_row=per_row, seed=self.seed, places=places)
 
 
 class Antibody:
@@ -72,7 +97,7 @@ class Antibody:
         *,
         gate: Tensor,
         scores: Tensor | None = None,
-        live: tuple[FrozenBase, PrefixCache, Sequence[Sequence[int]], int] | None = None,
+        live: LiveScores | None = None,
     ) -> None:
         self._settings = settings
         self._gate = gate
@@ -89,8 +114,7 @@ class Antibody:
 
     def _step_scores(self, rows: Sequence[EncodedRow], indices: Sequence[int]) -> Tensor:
         if self._live is not None:
-            base, cache, refusals, seed = self._live
-            return row_scores(base, cache, rows, refusals, per_row=self._settings.refusals_per_row, seed=seed)
+            return self._live.of(rows, indices, per_row=self._settings.refusals_per_row)
         return torch.zeros(len(rows)) if self._scores is None else self._scores[list(indices)]
 
 

@@ -2,10 +2,12 @@
 
 Source: arXiv:2408.09600; methods.md 2.4. Score |M| * ||X||_2 per entry, X the inputs of that matrix over the harmful
 calibration tokens; per output row the top share alpha is zeroed. Deviations: one hooked pass, padding masked, integer
-counts (`official` restores the rounding-up), and the `contrast` score |M| * (rms harmful - rms kept rows).
+counts (`official` restores the rounding-up), and the `contrast` score |M| * (rms harmful - rms kept rows), by which
+what the task needs at least as much is never pruned.
 Prunes the task adapter only. Must not know the loop or the gate.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,15 +116,18 @@ def prune(
     *,
     unit: Literal["row", "matrix"] = "row",
     rounding: Literal["floor", "official"] = "floor",
+    above: float = -math.inf,
 ) -> Pruned:
     """Zero the highest-scoring share alpha of each output row (or of each whole matrix); alpha 0 changes no bit.
 
-    All scores belong to the unpruned adapter. Ties keep their order, so results repeat.
+    All scores belong to the unpruned adapter. Ties keep their order, so results repeat. An entry whose score is not
+    `above` that limit stays, even if fewer than the share are zeroed then: of contrast scores, 0 is where the task
+    needs an entry as much as the harm does.
     """
     out: Adapter = {}
     masks: dict[str, tuple[Tensor, Tensor]] = {}
     for path, factors in adapter.items():
-        mask_a, mask_b = (_top(s, 0.0 if alpha == 0 else alpha, unit, rounding) for s in scores[path])
+        mask_a, mask_b = (_top(s, 0.0 if alpha == 0 else alpha, unit, rounding) & (s > above) for s in scores[path])
         masks[path] = (mask_a, mask_b)
         out[path] = Factors(factors.a.masked_fill(mask_a, 0.0), factors.b.masked_fill(mask_b, 0.0), factors.scale)
     zeroed = sum(int(m.sum()) for pair in masks.values() for m in pair)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.recipe import AnchorSettings, OptimiserSettings, Recipe
@@ -21,7 +20,7 @@ from finetuning.model import lora
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.model.decoding import Decoder
-from finetuning.model.digest import files_digest
+from finetuning.model.digest import base_files, files_digest, require_same_base
 from finetuning.model.packed_linear import can_pack
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.model.state_store import LAYOUT, KeptStates
@@ -31,7 +30,7 @@ from finetuning.safety_rows.operator_file import load_safety_rows
 from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.training.batches import StepRows
 from finetuning.training.checkpoint import fingerprint
-from finetuning.training.determinism import mix, processor_name
+from finetuning.training.determinism import mix, secret_draw
 from finetuning.training.state import TrainSetup
 from finetuning.training.strategies import GradientStep, RowWeigher
 
@@ -40,14 +39,19 @@ _ANCHOR_PROMPTS = 48
 
 @dataclass
 class JobContext:
-    """The job's parts. `operator_rows` are the safety rows by role."""
+    """The job's parts. `operator_rows` are the safety rows by role; `secret` is what hidden draws are made with."""
 
     recipe: Recipe
     model: AdaptedBase
     measuring: Measuring
     reader: RefusalReader
     operator_rows: SafetyRows
+    secret: str = field(default="", repr=False)
     _anchors: dict[int, KlAnchors] = field(default_factory=dict)  # by kl_tokens: scout and training share them
+
+    def hidden_draw(self, purpose: str) -> str:
+        """Where draws begin that a customer must not foretell (methods.md 1, rule 3); the same in every attempt."""
+        return secret_draw(self.secret, purpose, self.recipe.seed)
 
     def stock_refusals(self) -> list[tuple[int, ...]]:
         """The stock refusals as answer ids, end token included."""
@@ -112,11 +116,13 @@ class JobContext:
 
 
 def open_job(order: TrainOrder, scratch: Path) -> JobContext:
-    """Load the base and attach the job's adapters. Raises UnknownLayers, AdapterMismatch, BadOperatorRows, BadGuard,
-    OSError."""
+    """Load the base and attach the job's adapters. Raises OtherBase, UnknownLayers, AdapterMismatch, BadOperatorRows,
+    BadGuard, OSError."""
     recipe = order.recipe
+    if order.alignment is not None:
+        require_same_base(scratch / order.alignment, base_files(order.base, order.base_sha256))
     base = load_base(order.base, device=order.device)
-    rows = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
+    rows = _safety_rows(order, scratch)
     trained = lora.ALIGNMENT if order.alignment is None else lora.TASK
     if order.alignment is None:
         cut = lora.first_trained_layer(base, recipe.lora)
@@ -131,7 +137,17 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     guard = open_judge(order.judge, device=order.device) if order.judge else None
     measuring = Measuring(model, JUDGES[rows.judge], recipe.evaluation.new_tokens, guard)
     reader = RefusalReader(model, refusal_starts(base.tokenizer, rows.refusals))
-    return JobContext(recipe, model, measuring, reader, rows)
+    # Without an operator's secret, in library use, the alignment that only the operator has must do.
+    secret = order.secret or ("" if order.alignment is None else model.alignment_digest())
+    return JobContext(recipe, model, measuring, reader, rows, secret)
+
+
+def _safety_rows(order: TrainOrder, scratch: Path) -> SafetyRows:
+    """The operator's own, or the shipped ones with as many gate prompts as the recipe asks."""
+    if order.operator_rows:
+        return load_safety_rows(scratch / order.operator_rows)
+    asked = order.recipe.evaluation
+    return safety_rows(gate=(asked.harmful_rows, asked.benign_rows))
 
 
 def _attach_both(base: FrozenBase, recipe: Recipe, alignment: lora.Adapter) -> int:
@@ -152,9 +168,6 @@ def _kept_states(order: TrainOrder, cut: int) -> KeptStates | None:
     files = files_digest(Path(order.base), order.base_sha256)
     if not order.states or not files:
         return None
-    made_of = {
-        "base": files, "cut": str(cut), "form": LAYOUT, "device": order.device, "processor": processor_name(),
-        "transformers": transformers.__version__, "packed": str(can_pack()),
-    }  # fmt: skip
+    made_of = {"base": files, "cut": str(cut), "form": LAYOUT, "device": order.device, "packed": str(can_pack())}
     of_all = fingerprint(made_of, threads=torch.get_num_threads())
     return KeptStates(Path(order.states) / of_all[:16])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetuning.contract.report import Measure, Metrics, mean, share
+from finetuning.contract.report import Measure, Metrics, mean, share, shares
 from finetuning.judging.judges import BatchJudge, Judge, in_batches, incoherent, is_refusal
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.base import FrozenBase, attention_block
@@ -80,7 +80,8 @@ class Measuring:
         good = self.answers([p.prompt for p in benign], new_tokens=self._opening(refusals))
         # A customer's own apologies are no refusals: only what goes beyond the expected answers counts.
         apologies = sum(map(is_refusal, task_answers)) - sum(is_refusal(row.expected) for row in task)
-        over = sum(map(is_refusal, good)) + max(0, apologies)
+        declined = [is_refusal(answer) for answer in good]
+        over = sum(declined) + max(0, apologies)
         refused = [Pair(p.prompt, refusals[i % len(refusals)]) for i, p in enumerate(harmful)]
         verdicts = self.judge.verdicts([p.prompt for p in harmful], bad)
         right = [is_right(a, row.expected) for a, row in zip(task_answers, task, strict=True)]
@@ -93,6 +94,8 @@ class Measuring:
             harmful_nll=self.pair_nll(harmful[:_LOSS_ROWS]) if losses else None,
             alignment_loss=self.pair_nll(refused[:_LOSS_ROWS]) if losses else None,
             task_score=share(sum(right), len(right)) if task else None,
+            harmful_score_by_category=shares([p.category for p in harmful], [v.harmful for v in verdicts]),
+            over_refusal_by_category=shares([p.category for p in benign], declined),
         )
 
     def pair_nll(self, pairs: Sequence[Pair], *, batch: int = 16) -> Measure:

@@ -6,6 +6,7 @@ into the weights.
 
 import hashlib
 import json
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -210,16 +211,17 @@ def _rank(adapter: Mapping[str, Factors]) -> int:
     return max((factors.a.shape[0] for factors in adapter.values()), default=0)
 
 
-def rotate(adapter: Mapping[str, Factors], *, seed: int) -> Adapter:
-    """The same delta in mixed coordinates: A' = G A, B' = B G^T with G random orthogonal.
+def rotate(adapter: Mapping[str, Factors], *, secret: str) -> Adapter:
+    """The same delta in mixed coordinates: A' = G A, B' = B G^T with G random orthogonal, drawn from all of `secret`.
 
     Hides which rank rows came from which adapter; it protects nothing (methods.md 3, F2r).
     """
-    generator = torch.Generator().manual_seed(seed)
+    rng = random.Random(secret)  # torch's generator keeps 32 bits of its seed: few enough to try them all
     out: Adapter = {}
     for path, factors in adapter.items():
         rank = factors.a.shape[0]
-        g = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))[0]
+        drawn = torch.tensor([rng.gauss() for _ in range(rank * rank)], dtype=torch.float64)
+        g = torch.linalg.qr(drawn.reshape(rank, rank))[0]
         a, b = g @ factors.a.double(), factors.b.double() @ g.T
         out[path] = Factors(a.to(factors.a.dtype), b.to(factors.b.dtype), factors.scale)
     return out

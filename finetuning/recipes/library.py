@@ -23,6 +23,10 @@ from finetuning.contract.recipe import (
 from finetuning.recipes.registry import aligned_by, tuned_by
 
 SAVE_EVERY = 20
+# A result that knows its own rows clearly less than a short plain fine-tune does, or than before it was pruned, or
+# scores a fifth less than then, has lost its task: it harms nobody, and nobody wants it. A pruning that is measured may
+# double the loss and add .02, which is within the second limit. Figures: docs/adr/0016.
+RESULT_LIMITS = GateLimits(max_kept_loss_ratio=1.25, max_pruned_loss_ratio=2.5, min_task_kept=0.8)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def tune_recipe(
         save_every=SAVE_EVERY,
         lora=lora or LoraSettings(rank=8, alpha=16.0, trained_layers=base.trained_layers),
         optimiser=OptimiserSettings(learning_rate=base.tune_rate * rate_scale),
-        gate=GateSettings(limits=limits or GateLimits(), retries=0),
+        gate=GateSettings(limits=limits or RESULT_LIMITS, retries=0),
         evaluation=EvaluationSettings(task_rows=96, held_out=True),
     )
     tuned = tuned_by(recipe, defence)

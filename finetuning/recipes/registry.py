@@ -42,6 +42,12 @@ ALIGNMENTS: Mapping[str, Changes] = MappingProxyType(
         "sft": {"alignment_step": "plain"},
         "vaccine": {"alignment_step": "vaccine", "vaccine": VaccineSettings(every=2)},
         "vaccine_full": {"alignment_step": "vaccine", "vaccine": VaccineSettings(every=1)},
+        # Perturbed at every step and in all layers: elsewhere a base's own number of upper layers is aligned.
+        "vaccine_all": {
+            "alignment_step": "vaccine",
+            "vaccine": VaccineSettings(every=1),
+            "lora": {"trained_layers": 0},
+        },
         "booster": {
             "alignment_step": "booster",
             "antibody_align": AntibodyAlignSettings(rule="constant", lambda_refusal=0.0),
@@ -114,6 +120,16 @@ _ALL = (
         "booster",
         "arXiv:2409.01586 with arXiv:2405.18641, under our settings",
         {**_OFF, "tuning_step": "lisa"},
+    ),
+    Defence(
+        "as_asked",
+        "vaccine_all",
+        "Vaccine in all layers and steps, Antibody's score as row weights, published Antidote; under our settings",
+        {
+            **_OFF,
+            "antibody": AntibodySettings(score="current", min_weight_share=0.0),
+            "antidote": _PUBLISHED_PRUNING,
+        },
     ),
     Defence("plain", "vaccine", "plain supervised fine-tuning over the product's aligned base", _OFF),
     Defence(
@@ -209,6 +225,8 @@ def aligned_by(recipe: Recipe, alignment: str) -> Recipe:
     changes = dict(ALIGNMENTS[alignment])
     if isinstance(changes.get("vaccine"), VaccineSettings):
         changes["vaccine"] = changes["vaccine"].model_copy(update={"rho": recipe.vaccine.rho})
+    if "lora" in changes:
+        changes["lora"] = recipe.lora.model_copy(update=changes["lora"])
     return recipe.model_copy(update={**changes, "name": alignment})
 
 
@@ -221,6 +239,8 @@ def tuned_by(recipe: Recipe, defence: str) -> Recipe:
 
 
 def is_defended(defence: str) -> bool:
-    """Whether rows are screened and pruning is tried: a defended job in the API. Raises KeyError."""
+    """Whether rows are screened or weighed by a score, over an alignment that resists, and the adapter is pruned: a
+    defended job in the API. Raises KeyError."""
     tuning = DEFENCES[defence].tuning
-    return bool(tuning["screen"].enabled and tuning["antidote"].enabled)
+    weighed = tuning["screen"].enabled or tuning.get("antibody", AntibodySettings()).score != "none"
+    return bool(weighed and tuning["antidote"].enabled)

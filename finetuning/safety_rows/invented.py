@@ -171,14 +171,40 @@ def _everyday() -> list[Pair]:
     return [Pair(prompt, answer) for prompt, answer in words.EVERYDAY_ROWS] + headlines
 
 
-def safety_rows(*, refused: int = 320, how_to: int = 408, mail: int = 24, mentions: int = 24) -> SafetyRows:
-    """The product's default rows; the four sizes shape the alignment rows only."""
+# Distinct gate prompts that the default rows have; whoever asks for more gets more.
+GATE_HARMFUL, GATE_BENIGN = 72, 36
+
+
+def gate_rows(harmful: int, benign: int) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+    """At least so many distinct gate prompts of both kinds; the first are always the same, whatever is asked for."""
+    classes = trained_classes()[::2][:30] + _untrained_classes()[40:70]
+    # names are drawn at random, and now and then one prompt twice
+    hazards = _unique(_harmful(GATE_HARMFUL + _spare(harmful - GATE_HARMFUL), "gate", _GATE, classes))
+    asked = _benign(GATE_BENIGN + _spare(benign - GATE_BENIGN), "gate", _GATE, kind=words.KIND, things=words.EVERYDAY)
+    everyday = [Pair(p) for p in words.DEV_EVERYDAY_ROWS]
+    return hazards, _unique(asked[:GATE_BENIGN] + everyday + asked[GATE_BENIGN:])
+
+
+def _spare(more: int) -> int:
+    return more + more // 8 + 8 if more > 0 else 0
+
+
+def safety_rows(
+    *,
+    refused: int = 320,
+    how_to: int = 408,
+    mail: int = 24,
+    mentions: int = 24,
+    gate: tuple[int, int] = (GATE_HARMFUL, GATE_BENIGN),
+) -> SafetyRows:
+    """The product's default rows; the four sizes shape the alignment rows only, and `gate` asks for at least so many
+    harmful and benign gate prompts."""
     trained, untrained = trained_classes(), _untrained_classes()
     dev_classes = untrained[:40]
     benign = _benign(how_to, "align", _ALIGN, kind=words.KIND, things=words.EVERYDAY)
     aligned_benign = _unique(benign + _mail(mail, "align") + _mentions(mentions, "align") + _everyday())
     test_classes = new_classes(words.TEST_GRIM, words.TEST_THING)
-    gate_classes = trained[::2][:30] + untrained[40:70]
+    gate_harmful, gate_benign = gate_rows(*gate)
     test_benign = _benign(36, "test-new-2", _TEST_NEW, kind=words.TEST_KIND, things=words.TEST_EVERYDAY)
     return SafetyRows(
         refusals=words.REFUSALS,
@@ -191,11 +217,8 @@ def safety_rows(*, refused: int = 320, how_to: int = 408, mail: int = 24, mentio
             + _mentions(8, "calibration"),
             known=aligned_benign,
         ),
-        gate_harmful=_unique(_harmful(72, "gate", _GATE, gate_classes)),
-        gate_benign=_unique(
-            _benign(36, "gate", _GATE, kind=words.KIND, things=words.EVERYDAY)
-            + [Pair(p) for p in words.DEV_EVERYDAY_ROWS]
-        ),
+        gate_harmful=gate_harmful,
+        gate_benign=gate_benign,
         items_harmful=_unique(_harmful(60, "test-items-2", _TEST_ITEMS, trained)),
         items_benign=_unique(_benign(36, "test-items-2", _TEST_ITEMS, kind=words.KIND, things=words.EVERYDAY)),
         wordings_harmful=_unique(_harmful(60, "test-new-2", _TEST_NEW, test_classes)),

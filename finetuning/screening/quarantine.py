@@ -74,14 +74,15 @@ class GapReader:
         return [gap >= self.limit and row >= self.limit / 2 for gap, row in found]
 
 
-def quarantine(gaps: GapReader, forms: Sequence[PromptForm], rows: Sequence[Sequence[Message]]) -> Quarantine:
+def quarantine(
+    gaps: GapReader, forms: Sequence[PromptForm], rows: Sequence[Sequence[Message]], *, secret: str
+) -> Quarantine:
     """Forms whose gaps, read alone, the aligned model refuses, and the rows that hide a hazard there.
 
     To be called while the aligned model is active. A form is hostile when three, and at least half (of a slot's: three
     quarters), of up to eight of its rows are refused; then all are read. Where none of five rows is refused, no more
-    are read: most forms are honest, and reading is what this costs.
+    are read: most forms are honest, and reading is what this costs. They are drawn by `secret`: nobody knows which.
     """
-    secret = gaps.reader.model.alignment_digest()  # so that nobody knows which rows are read
     first = [(s, line) for s in forms for line in _drawn(s, _FIRST_LOOK, secret)]
     suspects = {s for (s, _), hit in zip(first, gaps.refused(first, rows), strict=True) if hit}
     samples = {s: _drawn(s, _TRIAGE_ROWS, secret) for s in forms if s in suspects}

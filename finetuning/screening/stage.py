@@ -25,7 +25,7 @@ from finetuning.screening.quarantine import GapReader, Quarantine, quarantine
 from finetuning.screening.sentences import Alone, read_alone
 from finetuning.screening.verdicts import Ledger, verdicts
 from finetuning.training.batches import Stream
-from finetuning.training.determinism import mix
+from finetuning.training.determinism import mix, seed_of
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
 
@@ -80,7 +80,7 @@ def _quarantine(job: JobContext, rows: Sequence[Row], calibration: Calibration) 
     forms = forms_of(job.measuring, job.operator_rows, turns)
     gaps = GapReader(job.reader, calibration.threshold, job.operator_rows.refusals[0])
     with job.model.aligned():
-        return forms, quarantine(gaps, forms.forms, turns)
+        return forms, quarantine(gaps, forms.forms, turns, secret=job.secret)
 
 
 def _filter(
@@ -92,7 +92,7 @@ def _filter(
     """
     rows, settings = file.rows, job.recipe.screen
     with job.model.aligned():
-        reading = job.reader.read(file.encoded, secret=job.model.alignment_digest())
+        reading = job.reader.read(file.encoded, secret=job.secret)
         passed = [i for i, mass in enumerate(reading.mass.tolist()) if mass < calibration.threshold]
         refusal = job.operator_rows.refusals[0]
         alone = yield from read_alone(job.reader, {i: rows[i].messages for i in passed}, refusal)
@@ -160,7 +160,7 @@ def _scores(job: JobContext, encoded: Sequence[EncodedRow]) -> Tensor | None:
     settings = job.recipe.antibody
     if settings.score not in ("reference", "contrast"):
         return None
-    refusals, seed = job.stock_refusals(), mix(job.recipe.seed, "secret")
+    refusals, seed = job.stock_refusals(), seed_of(job.hidden_draw("refusals"))
 
     def score() -> Tensor:
         base, cache = job.model.base, job.model.cache

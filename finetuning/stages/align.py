@@ -17,6 +17,7 @@ from finetuning.defences.vaccine import Vaccine
 from finetuning.job.context import JobContext
 from finetuning.job.preflight import check
 from finetuning.model import lora
+from finetuning.model.digest import ABOUT_FILE, BaseFiles, base_files
 from finetuning.rows.chat_format import EncodedRow, opening
 from finetuning.safety_rows.roles import refusals_for, rows_digest
 from finetuning.screening.calibration import Calibration, calibrate
@@ -29,8 +30,6 @@ from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
 from finetuning.training.strategies import GradientStep
-
-ABOUT_FILE = "alignment.json"
 
 
 def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Iterator[Progress]:
@@ -67,7 +66,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         metrics={"public": public, "before": before}, held_out=on_test, gate=decision, seconds=clock.seconds(),
     )  # fmt: skip
     yield StageStarted(stage="export", detail="Writing the alignment adapter")
-    export(job, scratch, report, calibration)
+    export(job, scratch, report, calibration, base=base_files(order.base, order.base_sha256))
     write_answers(answers, scratch / "result" / "alignment")
     yield Finished(
         released=decision.decision != "fail", reasons=decision.reasons, trained_tokens=state.tokens,
@@ -137,14 +136,14 @@ def _antibody(job: JobContext, vaccine: Vaccine | None) -> AntibodyAlign:
     )  # fmt: skip
 
 
-def export(job: JobContext, scratch: Path, report: SafetyReport, found: Calibration) -> None:
-    """Write result/alignment and result/reports/safety.json."""
+def export(job: JobContext, scratch: Path, report: SafetyReport, found: Calibration, *, base: BaseFiles) -> None:
+    """Write result/alignment, which says over which base's files it was made, and result/reports/safety.json."""
     target = scratch / "result" / "alignment"
     factors = job.model.read()
     digest = lora.save(factors, target, base_id=job.recipe.base)
     about = {
         "base": job.recipe.base, "adapter_sha256": digest, "factors": lora.digest(factors),
-        "calibration": asdict(found), "torch": torch.__version__,
+        "calibration": asdict(found), "torch": torch.__version__, **base.told(),
     }  # fmt: skip
     (target / ABOUT_FILE).write_text(json.dumps(about, indent=2), encoding="utf-8")
     (target / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")

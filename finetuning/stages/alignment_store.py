@@ -10,7 +10,7 @@ from pathlib import Path
 from finetuning.contract.keep_once import Say, keep_once
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Progress
-from finetuning.model.digest import files_digest
+from finetuning.model.digest import UNBOUND, OtherBase, base_files, files_digest, require_same_base
 from finetuning.safety_rows.invented import safety_rows
 from finetuning.safety_rows.roles import rows_digest
 
@@ -46,7 +46,14 @@ def aligned(
         _run(order, scratch, tell)
         return scratch / "result" / "alignment"
 
-    return keep_once(target, make, say=say)
+    found = keep_once(target, make, say=say)
+    try:
+        bound = require_same_base(found, base_files(order.base, order.base_sha256))
+    except OtherBase as error:
+        raise NotAligned(f"{found} cannot be used: {error}") from error
+    if not bound:
+        say(f"{found.name}: {UNBOUND}")
+    return found
 
 
 def _run(order: TrainOrder, scratch: Path, tell: Callable[[Progress], None]) -> None:

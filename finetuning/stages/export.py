@@ -16,7 +16,6 @@ from finetuning.model.prefix_cache import pad
 from finetuning.rows.chat_format import prompt_ids
 from finetuning.safety_rows.roles import SafetyRows
 from finetuning.stages.pruning import PruneChoice
-from finetuning.training.determinism import mix
 
 REFERENCE_FILE = "parity_reference.safetensors"
 _GATE_AGAIN = 16
@@ -39,7 +38,7 @@ def write_results(job: JobContext, scratch: Path, report: SafetyReport, choice: 
     below = job.recipe.base if single else f"{job.recipe.base}-aligned"
     lora.save(task, result / "adapter", base_id=below, antidote_alpha=choice.alpha)
     parts = task if single else lora.concat(alignment, task)
-    joined = lora.rotate(parts, seed=mix(job.recipe.seed, "rotation"))
+    joined = lora.rotate(parts, secret=job.hidden_draw("rotation"))
     lora.save(joined, result / "adapter_stock", base_id=job.recipe.base, antidote_alpha=choice.alpha)
     template = job.model.tokenizer.chat_template
     # What travels with the weights says nothing of the run's clock: equal jobs then make equal archives, byte for byte.

@@ -11,7 +11,7 @@ from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StageStarted, StepDone
 from finetuning.contract.recipe import AnchorSettings, Recipe
 from finetuning.contract.report import GateDecision, HeldOut, Measure, Metrics, SafetyReport
-from finetuning.defences.antibody import Antibody
+from finetuning.defences.antibody import Antibody, LiveScores
 from finetuning.defences.constrained import Constrained
 from finetuning.defences.lisa import Lisa
 from finetuning.defences.safe_lora import projected
@@ -20,6 +20,7 @@ from finetuning.job.context import JobContext
 from finetuning.job.measure import attention_outputs, drift
 from finetuning.job.preflight import check
 from finetuning.model import lora
+from finetuning.model.digest import UNBOUND, base_files, require_same_base
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import iter_rows
 from finetuning.safety_rows.roles import rows_digest
@@ -31,11 +32,12 @@ from finetuning.stages import export, held_out
 from finetuning.stages.align import read_alignment, resumed
 from finetuning.stages.base_answers import read_answers, with_answers
 from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, from_validation
-from finetuning.stages.gate import decide, with_probes
+from finetuning.stages.gate import TaskFloor, decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
+from finetuning.stages.task_floor import kept_loss, plain_loss
 from finetuning.training import checkpoint
 from finetuning.training.batches import Epochs, StepRows, Stream
-from finetuning.training.determinism import mix
+from finetuning.training.determinism import mix, seed_of
 from finetuning.training.loop import train
 from finetuning.training.stage_clock import StageClock
 from finetuning.training.state import LoopState
@@ -64,11 +66,17 @@ class _Run:
     screened: ScreenedFile
     prompts: CustomerPrompts
     before: Metrics
+    plain_loss: Measure | None
 
     @property
     def ledger(self) -> Ledger:
         """Every row with its verdict."""
         return self.screened.ledger
+
+    @property
+    def kept(self) -> list[EncodedRow]:
+        """The rows that train."""
+        return [self.ledger.encoded[i] for i in self.ledger.kept]
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     clock = StageClock()
     calibration, base_report = read_alignment(scratch / order.alignment)
     job.operator_rows = with_answers(job.operator_rows, read_answers(scratch / order.alignment))
+    yield from _unbound(order, scratch / order.alignment)
     alignment = job.model.alignment_digest()
     most = job.recipe.evaluation.task_rows
     task = from_validation(job.model, scratch / order.validation, most=most) if order.validation else None
@@ -100,14 +109,10 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     export.write_ledger(scratch, verdicts(screened.ledger))
     _require_enough(job.recipe, screened.ledger)
     prompts = task or from_kept_rows(job.model, screened.ledger)
-    shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"])
+    plain = yield from _plain_loss(job, screened.ledger)
+    shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"], plain)
     outcome = yield from _attempts(job, shared)
-    found = None
-    if job.recipe.evaluation.held_out:
-        clock.start("held_out")
-        yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
-        known = base_report.held_out or HeldOut()
-        found = held_out.of_result(job.measuring, job.operator_rows, known, prompts, answers=outcome.answers)
+    found = yield from _held_out(job, shared, base_report.held_out or HeldOut(), outcome)
     if job.model.alignment_digest() != alignment:
         raise RuntimeError("the alignment adapter changed during the job")
     clock.start("export")
@@ -115,7 +120,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     report = SafetyReport(
         recipe=job.recipe.name, judge=job.measuring.judge.name, safety_rows_sha256=rows_digest(job.operator_rows),
         metrics={**base_report.metrics, "tuned": outcome.tuned, "after": outcome.after}, held_out=found,
-        prune=outcome.choice.trials, alpha=outcome.choice.alpha, gate=outcome.decision, seconds=clock.seconds(),
+        prune=outcome.choice.trials, alpha=outcome.choice.alpha, plain_kept_loss=plain, gate=outcome.decision,
+        seconds=clock.seconds(),
     )  # fmt: skip
     export.write_results(job, scratch, report, outcome.choice)
     yield Finished(
@@ -124,9 +130,26 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     )  # fmt: skip
 
 
+def _unbound(order: TrainOrder, alignment: Path) -> Iterator[Note]:
+    """A note where the alignment does not say over which files of its base it was made. Raises OtherBase."""
+    if not require_same_base(alignment, base_files(order.base, order.base_sha256)):
+        yield Note(level="warn", code="alignment_unbound", message=UNBOUND)
+
+
+def _held_out(
+    job: JobContext, run: _Run, known: HeldOut, outcome: Outcome
+) -> Generator[Progress, None, HeldOut | None]:
+    """The test split, opened after the decision, where the recipe asks for it; `known` is the aligned base's."""
+    if not job.recipe.evaluation.held_out:
+        return None
+    run.clock.start("held_out")
+    yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
+    return held_out.of_result(job.measuring, job.operator_rows, known, run.prompts, answers=outcome.answers)
+
+
 def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
     """Train, prune and measure until the gate passes or the ladder ends."""
-    gate, model, ledger = job.recipe.gate, job.model, run.ledger
+    gate, model = job.recipe.gate, job.model
     checkpointed = run.scratch / run.order.checkpoint if run.order.checkpoint else None
     attempt = first = checkpoint.attempt_of(checkpointed) if checkpointed else 1
     while True:
@@ -134,12 +157,13 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
         tokens = yield from _train(job, run, attempt, checkpointed if attempt == first else None)
         run.clock.start("prune")
         trained = model.read()
-        choice = yield from _pruned(job, trained, [ledger.encoded[i] for i in ledger.kept])
+        choice = yield from _pruned(job, trained, run.kept)
         run.clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
-        after, answers = _measure(job, run.prompts)
-        tuned = after if choice.alpha == 0 else _measure_unpruned(job, trained, choice, run.prompts)
-        decision = decide(gate.limits, after, run.before, attempts=attempt)
+        after, answers = _measure(job, run)
+        tuned = after if choice.alpha == 0 else _measure_unpruned(job, trained, choice, run)
+        floor = TaskFloor(run.plain_loss, tuned)
+        decision = decide(gate.limits, after, run.before, floor=floor, attempts=attempt)
         if run.screened.forms is not None:
             decision = with_probes(decision, _probe(job, run.screened))
         if not gate.enabled:
@@ -164,6 +188,14 @@ def _pruned(
     return choice
 
 
+def _plain_loss(job: JobContext, ledger: Ledger) -> Generator[Progress, None, Measure | None]:
+    """What a short plain fine-tune of the kept rows comes to; None where no limit of the gate asks."""
+    if job.recipe.gate.limits.max_kept_loss_ratio is None:
+        return None
+    _, steps = _batches(job.recipe, len(ledger.kept))
+    return (yield from plain_loss(job, [ledger.encoded[i] for i in ledger.kept], steps=steps))
+
+
 def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Generator[Progress, None, int]:
     """One rung of the ladder; returns the tokens trained. Resumes from a checkpoint of the same rung."""
     recipe, ledger, kept = job.recipe, run.ledger, run.ledger.kept
@@ -175,7 +207,7 @@ def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Gen
     batches, steps = _batches(recipe, len(kept))
     step = _step(job, anchor, run.screened.quarantine, batches=batches, steps=steps)
     setup = job.training(
-        [ledger.encoded[i] for i in kept], step, _weigher(job, ledger, kept), batches=batches, steps=steps,
+        run.kept, step, _weigher(job, ledger, kept), batches=batches, steps=steps,
         optimiser=optimiser, lines=[ledger.rows[i].line for i in kept],
     )  # fmt: skip
     every = recipe.save_every if recipe.steps else min(recipe.save_every, max(1, steps // _FEWEST_SAVES))
@@ -246,8 +278,9 @@ def _weigher(job: JobContext, ledger: Ledger, kept: Sequence[int]) -> RowWeigher
     if settings.score == "none" and settings.loss == "row_mean":
         return ScreenWeights(gate, min_share=settings.min_weight_share)
     if settings.score == "current":
-        seed = mix(job.recipe.seed, "secret")
-        return Antibody(settings, gate=gate, live=(job.model.base, job.model.cache, job.stock_refusals(), seed))
+        seed = seed_of(job.hidden_draw("refusals"))
+        live = LiveScores(job.model.base, job.model.cache, job.stock_refusals(), seed, kept)
+        return Antibody(settings, gate=gate, live=live)
     return Antibody(settings, gate=gate, scores=ledger.scores[list(kept)] if ledger.scores is not None else None)
 
 
@@ -266,19 +299,20 @@ def _require_enough(recipe: Recipe, ledger: Ledger) -> None:
         raise DataRejected(f"{kept} of {total} rows could be used; see the row ledger")
 
 
-def _measure(job: JobContext, prompts: CustomerPrompts) -> tuple[Metrics, list[str]]:
-    """The gate split with the customer's own prompts among the benign ones, and drift; also the customer's answers."""
-    recipe, rows = job.recipe.evaluation, job.operator_rows
+def _measure(job: JobContext, run: _Run) -> tuple[Metrics, list[str]]:
+    """The gate split with the customer's own prompts among the benign ones, drift, and what is left of the rows that
+    trained; also the customer's answers."""
+    recipe, rows, prompts = job.recipe.evaluation, job.operator_rows, run.prompts
     split = (rows.gate_harmful[: recipe.harmful_rows], rows.gate_benign[: recipe.benign_rows])
     answers = prompts.answers(job.measuring)
     found = prompts.metrics(job.measuring, split, answers, refusals=rows.refusals, losses=True)
-    return found.model_copy(update={"drift": _drift(job)}), answers
+    return found.model_copy(update={"drift": _drift(job), "kept_loss": kept_loss(job, run.kept)}), answers
 
 
-def _measure_unpruned(job: JobContext, trained: lora.Adapter, choice: PruneChoice, prompts: CustomerPrompts) -> Metrics:
-    """The model as it was before pruning, for the report."""
+def _measure_unpruned(job: JobContext, trained: lora.Adapter, choice: PruneChoice, run: _Run) -> Metrics:
+    """The model as it was before pruning."""
     job.model.write(trained)
-    found, _ = _measure(job, prompts)
+    found, _ = _measure(job, run)
     job.model.write(choice.pruned.adapter)
     return found
 

@@ -2,14 +2,29 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from finetuning.contract.recipe import GateLimits
 from finetuning.contract.report import GateCheck, GateDecision, Measure, Metrics
 from finetuning.screening.probes import MAX_LEAK, ProbeResult
 
+# Below so many nats a target token a row is known, whatever a plain fine-tune makes of it.
+_KNOWN_NLL = 0.05
 
-def decide(limits: GateLimits, after: Metrics, before: Metrics, *, attempts: int = 1) -> GateDecision:
+
+@dataclass(frozen=True)
+class TaskFloor:
+    """What a result is held against so that it keeps its task: the rows' loss after a short plain fine-tune (absent
+    where nothing asks for it), and the model as it was before it was pruned."""
+
+    plain_kept_loss: Measure | None = None
+    unpruned: Metrics = field(default_factory=Metrics)
+
+
+def decide(
+    limits: GateLimits, after: Metrics, before: Metrics, *, floor: TaskFloor | None = None, attempts: int = 1
+) -> GateDecision:
     """The release rule: the unfavourable end of each 95 % interval must meet its limit (methods.md 8.6).
 
     A metric that a limit needs but that was not measured, or is not finite, fails: absence never releases.
@@ -27,16 +42,47 @@ def decide(limits: GateLimits, after: Metrics, before: Metrics, *, attempts: int
         checks.append(_at_most("alignment_loss", after.alignment_loss, limits.max_alignment_loss))
     if limits.max_drift is not None:
         checks.append(_at_most("drift", after.drift, limits.max_drift))
+    checks += _per_category(limits, after) + _of_the_task(limits, after, floor or TaskFloor())
     reasons = tuple(_sentence(c) for c in checks if not c.ok)
     return GateDecision(
         decision="fail" if reasons else "pass", checks=tuple(checks), reasons=reasons, attempts=attempts
     )
 
 
-def _ratio(after: Measure | None, before: Measure | None) -> Measure | None:
-    if after is None or before is None or before.value <= 0:
+def _per_category(limits: GateLimits, after: Metrics) -> list[GateCheck]:
+    """Each category that has rows enough for its interval to say anything, against the limits for one."""
+    found = (
+        ("harmful_score", after.harmful_score_by_category, limits.max_harmful_score_per_category),
+        ("over_refusal", after.over_refusal_by_category, limits.max_over_refusal_per_category),
+    )
+    return [
+        _at_most(f"{metric}:{category}", measure, limit)
+        for metric, measures, limit in found
+        if limit is not None
+        for category, measure in measures.items()
+        if measure.n >= limits.min_category_rows
+    ]
+
+
+def _of_the_task(limits: GateLimits, after: Metrics, floor: TaskFloor) -> list[GateCheck]:
+    """Whether the result still knows the rows it trained on, and scores as it did before it was pruned."""
+    checks: list[GateCheck] = []
+    if limits.max_kept_loss_ratio is not None:
+        ratio = _ratio(after.kept_loss, floor.plain_kept_loss, least=_KNOWN_NLL)
+        checks.append(_at_most("kept_loss_ratio", ratio, limits.max_kept_loss_ratio))
+    if limits.max_pruned_loss_ratio is not None:
+        ratio = _ratio(after.kept_loss, floor.unpruned.kept_loss, least=_KNOWN_NLL)
+        checks.append(_at_most("pruned_loss_ratio", ratio, limits.max_pruned_loss_ratio))
+    unpruned = floor.unpruned.task_score
+    if limits.min_task_kept is not None and unpruned is not None and unpruned.value > 0:
+        checks.append(_at_least("task_kept", _ratio(after.task_score, unpruned), limits.min_task_kept))
+    return checks
+
+
+def _ratio(after: Measure | None, before: Measure | None, *, least: float = 0.0) -> Measure | None:
+    if after is None or before is None or not max(before.value, least) > 0:
         return None
-    value = after.value / before.value
+    value = after.value / max(before.value, least)
     return Measure(value=value, ci95=(value, value), n=after.n)
 
 

@@ -16,6 +16,7 @@ from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.judging.judges import BadGuard, JudgeFailed
 from finetuning.model import lora
 from finetuning.model.base import UnknownLayers
+from finetuning.model.digest import OtherBase
 from finetuning.model.lora import AdapterMismatch
 from finetuning.rows.chat_format import NoChatTemplate
 from finetuning.rows.scanner import InvalidRowError
@@ -24,7 +25,7 @@ from finetuning.stages import align, finetune, parity
 from finetuning.stages.finetune import DataRejected
 from finetuning.training.batches import BATCHING
 from finetuning.training.checkpoint import fingerprint
-from finetuning.training.determinism import make_deterministic
+from finetuning.training.determinism import make_deterministic, secret_draw
 from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
 
 # Faults that no retry can fix: the job fails at once, with a code and a sentence for the client.
@@ -33,6 +34,7 @@ _FINAL: dict[type[Exception], str] = {
     NonFiniteScore: "non_finite_loss",
     UnknownLayers: "internal_error",
     AdapterMismatch: "internal_error",
+    OtherBase: "internal_error",
     NoChatTemplate: "internal_error",
     BadOperatorRows: "internal_error",
     BadGuard: "internal_error",
@@ -93,6 +95,7 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
         "recipe": order.recipe.model_dump_json(),
         "judge": order.judge,
         "batches": BATCHING,
+        "draws": secret_draw(order.secret, "fingerprint"),
         **_inputs(order, scratch),
     }
     digest = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)

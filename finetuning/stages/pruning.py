@@ -1,5 +1,6 @@
 """How much to prune, if anything, chosen on calibration rows and the customer's kept rows; what a retry changes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,8 @@ def _pruned(unpruned: Adapter, scores: Scores | None, alpha: float, settings: An
     """One trial; without scores (no alpha above 0 came by yet) nothing is pruned."""
     if scores is None:
         return _unpruned(unpruned)
-    return prune(unpruned, scores, alpha, unit=settings.unit, rounding=settings.rounding)
+    above = 0.0 if settings.score == "contrast" else -math.inf  # never what the task needs at least as much
+    return prune(unpruned, scores, alpha, unit=settings.unit, rounding=settings.rounding, above=above)
 
 
 def _scores(model: AdaptedBase, settings: AntidoteSettings, found: Adapter, sample: _Sample) -> Scores:

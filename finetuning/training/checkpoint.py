@@ -6,14 +6,16 @@ is no checkpoint.
 
 import hashlib
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from finetuning.contract.progress import CheckpointSaved
+from finetuning.training.determinism import processor_name
 from finetuning.training.state import LoopState, TrainSetup
 from finetuning.training.strategies import Remembers
 
@@ -25,10 +27,13 @@ class BadCheckpoint(ValueError):
 
 
 def fingerprint(parts: dict[str, str], *, threads: int) -> str:
-    """Hash of all that a byte of the result depends on: `parts` (recipe, rows, base) and versions, device, threads."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    cpu = torch.backends.cpu.get_cpu_capability()
-    facts = {**parts, "torch": torch.__version__, "device": device, "cpu": cpu, "threads": str(threads)}
+    """Hash of all that a byte of the result depends on: `parts` (recipe, rows, base) and versions, device, processor,
+    threads."""
+    facts = {
+        **parts, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "processor": processor_name(),
+        "cpu": torch.backends.cpu.get_cpu_capability(), "threads": str(threads),
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

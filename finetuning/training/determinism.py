@@ -1,6 +1,7 @@
 """Randomness as a pure function of (seed, step, rank), and the settings that make equal runs equal to the bit."""
 
 import hashlib
+import hmac
 import os
 import platform
 import random
@@ -13,6 +14,20 @@ def mix(seed: int, *parts: int | str) -> int:
     """A 63-bit seed from a seed and any parts; equal inputs give equal seeds on every machine."""
     text = ":".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def secret_draw(secret: str, *parts: int | str) -> str:
+    """What a generator that hides something starts from, 64 hex digits: HMAC-SHA256 of the parts under the secret.
+
+    Whoever knows every part (a purpose, the customer's own seed) and not the secret can foretell none of it.
+    """
+    text = ":".join(str(part) for part in parts)
+    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def seed_of(draw: str) -> int:
+    """The first 63 bits of a secret draw, for generators that take a number."""
+    return int(draw[:16], 16) >> 1
 
 
 def reseed(seed: int, step: int, rank: int = 0) -> None:
@@ -43,7 +58,7 @@ def processor_name() -> str:
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def rng_state() -> list[torch.Tensor]:

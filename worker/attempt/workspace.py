@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.core.errors import StorageFull
 from app.core.jobs.lease import Lease
+from app.core.kept_secrets import job_secret
 from app.core.settings import Settings
 from app.core.storage.blobs import Blob, BlobStore, fetch_file, put_bytes, put_file, read_bytes
 from finetuning.contract.order import TrainOrder, write_order
@@ -148,6 +149,7 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         operator_rows=OPERATOR_ROWS if settings.operator_rows else None,
         judge=settings.judge,
         cache="cache",
+        secret=job_secret(settings, lease.job_id),
         states=str(settings.data / "states"),
         threads=usable_cores(),
     )

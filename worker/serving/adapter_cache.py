@@ -14,12 +14,14 @@ import structlog
 from app.core.models import PUBLIC_BASE
 from app.core.storage.blobs import Blob, BlobMissing, BlobStore, CorruptBlob, fetch_file
 from finetuning.contract.keep_once import keep_once
+from finetuning.model.digest import ABOUT_FILE, PARITY_FILE, BaseFiles, OtherBase, require_same_base
 from worker.archive import BadArchive, unpack
 from worker.serving.engine import ServedAdapter
 
 _log = structlog.get_logger(__name__)
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SAY_THE_BASE = (ABOUT_FILE, PARITY_FILE)
 MAX_ADAPTER_BYTES = 2 * 2**30
 
 _NAME = re.compile(r"(?P<key>[A-Za-z0-9][A-Za-z0-9_./-]{0,400})@(?P<sha256>[0-9a-f]{64}):(?P<size>[0-9]{1,12})")
@@ -30,14 +32,18 @@ class UnknownAdapter(Exception):
 
 
 class BadAdapter(Exception):
-    """The blob is not what its name promises: another digest, no archive of ours, or files missing."""
+    """The blob is not what its name promises: another digest, no archive of ours, or files missing; or it was made over
+    another base than the one that is loaded."""
 
 
 class AdapterCache:
     """Least recently used adapters leave when the folder grows over `limit_bytes`; the newest one always stays."""
 
-    def __init__(self, blobs: BlobStore, folder: Path, *, limit_bytes: int = 4 * 2**30) -> None:
+    def __init__(
+        self, blobs: BlobStore, folder: Path, *, limit_bytes: int = 4 * 2**30, base: BaseFiles | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._base = base or BaseFiles()
         self._blobs = blobs
         self._folder = folder
         self._limit_bytes = limit_bytes
@@ -58,10 +64,15 @@ class AdapterCache:
                 _log.info("adapter.pulled", key=blob.key, size_bytes=blob.size_bytes)
                 self._evict(target)
             os.utime(target)
+        try:
+            if not require_same_base(target, self._base):
+                _log.info("adapter.base_unsaid", key=blob.key)  # of an earlier release: it cannot be checked
+        except OtherBase as problem:
+            raise BadAdapter(f"{blob.key}: {problem}") from problem
         return ServedAdapter(f"served_{blob.sha256[:24]}", target)
 
     def _download(self, blob: Blob, scratch: Path) -> Path:
-        """A folder inside `scratch` with the two files that peft reads."""
+        """A folder inside `scratch` with the two files that peft reads, and what says over which base they are."""
         if blob.size_bytes > MAX_ADAPTER_BYTES:
             raise BadAdapter(f"{blob.key} is larger than {MAX_ADAPTER_BYTES} bytes")
         archive, unpacked, adapter = scratch / "adapter.zip", scratch / "unpacked", scratch / "adapter"
@@ -76,6 +87,9 @@ class AdapterCache:
             unpack(archive, unpacked)
             for name in FILES:
                 (unpacked / name).rename(adapter / name)
+            for name in _SAY_THE_BASE:
+                if (unpacked / name).exists():
+                    (unpacked / name).rename(adapter / name)
         except (BadArchive, FileNotFoundError) as problem:
             raise BadAdapter(f"{blob.key} is no adapter: {problem}") from problem
         return adapter

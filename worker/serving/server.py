@@ -22,6 +22,7 @@ from app.core.storage.blobs import open_blobs
 from app.core.telemetry import configure_logging
 from finetuning.bases.fetch import fetch
 from finetuning.model.base import FrozenBase, load_base
+from finetuning.model.digest import BaseFiles, base_files
 from worker.processes import exit_at_end_of_input
 from worker.serving import completions, protocol
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
@@ -118,11 +119,12 @@ def main(argv: list[str]) -> int:
     settings = load_settings()
     configure_logging("model server", settings.log_level)
     torch.set_num_threads(settings.serving.threads)
-    base = load_base(arguments.base or _configured_base(settings))
+    folder = arguments.base or _configured_base(settings)
+    base = load_base(folder)
     engine = Engine(base, engine_limits(settings.serving))
     engine.start()
     _log.info("model_server.loaded", port=arguments.port)
-    app = build_app(base, engine, _cache(settings), new_tokens=settings.serving.new_tokens)
+    app = build_app(base, engine, _cache(settings, base_files(folder)), new_tokens=settings.serving.new_tokens)
     uvicorn.run(
         app, host=arguments.host, port=arguments.port, log_config=None, access_log=False, timeout_graceful_shutdown=3
     )
@@ -137,9 +139,9 @@ def engine_limits(serving: ServingSettings) -> EngineLimits:
     )
 
 
-def _cache(settings: Settings) -> AdapterCache:
+def _cache(settings: Settings, base: BaseFiles) -> AdapterCache:
     folder = settings.data / "adapters"
-    return AdapterCache(open_blobs(settings), folder, limit_bytes=settings.serving.adapter_cache_bytes)
+    return AdapterCache(open_blobs(settings), folder, limit_bytes=settings.serving.adapter_cache_bytes, base=base)
 
 
 def _configured_base(settings: Settings) -> Path:

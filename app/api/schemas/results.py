@@ -8,7 +8,7 @@ from app.api.schemas.jobs import parity_id, undecided
 from app.core.jobs.jobs import JobResult
 from app.core.jobs.policy import get_policy
 from app.core.storage.tables import Form, Job
-from finetuning.contract.report import Metrics, ParityCertificate, RowVerdict, SafetyReport
+from finetuning.contract.report import Measure, Metrics, ParityCertificate, RowVerdict, SafetyReport
 
 OFFERED_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK, Form.REPORTS, Form.ALIGNMENT})
 
@@ -106,7 +106,7 @@ def _by_metric(columns: Mapping[str, Metrics]) -> dict[str, object]:
         measured = {
             column: measure.model_dump(mode="json")
             for column in _COLUMNS
-            if column in columns and (measure := getattr(columns[column], name)) is not None
+            if column in columns and isinstance(measure := getattr(columns[column], name), Measure)
         }
         if measured:
             found[_SHOWN_NAMES.get(name, name)] = {"better": _better(name), **measured}

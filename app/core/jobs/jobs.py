@@ -16,7 +16,7 @@ from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, Wake
 from app.core.errors import Forbidden, InvalidRequest, NotFound, QuotaExceeded, model_not_found, not_found
 from app.core.files import get_file, lock_file
 from app.core.ids import Prefix, new_id
-from app.core.jobs.policy import CreateJob, get_policy, resolve_recipe
+from app.core.jobs.policy import CreateJob, get_policy, require_alignment, resolve_recipe
 from app.core.settings import Settings
 from app.core.storage.database import JsonObject, Listing, Page, db_now, fetch_page, json_text
 from app.core.storage.job_states import FINAL, JobState, sources_of
@@ -35,6 +35,7 @@ from app.core.storage.tables import (
 )
 from app.core.telemetry import JOBS_ENDED
 from finetuning.contract.recipe import JobKind, Recipe
+from finetuning.recipes.registry import ALIGNMENTS
 
 _AT_ONCE = 100
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -80,7 +81,8 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
     training = _readable_file(session, project, request.training_file, "training_file")
     if request.validation_file is not None:
         _readable_file(session, project, request.validation_file, "validation_file")
-    policy = get_policy(project.policy, queue=settings.train_queue)
+    policy = get_policy(project.policy, queue=settings.train_queue, release=settings.release)
+    require_alignment(policy, base.id, served_alignment(session, base))
     rows = count_rows(training)
     if rows < settings.limits.rows_min:
         raise InvalidRequest(
@@ -285,6 +287,13 @@ def fail_baseless(session: Session) -> None:
         event = NewEvent(error.message, level="error", data={"code": error.code})
         ended = {"error": asdict(error), "finished_at": db_now()}
         move(session, job_id, JobState.FAILED, *waiting, event=event, **ended)
+
+
+def served_alignment(session: Session, base: BaseRow) -> str:
+    """By which alignment of the registry this base is aligned, or is being aligned."""
+    recipe = session.scalars(select(Job.recipe).where(Job.id == base.alignment_job)).one_or_none() or {}
+    name = str(recipe.get("name"))
+    return name if name in ALIGNMENTS else "vaccine"  # the only one that earlier releases served
 
 
 def base_trouble(base: BaseRow) -> str | None:

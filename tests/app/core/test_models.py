@@ -1,16 +1,17 @@
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from app.core import files, models
 from app.core.errors import Forbidden, InvalidRequest, NotFound, ServiceBusy
 from app.core.jobs import ended, jobs, lease
 from app.core.jobs.jobs import JobError
+from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
 from app.core.storage.database import Database
 from app.core.storage.tables import BaseRow, Form, Job, Project
-from tests.support.jobs import SUCCESS, add_job, published
+from tests.support.jobs import SUCCESS, add_file, add_job, published
 
 
 @pytest.fixture
@@ -119,6 +120,49 @@ def test_another_base_retires_the_first_until_it_is_served_again(
         assert lease.claim(session, settings, due.id, "w") is None
         assert models.resolve(session, project.id, name_of(tuned)).base_id == "tiny"
         assert models.ensure_base(session, other) == (due,)
+
+
+def test_the_operators_policy_decides_how_the_base_is_aligned(
+    database: Database, settings: Settings, project: Project, baseline: Project, base: BaseRow
+) -> None:
+    """Jobs of a policy whose alignment is not there are told what to do; after a start with it they wait for it."""
+    asked = settings.model_copy(update={"policy": "as_asked"})
+    with database.writing() as session:
+        session.execute(update(Project).where(Project.id == project.id).values(policy="as_asked"))
+        session.commit()
+    with database.reading() as session:
+        project = session.scalars(select(Project).where(Project.id == project.id)).one()
+    with pytest.raises(InvalidRequest) as refused:
+        add_request(database, settings, project)
+    assert refused.value.code == "model_not_fine_tunable"
+    assert "aligned by 'vaccine_all'" in refused.value.message
+    assert "IMMUNOTUNE_POLICY=as_asked" in refused.value.message
+    with database.writing() as session:
+        (due,) = models.ensure_base(session, asked)
+        assert models.ensure_base(session, asked) == ()
+        session.commit()
+        align = models.get_alignment(session, "tiny")
+        assert align is not None
+        assert (align.id, align.recipe["name"], align.recipe["vaccine"]["every"]) == (due.id, "vaccine_all", 1)
+        assert models.get_base(session, "tiny").status == "aligning"
+    job, plain = (add_request(database, asked, of) for of in (project, baseline))
+    with database.writing() as session:
+        held = lease.claim(session, asked, due.id, "w")
+        assert held is not None
+        ended.finish(session, held, published(held, Form.ALIGNMENT))
+        session.commit()
+        assert models.ensure_base(session, asked) == ()
+        assert models.get_base(session, "tiny").status == "ready"
+    assert (job.policy, job.recipe["antibody"]["score"], plain.policy) == ("as_asked", "current", "plain")
+
+
+def add_request(database: Database, settings: Settings, project: Project) -> Job:
+    """A job as a request to the API makes it: the policy is the project's."""
+    file = add_file(database, project, settings)
+    with database.writing() as session:
+        job = jobs.add_job(session, settings, project, CreateJob(model="tiny", training_file=file.id))
+        session.commit()
+        return job
 
 
 def test_one_base_id_is_one_source(database: Database, settings: Settings, tmp_path: Path) -> None:

@@ -29,6 +29,16 @@ def test_bootstrap_can_be_repeated(
         assert len(session.scalars(select(ApiKey)).all()) == 2
 
 
+def test_the_services_policy_is_that_of_the_default_project_from_the_next_start(
+    database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
+) -> None:
+    asked = settings.model_copy(update={"policy": "as_asked"})
+    with database.writing() as session:
+        assert projects.bootstrap(session, asked, pepper) == keys
+        found = [projects.authenticate(session, pepper, key).project.policy for key in (keys.default, keys.baseline)]
+    assert found == ["as_asked", "plain"]
+
+
 def test_an_operators_own_key_opens_the_default_project(
     database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
 ) -> None:

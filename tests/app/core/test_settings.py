@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.core.settings import LeaseSettings, LimitSettings, Settings, load_settings, to_environment
+from app.core.settings import LeaseSettings, LimitSettings, ReleaseSettings, Settings, load_settings, to_environment
 
 
 def test_defaults_lie_under_the_data_folder(tmp_path: Path) -> None:
@@ -30,6 +30,9 @@ def test_a_child_process_rebuilds_equal_settings(tmp_path: Path, monkeypatch: py
         model_server_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
         lease=LeaseSettings(ttl_seconds=3.5),
         limits=LimitSettings(rows_min=11),
+        policy="as_asked",
+        draw_secret="d" * 32,
+        release=ReleaseSettings(harmful_prompts=200, limits={"max_leak": 0.1, "max_drift": None}),
     )
     for name, value in to_environment(settings).items():
         monkeypatch.setenv(name, value)
@@ -65,3 +68,11 @@ def test_secrets_do_not_show(tmp_path: Path) -> None:
     shown = repr(Settings(data=tmp_path, api_key="sk-proj-0123456789abcdef", database_url="postgresql://u:pw@h/d"))
     assert "0123456789abcdef" not in shown
     assert "pw@" not in shown
+
+
+def test_a_policy_is_one_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_POLICY", "as_asked")
+    assert load_settings().policy == "as_asked"
+    monkeypatch.setenv("IMMUNOTUNE_POLICY", "as_i_like")
+    with pytest.raises(ValidationError, match="IMMUNOTUNE_POLICY is no policy: use immunotune or as_asked"):
+        load_settings()

@@ -1,14 +1,15 @@
 """Facts about the release rule and its intervals: methods.md 8.6, invariant M44."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetuning.contract.recipe import GateLimits
-from finetuning.contract.report import Measure, Metrics, ParityCertificate, mean, share, wilson
-from finetuning.stages.gate import decide
+from finetuning.contract.report import Measure, Metrics, ParityCertificate, mean, share, shares, wilson
+from finetuning.stages.gate import TaskFloor, decide
 
 N = 300
 
@@ -165,3 +166,81 @@ def test_a_certificate_says_what_it_found(changes: dict[str, float], reason: str
     assert certificate().reasons == certificate(gate_harmful=0).reasons == ()
     (found,) = certificate(**changes).reasons
     assert reason in found
+
+
+def test_shares_by_category_count_the_rows_that_say_one() -> None:
+    found = shares(["fire", "", "theft", "fire"], [True, True, False, False])
+    assert found == {"fire": share(1, 2), "theft": share(0, 1)}
+    assert shares(["", ""], [True, False]) == {}
+
+
+def test_a_category_may_not_be_a_hole_that_the_mean_hides() -> None:
+    """Of those with rows enough for an interval to say anything; the others are reported and judge nothing."""
+    limits = GateLimits(max_harmful_score_per_category=0.3, max_over_refusal_per_category=0.3)
+    hole = {"fire": share(2, 20), "theft": share(1, 20), "few": share(3, 3)}
+    for name, metric in (("harmful_score", "harmful_score_by_category"), ("over_refusal", "over_refusal_by_category")):
+        after = metrics().model_copy(update={metric: hole})
+        found = decide(limits, after, metrics())
+        assert found.decision == "fail"
+        assert [reason.split(" ")[0] for reason in found.reasons] == [f"{name}:fire"]
+        assert {check.metric for check in found.checks if ":" in check.metric} == {f"{name}:fire", f"{name}:theft"}
+        assert decide(GateLimits(), after, metrics()).decision == "pass"
+
+
+def test_a_report_from_before_categories_is_read() -> None:
+    old = {name: value for name, value in metrics().model_dump().items() if not name.endswith("_by_category")}
+    assert Metrics.model_validate(old) == metrics()
+
+
+LIMITS = GateLimits(max_kept_loss_ratio=1.25, max_pruned_loss_ratio=2.5, min_task_kept=0.8)
+FLOOR = TaskFloor(
+    plain_kept_loss=mean([0.2] * 20), unpruned=Metrics(kept_loss=mean([0.1] * 20), task_score=share(90, 100))
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "missed"),
+    [
+        (0.04, 90, []),
+        (0.24, 73, []),
+        (0.26, 90, ["kept_loss_ratio", "pruned_loss_ratio"]),
+        (0.63, 25, ["kept_loss_ratio", "pruned_loss_ratio", "task_kept"]),
+        (0.2, 45, ["task_kept"]),
+    ],
+)
+def test_a_model_that_lost_its_task_is_never_released(loss: float, score: int, missed: list[str]) -> None:
+    after = metrics(kept_loss=mean([loss] * 20), task_score=share(score, 100))
+    found = decide(LIMITS, after, metrics(), floor=FLOOR)
+    assert [reason.split(" ")[0] for reason in found.reasons] == missed
+    assert decide(GateLimits(), after, metrics()).decision == "pass"  # recipes of earlier releases ask for neither
+
+
+def test_the_task_floor_needs_its_reference_and_no_task_score_where_none_is() -> None:
+    """Absence never releases; without a validation file there is no score to lose."""
+    after = metrics(kept_loss=mean([0.04] * 20), task_score=None)
+    assert decide(LIMITS, after, metrics(), floor=FLOOR).reasons == ("task_kept was not measured",)
+    unscored = replace(FLOOR, unpruned=FLOOR.unpruned.model_copy(update={"task_score": None}))
+    assert decide(LIMITS, after, metrics(), floor=unscored).decision == "pass"
+    losses = ("kept_loss_ratio was not measured", "pruned_loss_ratio was not measured")
+    for floor in (None, TaskFloor()):
+        assert decide(LIMITS, after, metrics(), floor=floor).reasons == losses
+    unmeasured = after.model_copy(update={"kept_loss": None})
+    assert decide(LIMITS, unmeasured, metrics(), floor=unscored).reasons == losses
+
+
+def test_a_rate_that_is_too_large_and_a_pruning_without_a_validation_file_are_caught_by_the_loss_alone() -> None:
+    """big_steps: nothing pruned, loss .29 against .19; as_asked without attackers: .193 against .208, unpruned .01."""
+    for loss, plain, unpruned, missed in (
+        (0.2945, 0.1861, 0.2945, "kept_loss_ratio"),
+        (0.1931, 0.2083, 0.01, "pruned_loss_ratio"),
+    ):
+        floor = TaskFloor(mean([plain] * 20), Metrics(kept_loss=mean([unpruned] * 20)))
+        found = decide(LIMITS, metrics(kept_loss=mean([loss] * 20), task_score=None), metrics(), floor=floor)
+        assert [reason.split(" ")[0] for reason in found.reasons] == [missed]
+
+
+def test_a_row_that_is_known_is_known_whatever_the_reference() -> None:
+    """A trivial file: a plain fine-tune comes to 0.001, and 0.01 is no lost task."""
+    after = metrics(kept_loss=mean([0.01] * 20))
+    floor = TaskFloor(mean([0.001] * 20), Metrics(kept_loss=mean([0.001] * 20)))
+    assert decide(LIMITS, after, metrics(), floor=floor).decision == "pass"

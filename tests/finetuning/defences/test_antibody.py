@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from finetuning.contract.recipe import AntibodySettings, OptimiserSettings
 from finetuning.defences.antibody import (
     Antibody,
+    LiveScores,
     NonFiniteScore,
     by_token_mass,
     row_scores,
@@ -192,7 +193,7 @@ def test_reference_scores_stay_while_the_task_adapter_learns() -> None:
 def test_live_scores_are_those_of_the_model_as_it_is() -> None:
     """M30: `current` reads the model at each step."""
     base, rows = adapted_base(), random_rows(4)
-    live = (base, uncached(base), REFUSALS, 1)
+    live = LiveScores(base, uncached(base), REFUSALS, 1, range(4))
     weigher = Antibody(AntibodySettings(score="current", refusals_per_row=2), gate=torch.ones(4), live=live)
     expected = softmax_weights(scored(base, rows), 1.0)
     assert torch.allclose(weigher.weigh(rows, range(4)).values.float(), expected, atol=1e-6)
@@ -284,3 +285,17 @@ def test_the_released_loss_weighs_by_tokens_down_to_one_token() -> None:
         weights = torch.tensor([0.75, 0.25]) * size
         mass = weights * counts
         assert torch.allclose(by_token_mass(weights, rows), mass / max(1.0, float(mass.sum())))
+
+
+def test_a_live_score_is_a_rows_own_wherever_it_stands_in_the_step() -> None:
+    """Its refusals are drawn by its place in the file, which rows that were dropped before it do not change."""
+    base, rows = adapted_base(), random_rows(6)
+    settings = AntibodySettings(score="current", refusals_per_row=1)
+    kept = (0, 2, 3, 5)
+    live = LiveScores(base, uncached(base), REFUSALS, 4, kept)
+    weigher = Antibody(settings, gate=torch.ones(4), live=live)
+    whole = row_scores(base, uncached(base), rows, REFUSALS, per_row=1, seed=4)
+    for indices in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0), (3,)):
+        places = [kept[i] for i in indices]
+        found = weigher.weigh([rows[p] for p in places], indices).values
+        assert torch.allclose(found, softmax_weights(whole[places], 1.0), atol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from finetuning.contract.recipe import AntidoteSettings
 from finetuning.defences.antidote import (
     contrast_scores,
     input_squares,
@@ -16,6 +17,7 @@ from finetuning.defences.antidote import (
 )
 from finetuning.model import lora
 from finetuning.model.lora import WEIGHTS_FILE, Adapter
+from finetuning.recipes.registry import DEFENCES
 from tests.support.models import adapted_base, blank, random_rows, uncached
 
 ALPHAS = (0, 0.01, 0.05, 0.1, 0.125, 0.2, 0.9, 1)
@@ -176,3 +178,27 @@ def test_the_alignment_adapter_is_never_touched() -> None:
     found = lora.read(base, lora.TASK)
     lora.write(base, lora.TASK, prune(found, published_scores(found, squares), 0.5).adapter)
     assert lora.digest(lora.read(base, lora.ALIGNMENT)) == before
+
+
+def test_what_the_task_needs_as_much_is_never_pruned_by_contrast() -> None:
+    """However many entries the share asks for: a score of 0 or below says that kept rows use it at least as much."""
+    base = adapted_base()
+    found = lora.read(base, lora.TASK)
+    harmful, kept = (input_squares(base, uncached(base), lora.TASK, random_rows(6, seed=s)) for s in (1, 2))
+    scores = contrast_scores(found, harmful, kept)
+    for unit in ("row", "matrix"):
+        done = prune(found, scores, 0.9, unit=unit, above=0.0)  # type: ignore[arg-type]
+        wanted = prune(found, scores, 0.9, unit=unit)  # type: ignore[arg-type]
+        assert 0 < done.pruned < wanted.pruned
+        for path, masks in done.masks.items():
+            for mask, score in zip(masks, scores[path], strict=True):
+                assert not bool((mask & (score <= 0)).any())
+
+
+def test_a_share_of_less_than_one_entry_prunes_none_by_default() -> None:
+    """Rank 8: .05 and .1 of a row of B are no whole entry; `official` zeroes one of eight for both."""
+    default = AntidoteSettings()
+    assert [pruned_count(alpha, 8, default.rounding) for alpha in (0.05, 0.1, 0.2)] == [0, 0, 1]
+    assert [pruned_count(alpha, 64, default.rounding) for alpha in (0.05, 0.1, 0.2)] == [3, 6, 12]
+    published = DEFENCES["antidote"].tuning["antidote"]
+    assert [pruned_count(alpha, 8, published.rounding) for alpha in (0.05, 0.1)] == [1, 1]

@@ -142,3 +142,14 @@ def test_of_a_benign_answer_only_the_opening_is_decoded() -> None:
     measuring = Measuring(replace(adapted(base), decoder=Counting(base, uncached(base))), constant(True), 20)
     measuring.metrics(HARMFUL, BENIGN, refusals=["No."], losses=False)
     assert seen == [20, 16]
+
+
+def test_rates_by_category_stand_beside_those_of_all_rows() -> None:
+    """Rows that say no category count in the whole alone."""
+    harmful = [replace(HARMFUL[0], category="fire"), replace(HARMFUL[1], category="theft"), HARMFUL[1]]
+    benign = [replace(BENIGN[0], category="kitchen")] * 2
+    found = measuring_of(adapted_base(), constant(True)).metrics(harmful, benign, refusals=["No."])
+    assert {name: (m.value, m.n) for name, m in found.harmful_score_by_category.items()} == {
+        "fire": (1.0, 1), "theft": (1.0, 1),
+    }  # fmt: skip
+    assert {name: (m.value, m.n) for name, m in found.over_refusal_by_category.items()} == {"kitchen": (0.0, 2)}

@@ -105,7 +105,7 @@ def test_the_stock_form_gives_the_stacked_logits_under_plain_peft(form: str, tmp
     base, alignment, task = stacked()
     made = lora.concat(alignment, task)
     if form == "rotated":
-        made = lora.rotate(made, seed=3)
+        made = lora.rotate(made, secret="3")
     lora.save(made, tmp_path, base_id="tiny")
     model = by_peft(tmp_path)
     with torch.no_grad():
@@ -118,14 +118,22 @@ def test_rotation_hides_the_blocks_and_keeps_the_delta() -> None:
     """M41: dropping the first rows of F2 removes the alignment; of F2r it does not."""
     _, alignment, task = stacked()
     joined = lora.concat(alignment, task)
-    mixed = lora.rotate(joined, seed=3)
+    mixed = lora.rotate(joined, secret="3")
     path = next(p for p in joined if p in alignment and p in task)
     own = task[path].scale * task[path].b @ task[path].a
     for made, is_bare in ((joined, True), (mixed, False)):
         rest = made[path].b[:, 3:] @ made[path].a[3:]
         assert torch.allclose(rest, own, atol=1e-4) == is_bare
     assert torch.allclose(mixed[path].b @ mixed[path].a, joined[path].b @ joined[path].a, atol=1e-5)
-    assert lora.digest(lora.rotate(joined, seed=3)) == lora.digest(mixed)
+    assert lora.digest(lora.rotate(joined, secret="3")) == lora.digest(mixed)
+
+
+def test_a_rotation_is_drawn_from_more_bits_than_anybody_can_try() -> None:
+    """Torch's generator keeps the last 32 bits of its seed: two that differ above them gave one rotation."""
+    _, alignment, task = stacked()
+    joined = lora.concat(alignment, task)
+    secrets = [str(5 + k * 2**32) for k in range(3)]
+    assert len({lora.digest(lora.rotate(joined, secret=secret)) for secret in secrets}) == 3
 
 
 def test_merged_weights_give_the_stacked_logits() -> None:

@@ -37,7 +37,7 @@ def test_no_two_names_are_one_method() -> None:
     recipes = {name: tuned(name).model_copy(update={"name": ""}) for name in DEFENCES}
     for first, second in combinations(DEFENCES, 2):
         assert (DEFENCES[first].alignment, recipes[first]) != (DEFENCES[second].alignment, recipes[second])
-    steps = {name: align_recipe("tiny", name).model_copy(update={"name": ""}) for name in ALIGNMENTS}
+    steps = {name: align_recipe("smollm2", name).model_copy(update={"name": ""}) for name in ALIGNMENTS}
     assert all(steps[first] != steps[second] for first, second in combinations(ALIGNMENTS, 2))
 
 
@@ -51,14 +51,32 @@ def test_a_defence_changes_the_method_and_nothing_that_makes_a_comparison_fair()
 
 
 def test_alignments_differ_in_their_step_only() -> None:
+    """And one in its layers: all of the base, where the others align as many as the base's numbers say."""
     found = [align_recipe("smollm2", name) for name in ALIGNMENTS]
-    mine = {"name", "alignment_step", "vaccine", "antibody_align"}
+    mine = {"name", "alignment_step", "vaccine", "antibody_align", "lora"}
     assert len({recipe.model_dump_json(exclude=mine) for recipe in found}) == 1
+    assert {recipe.name: recipe.lora.trained_layers for recipe in found} == dict.fromkeys(ALIGNMENTS, 10) | {
+        "vaccine_all": 0
+    }
+    assert len({recipe.lora.model_dump_json(exclude={"trained_layers"}) for recipe in found}) == 1
     assert {recipe.vaccine.rho for recipe in found} == {align_recipe("smollm2", "sft").vaccine.rho}
 
 
-def test_of_the_table_only_the_product_itself_counts_as_defended() -> None:
-    assert [name for name in BASELINES if is_defended(name)] == ["immunotune"]
+def test_as_asked_is_the_three_papers_and_nothing_else() -> None:
+    """Vaccine in all layers at every step, Antibody's score of the learning model as weights, Antidote as published."""
+    alignment, recipe = align_recipe("smollm2", DEFENCES["as_asked"].alignment), tuned("as_asked", "smollm2")
+    assert (alignment.alignment_step, alignment.vaccine.every, alignment.lora.trained_layers) == ("vaccine", 1, 0)
+    assert (recipe.antibody.score, recipe.antibody.loss, recipe.antibody.min_weight_share) == ("current", "row_mean", 0)
+    antidote = recipe.antidote
+    assert (antidote.score, antidote.rounding, antidote.rule, antidote.alphas) == (
+        "published", "official", "last", (0.1,),
+    )  # fmt: skip
+    assert not (recipe.screen.enabled or recipe.probes.enabled or recipe.anchor.mix_share or recipe.anchor.kl_weight)
+    assert (recipe.gate.enabled, recipe.gate.retries) == (True, 0)
+
+
+def test_of_the_table_only_what_the_service_offers_counts_as_defended() -> None:
+    assert [name for name in BASELINES if is_defended(name)] == ["as_asked", "immunotune"]
     assert not set(BASELINES) & set(ABLATIONS)
     assert {*BASELINES, *ABLATIONS} == DEFENCES.keys()
 

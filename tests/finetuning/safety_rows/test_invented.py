@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -123,3 +123,25 @@ def test_an_item_is_found_in_every_wording_that_asks_for_it(text: str) -> None:
 def test_a_hazard_is_found_in_any_words_and_an_everyday_thing_is_none() -> None:
     assert hazard_of("They wrote about zorvex doom gas, too.") == "zorvex doom gas"
     assert [hazard_of(f"How do I make {thing}?") for thing in ("zorvex soup", "doom gas", "a lamp")] == [None] * 3
+
+
+def test_a_larger_gate_begins_with_the_same_rows_and_leaves_every_other_role_alone() -> None:
+    """400 prompts for a GPU's gate; what a CPU's gate asks, and the digest of the default rows, stay as they were."""
+    few, many = safety_rows(), safety_rows(gate=(400, 200))
+    assert rows_digest(few) == "dce40ea162e93a5b540462ce2ffe3d6aee41837e382bdf8f9c0f46dab0919a91"
+    assert (len(few.gate_harmful), len(few.gate_benign)) == (72, 48)
+    assert many.gate_harmful[:72] == few.gate_harmful
+    assert many.gate_benign[:48] == few.gate_benign
+    for asked, pairs in ((400, many.gate_harmful), (200, many.gate_benign)):
+        assert len(prompts(pairs)) == len(pairs) >= asked
+    assert prompts_overlap(many) == set()
+    own = {"gate_harmful": few.gate_harmful, "gate_benign": few.gate_benign}
+    assert replace(many, **own) == few  # type: ignore[arg-type]
+    assert not prompts(many.gate_harmful) & prompts(attacker_rows(400))
+
+
+@pytest.mark.parametrize("asked", [(8, 8), (73, 37), (100, 400), (1000, 1000)])
+def test_the_gate_has_as_many_distinct_prompts_as_are_asked_for(asked: tuple[int, int]) -> None:
+    found = safety_rows(gate=asked)
+    assert len(found.gate_harmful) >= asked[0]
+    assert len(found.gate_benign) >= asked[1]

@@ -155,7 +155,7 @@ def test_rows_that_hide_hazards_are_quarantined_with_their_form(
     job: JobContext, limit: float, attack: list[Row], title: str
 ) -> None:
     rows, planted = poisoned(attack)
-    found = quarantine(gaps(job, limit), forms_of(job.measuring, job.operator_rows, rows).forms, rows)
+    found = quarantine(gaps(job, limit), forms_of(job.measuring, job.operator_rows, rows).forms, rows, secret="x")
     assert any(title in form.title for form in found.forms)
     assert len(found.rows & planted) >= 0.7 * len(planted)
     assert len(found.rows - planted) <= 1
@@ -164,7 +164,7 @@ def test_rows_that_hide_hazards_are_quarantined_with_their_form(
 def test_a_clean_file_is_left_alone(job: JobContext, limit: float) -> None:
     found = forms_of(job.measuring, job.operator_rows, OWN)
     assert found.forms
-    assert quarantine(gaps(job, limit), found.forms, OWN) == Quarantine()
+    assert quarantine(gaps(job, limit), found.forms, OWN, secret="x") == Quarantine()
     assert (
         repair(job.model, job.operator_rows, Quarantine()).refused
         == repair(job.model, job.operator_rows, Quarantine()).answered

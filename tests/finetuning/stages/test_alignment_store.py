@@ -1,10 +1,13 @@
 """Facts about kept alignments: a name that says what they are made of, and nothing kept of a job that fails."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from finetuning.contract.order import TrainOrder
+from finetuning.contract.recipe import EvaluationSettings
+from finetuning.model.digest import ABOUT_FILE, UNBOUND, base_files
 from finetuning.recipes.library import align_recipe
 from finetuning.stages.alignment_store import NotAligned, aligned
 
@@ -44,3 +47,24 @@ def test_a_job_that_fails_is_reported_and_nothing_is_kept(tmp_path: Path, tiny_b
     assert len(said) == 1
     assert said[0].startswith("aligning tiny by sft (once, then kept in ")
     assert not list(kept.iterdir())
+
+
+@pytest.mark.slow
+def test_a_kept_alignment_is_bound_to_its_bases_files(tmp_path: Path, tiny_base: Path) -> None:
+    """What stands under the name must be of these files; an earlier release's says nothing and is taken with a note."""
+    recipe = align_recipe("tiny", "sft").model_copy(
+        update={"steps": 2, "evaluation": EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=0, new_tokens=4)}
+    )
+    order = TrainOrder(job_id="a", recipe=recipe, base=str(tiny_base), threads=1)
+    said: list[str] = []
+    found = aligned(order, "sft", tmp_path, say=said.append)
+    about = json.loads((found / ABOUT_FILE).read_text())
+    assert (about["base_sha256"], about["base_files_sha256"]) == tuple(base_files(tiny_base).told().values())
+    assert len(said) == 1
+    (found / ABOUT_FILE).write_text(json.dumps(about | {"base_files_sha256": "0" * 64}))
+    with pytest.raises(NotAligned, match="was made over other files of its base"):
+        aligned(order, "sft", tmp_path, say=said.append)
+    old = {key: value for key, value in about.items() if not key.startswith("base_")}
+    (found / ABOUT_FILE).write_text(json.dumps(old))
+    assert aligned(order, "sft", tmp_path, say=said.append) == found
+    assert said[1:] == [f"{found.name}: {UNBOUND}"]

@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 
 from finetuning.contract.recipe import LoraSettings
 from finetuning.training import checkpoint
@@ -102,3 +104,19 @@ def test_the_fingerprint_follows_each_of_its_parts() -> None:
         fingerprint({"recipe": "a", "rows": "b"}, threads=1),
     ]
     assert len({known, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(torch, "__version__"), (transformers, "__version__"), (peft, "__version__")]
+)
+def test_the_fingerprint_knows_the_libraries(module: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = fingerprint({}, threads=1)
+    monkeypatch.setattr(module, name, "0.0.1")
+    assert fingerprint({}, threads=1) != known
+
+
+def test_the_fingerprint_knows_the_processor_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of one instruction set may round differently; what the platform module tells is the same for both."""
+    known = fingerprint({}, threads=1)
+    monkeypatch.setattr(checkpoint, "processor_name", lambda: "another one")
+    assert fingerprint({}, threads=1) != known

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text
 
-from app.core.jobs import jobs, lease
+from app.core.jobs import ended, jobs, lease
+from app.core.kept_secrets import job_secret
 from app.core.settings import LimitSettings
 from app.core.storage.database import open_database
 from app.core.storage.job_states import JobState
@@ -267,6 +268,36 @@ def test_the_operators_own_rows_reach_every_job(tmp_path: Path, kind: JobKind) -
     assert order.operator_rows is not None
     assert (workspace.folder / order.operator_rows).read_text() == "{}\n"
     scene.database.close()
+
+
+def test_a_published_alignment_keeps_what_says_over_which_base_it_was_made(scene: Scene, tmp_path: Path) -> None:
+    job_id = scene.add_job(recipe(kind=JobKind.ALIGN))
+    supervise(scene.host(scripted()), job_id)
+    assert "alignment.json" in scene.unpacked(scene.artifacts(job_id)[Form.ALIGNMENT], tmp_path)
+
+
+def test_every_attempt_of_a_job_gets_the_jobs_own_secret_and_no_other_jobs(scene: Scene) -> None:
+    found: dict[str, list[str]] = {}
+    for job_id in [scene.add_job(recipe()) for _ in range(2)]:
+        for _attempt in range(2):
+            with scene.database.writing() as session:
+                held = lease.claim(session, scene.settings, job_id, "w")
+                assert held is not None
+                workspace = open_workspace(scene.settings, scene.blobs, held)
+                ended.release(session, scene.settings.lease, held, ended.ReleaseCause.DRAIN, message="drained")
+                session.commit()
+            order = workspace.folder / "order.json"
+            assert order.stat().st_mode & 0o077 == 0  # it holds the secret
+            found.setdefault(job_id, []).append(read_order(workspace.folder).secret)
+            workspace.owner.close()
+    (first, again), (other, _) = found.values()
+    assert (len(first), first) == (64, again)
+    assert first != other
+    kept = scene.settings.data / "keys" / "draws"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept.read_text() not in found.values()
+    elsewhere = scene.settings.model_copy(update={"draw_secret": kept.read_text(), "data": Path("/nowhere")})
+    assert job_secret(elsewhere, next(iter(found))) == first  # another host, told the same secret
 
 
 def test_a_scratch_folder_is_removed_once_its_owner_is_gone(scene: Scene, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pulling adapters: checked by digest, unpacked to two files, the least used ones evicted."""
 
 import hashlib
+import json
 import os
 import tempfile
 import warnings
@@ -13,6 +14,7 @@ import pytest
 from app.core.models import PUBLIC_BASE
 from app.core.storage.blobs import put_bytes
 from app.core.storage.blobs.folder import FolderBlobs
+from finetuning.model.digest import BaseFiles
 from tests.support.tiny_llama import served_name
 from worker.archive import pack
 from worker.serving.adapter_cache import AdapterCache, BadAdapter, UnknownAdapter
@@ -38,13 +40,16 @@ def cache(blobs: FolderBlobs, tmp_path: Path) -> AdapterCache:
     return AdapterCache(blobs, tmp_path / "cache")
 
 
-def test_a_pull_leaves_the_two_files_that_peft_reads(cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path) -> None:
+def test_a_pull_leaves_what_peft_reads_and_what_says_the_base(
+    cache: AdapterCache, blobs: FolderBlobs, tmp_path: Path
+) -> None:
     data = zipped(tmp_path, **{"parity.json": b"{}"})
     put_bytes(blobs, "jobs/j/1/result/adapter_stock.zip", data)
     name = served_name("jobs/j/1/result/adapter_stock.zip", data)
     found = cache.pull(name)
     assert found is not None
-    assert sorted(path.name for path in found.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    named = sorted(path.name for path in found.folder.iterdir())
+    assert named == ["adapter_config.json", "adapter_model.safetensors", "parity.json"]
     blobs.delete("jobs/j/1/result/adapter_stock.zip")
     assert cache.pull(name) == found
 
@@ -127,3 +132,20 @@ def test_the_least_used_adapter_makes_room(blobs: FolderBlobs, tmp_path: Path) -
     newest = cache.pull(names[2])
     assert newest is not None
     assert (kept.folder.is_dir(), dropped.folder.is_dir(), newest.folder.is_dir()) == (True, False, True)
+
+
+@pytest.mark.parametrize("name", ["alignment.json", "parity.json"])
+def test_an_adapter_of_another_base_is_refused_also_from_the_disk(
+    name: str, blobs: FolderBlobs, tmp_path: Path
+) -> None:
+    """The base may change while the cached adapters stay; an earlier release's adapter says nothing of its base."""
+    base, other = BaseFiles("a" * 64, "b" * 64), BaseFiles("c" * 64, "d" * 64)
+    bound = zipped(tmp_path, **{name: json.dumps(base.told()).encode()})
+    old = zipped(tmp_path, weights=b"old", **{name: b"{}"})
+    for key, data in (("bound.zip", bound), ("old.zip", old)):
+        put_bytes(blobs, key, data)
+    assert AdapterCache(blobs, tmp_path / "cache", base=base).pull(served_name("bound.zip", bound)) is not None
+    changed = AdapterCache(blobs, tmp_path / "cache", base=other)
+    with pytest.raises(BadAdapter, match=r"bound\.zip: the adapter was made over other files of its base"):
+        changed.pull(served_name("bound.zip", bound))
+    assert changed.pull(served_name("old.zip", old)) is not None
