@@ -16,7 +16,8 @@ from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
 from finetuning.job.measure import Measuring
 from finetuning.job.readings import RefusalReader, refusal_starts
 from finetuning.judging.guards import open_judge
-from finetuning.judging.judges import JUDGES
+from finetuning.judging.judges import RULES
+from finetuning.judging.refusals import refusal_reader
 from finetuning.model import lora
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.base import FrozenBase, load_base
@@ -113,7 +114,7 @@ class JobContext:
 
 def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     """Load the base and attach the job's adapters. Raises UnknownLayers, AdapterMismatch, BadOperatorRows, BadGuard,
-    OSError."""
+    JudgeUnreachable, OSError."""
     recipe = order.recipe
     base = load_base(order.base, device=order.device)
     rows = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
@@ -128,8 +129,9 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     cache = PrefixCache(base, cut, folder=scratch / order.cache if order.cache else None, kept=_kept_states(order, cut))
     untrained = lora.read(base, trained)
     model = AdaptedBase(base, cache, Decoder(base, cache), trained, untrained, recipe.max_tokens)
-    guard = open_judge(order.judge, device=order.device) if order.judge else None
-    measuring = Measuring(model, JUDGES[rows.judge], recipe.evaluation.new_tokens, guard)
+    declines = refusal_reader(rows)
+    guard = open_judge(order.judge, device=order.device, declines=declines) if order.judge else None
+    measuring = Measuring(model, RULES[rows.judge](declines), recipe.evaluation.new_tokens, guard)
     reader = RefusalReader(model, refusal_starts(base.tokenizer, rows.refusals))
     return JobContext(recipe, model, measuring, reader, rows)
 
