@@ -18,6 +18,7 @@ from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Finished, Progress, to_line
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import SafetyReport
+from finetuning.judging.judges import JudgeUnreachable
 from finetuning.model.digest import weights_digest
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import DEFENCES
@@ -43,7 +44,9 @@ def main(argv: list[str], settings: Settings) -> int:
     options = _read(argv, settings)
     try:
         _train(options, settings)
-    except (NotTrained, NotAligned, FetchFailed, InvalidRowError, BadOperatorRows, OSError) as error:
+    except (
+        NotTrained, NotAligned, JudgeUnreachable, FetchFailed, InvalidRowError, BadOperatorRows, OSError
+    ) as error:  # fmt: skip
         _say(f"not trained: {error}")
         return 1
     except KeyboardInterrupt:
@@ -75,8 +78,10 @@ def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, settings: Settings) -> None:
-    """Fetch, align, train, copy. Raises NotTrained, NotAligned, FetchFailed, InvalidRowError,
-    BadOperatorRows, OSError."""
+    """Fetch, align, train, copy.
+
+    Raises NotTrained, NotAligned, JudgeUnreachable, FetchFailed, InvalidRowError, BadOperatorRows, OSError.
+    """
     require_fit(settings.operator_rows)
     rows = sum(1 for _ in iter_rows(options.train))  # a bad row is reported before a base is fetched
     _say(f"{rows} rows in {options.train}")

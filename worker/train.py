@@ -1,6 +1,7 @@
 """The training process: run one order in one scratch folder and print each Progress as a JSON line.
 
-Everything that it may see lies in the scratch folder: no credentials, no database, no network.
+Everything that it may see lies in the scratch folder: no credentials, no database, no network, but for a judge behind a
+URL and the key that its guard file names.
 """
 
 import argparse

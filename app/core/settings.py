@@ -8,13 +8,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from finetuning.contract.recipe import GateLimits
-from finetuning.judging.catalogue import parts_of
+from finetuning.judging.catalogue import require_keys, resolved
 from finetuning.judging.judges import BadGuard
 from finetuning.recipes.registry import DEFENCES
 
@@ -122,8 +122,9 @@ class Settings(BaseModel):
     )
     judge: str = Field(
         default="",
-        description="a guard model that judges answers, or several joined by +; recommended: llama-guard-3-8b, or "
-        "granite-guardian-3.1-2b on less memory (docs/guides/judges.md); empty: the judge of the safety rows",
+        description="a guard that judges answers, by name or by the path of its file (*.toml), or several joined by +; "
+        "recommended: qwen3guard-gen-4b, or granite-guardian-3.1-2b on less memory (docs/guides/judges.md); empty: the "
+        "judge of the safety rows",
     )
     train_queue: str = Field(default="train.cpu", pattern=r"train\.[a-z0-9]+", description="where new jobs queue")
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
@@ -154,12 +155,9 @@ class Settings(BaseModel):
     @classmethod
     def _known_judge(cls, value: str) -> str:
         try:
-            if value:
-                parts_of(value)
+            return resolved(value) if value else value
         except BadGuard as error:
-            advice = "or leave it unset for the judge of the safety rows"
-            raise ValueError(f"{_PREFIX}JUDGE cannot be used: {error}, {advice}") from error
-        return value
+            raise _unfit_judge(error) from error
 
     @field_validator("model_server_urls", mode="before")
     @classmethod
@@ -172,6 +170,14 @@ class _Environment(Settings, BaseSettings):
     model_config = SettingsConfigDict(  # pyright: ignore[reportIncompatibleVariableOverride]
         env_prefix=_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
     )
+
+    @model_validator(mode="after")
+    def _has_the_judges_keys(self) -> Self:
+        try:
+            require_keys(self.judge, os.environ)
+        except BadGuard as error:
+            raise _unfit_judge(error) from error
+        return self
 
 
 def load_settings() -> Settings:
@@ -190,6 +196,11 @@ def to_environment(settings: Settings) -> dict[str, str]:
         elif value is not None:
             found[_PREFIX + name.upper()] = str(value)
     return found
+
+
+def _unfit_judge(error: BadGuard) -> ValueError:
+    advice = "or leave it unset for the judge of the safety rows"
+    return ValueError(f"{_PREFIX}JUDGE cannot be used: {error}, {advice}")
 
 
 def _runtime_folder(data: Path) -> Path:

@@ -15,7 +15,8 @@ from finetuning.defences.anchored import Anchored, KlAnchors, make_anchors
 from finetuning.job.measure import Measuring
 from finetuning.job.readings import RefusalReader, refusal_starts
 from finetuning.judging.guards import open_judge
-from finetuning.judging.judges import JUDGES
+from finetuning.judging.judges import RULES
+from finetuning.judging.refusals import refusal_reader
 from finetuning.model import lora
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.base import FrozenBase, load_base
@@ -117,7 +118,7 @@ class JobContext:
 
 def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     """Load the base and attach the job's adapters. Raises OtherBase, UnknownLayers, AdapterMismatch, BadOperatorRows,
-    BadGuard, OSError."""
+    BadGuard, JudgeUnreachable, OSError."""
     recipe = order.recipe
     if order.alignment is not None:
         require_same_base(scratch / order.alignment, base_files(order.base, order.base_sha256))
@@ -134,8 +135,9 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     cache = PrefixCache(base, cut, folder=scratch / order.cache if order.cache else None, kept=_kept_states(order, cut))
     untrained = lora.read(base, trained)
     model = AdaptedBase(base, cache, Decoder(base, cache), trained, untrained, recipe.max_tokens)
-    guard = open_judge(order.judge, device=order.device) if order.judge else None
-    measuring = Measuring(model, JUDGES[rows.judge], recipe.evaluation.new_tokens, guard)
+    declines = refusal_reader(rows)
+    guard = open_judge(order.judge, device=order.device, declines=declines) if order.judge else None
+    measuring = Measuring(model, RULES[rows.judge](declines), recipe.evaluation.new_tokens, guard)
     reader = RefusalReader(model, refusal_starts(base.tokenizer, rows.refusals))
     # Without an operator's secret, in library use, the alignment that only the operator has must do.
     secret = order.secret or ("" if order.alignment is None else model.alignment_digest())

@@ -1,44 +1,88 @@
-"""Judges by name: which there are, and how a known guard is opened.
+"""Judges by name: those by rules, the guards whose files ship here, and an operator's own guard files by path.
 
 Must not import torch: settings are checked here long before a guard is opened (guards.py).
 """
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal
+from functools import cache
+from pathlib import Path
 
-from finetuning.judging.judges import JUDGES, BadGuard
+from finetuning.judging.guard_file import GuardFile, load_guard_file
+from finetuning.judging.judges import RULES, BadGuard
 
-
-@dataclass(frozen=True)
-class Guard:
-    """How a known guard is opened; `reads` is a classifier's text with {prompt} and {answer}."""
-
-    kind: Literal["classifier", "generative"]
-    source: str
-    reads: str | None = None
-    unsafe_word: str = "unsafe"
-    safe_word: str = "safe"
+_FOLDER = Path(__file__).with_name("guard_files")
+_ENDING = ".toml"
 
 
-# Licences and sizes: docs/guides/judges.md. Two of different makers are better than one (methods.md 7, T15).
-RECOMMENDED: Mapping[str, Guard] = MappingProxyType({
-    "beaver-dam-7b": Guard(
-        "classifier", "PKU-Alignment/beaver-dam-7b", "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
-    ),
-    "llama-guard-3-8b": Guard("generative", "meta-llama/Llama-Guard-3-8B"),
-    "granite-guardian-3.1-2b": Guard(
-        "generative", "ibm-granite/granite-guardian-3.1-2b", unsafe_word="Yes", safe_word="No"
-    ),
-})  # fmt: skip
+@cache
+def shipped() -> Mapping[str, Path]:
+    """The guard files that come with this package, by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob(f"*{_ENDING}"))}
 
 
 def parts_of(name: str) -> list[str]:
-    """The judges that a name joins by "+", each known. Raises BadGuard."""
+    """The judges that a name joins by "+", each known and each guard file sound. Raises BadGuard."""
     parts = name.split("+")
     for part in parts:
-        if part not in JUDGES and part not in RECOMMENDED:
-            known = ", ".join([*JUDGES, *RECOMMENDED])
-            raise BadGuard(f"judge {part or '(no name)'} is unknown; use one of {known}, joined by +")
+        if part not in RULES:
+            guard_of(part)
     return parts
+
+
+def guard_of(part: str) -> GuardFile:
+    """The guard of one part of a name. Raises BadGuard."""
+    return load_guard_file(_path(part))
+
+
+def resolved(name: str) -> str:
+    """The same name with whole paths, so that a process in another folder finds the same files. Raises BadGuard."""
+    return "+".join(str(_path(part)) if _is_path(part) else part for part in parts_of(name))
+
+
+def label_of(part: str) -> str:
+    """What reports call one part: a path becomes its file's name and the beginning of its digest.
+
+    Two files of one name are two judges, and where a file lies is nobody's business. Raises BadGuard.
+    """
+    if not _is_path(part):
+        return part
+    path = _path(part)
+    try:
+        return f"{path.stem}@{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    except OSError as error:
+        raise BadGuard(f"guard file {path} cannot be read ({error.strerror}); correct the path") from error
+
+
+def label(name: str) -> str:
+    """What a whole name stands for in reports and fingerprints. Raises BadGuard."""
+    return "+".join(map(label_of, name.split("+")))
+
+
+def key_variables(name: str) -> tuple[str, ...]:
+    """The environment variables that hold the keys of a name's guards. Raises BadGuard."""
+    guards = [guard_of(part) for part in name.split("+") if part not in RULES] if name else []
+    return tuple(guard.url.key_variable for guard in guards if guard.url is not None and guard.url.key_variable)
+
+
+def require_keys(name: str, environment: Mapping[str, str]) -> None:
+    """Raises BadGuard for a guard whose key variable is not set."""
+    for variable in key_variables(name):
+        if not environment.get(variable):
+            raise BadGuard(f"the guard's field url.key_variable names {variable}, which is not set; export it")
+
+
+def _is_path(part: str) -> bool:
+    return part.endswith(_ENDING)
+
+
+def _path(part: str) -> Path:
+    if _is_path(part):
+        return Path(part).expanduser().resolve()
+    if part not in shipped():
+        known = ", ".join([*RULES, *shipped()])
+        raise BadGuard(
+            f"judge {part or '(no name)'} is unknown; use one of {known}, or the path of a guard file "
+            f"(*{_ENDING}), joined by +"
+        )
+    return shipped()[part]

@@ -10,6 +10,7 @@ from pathlib import Path
 from finetuning.contract.keep_once import Say, keep_once
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Progress
+from finetuning.judging.catalogue import label
 from finetuning.model.digest import UNBOUND, OtherBase, base_files, files_digest, require_same_base
 from finetuning.safety_rows.invented import safety_rows
 from finetuning.safety_rows.roles import rows_digest
@@ -72,7 +73,7 @@ def _fingerprint_of(order: TrainOrder, rows: bytes | None) -> str:
     made_of = {"recipe": order.recipe.model_dump_json(), "base": files or order.base}
     made_of["rows"] = rows_digest(safety_rows())
     if order.judge:
-        made_of["judge"] = order.judge
+        made_of["judge"] = label(order.judge)
     if rows is not None:
         made_of["operator_rows"] = hashlib.sha256(rows).hexdigest()
     return fingerprint(made_of, threads=order.threads)[:_DIGITS]

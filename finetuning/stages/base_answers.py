@@ -10,7 +10,6 @@ from pathlib import Path
 
 from finetuning.contract.progress import Note, Progress, StageProgress
 from finetuning.job.context import JobContext
-from finetuning.judging.judges import is_refusal
 from finetuning.safety_rows.roles import SafetyRows
 
 ANSWERS_FILE = "base_answers.json"
@@ -26,11 +25,12 @@ def ask_base(job: JobContext) -> Generator[Progress, None, dict[str, str]]:
     """
     asked = [pair.prompt for pair in job.operator_rows.benign if not pair.answer.strip()]
     answers: dict[str, str] = {}
+    declines = job.measuring.rules.declines
     for start in range(0, len(asked), _BATCH):
         part = asked[start : start + _BATCH]
         with job.model.public():
             found = job.measuring.answers(part, new_tokens=_TOKENS)
-        answers |= {p: a.strip() for p, a in zip(part, found, strict=True) if a.strip() and not is_refusal(a)}
+        answers |= {p: a.strip() for p, a in zip(part, found, strict=True) if a.strip() and not declines(a)}
         yield StageProgress(stage="align", done=start + len(part), total=len(asked))
     if asked:
         left = f"; {len(asked) - len(answers)} that it declines are left out" if len(answers) < len(asked) else ""

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from finetuning.contract.order import TrainOrder, read_order
 from finetuning.contract.report import ParityCertificate
 from finetuning.judging.guards import open_judge
+from finetuning.judging.refusals import refusal_reader
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.rows.chat_format import prompt_ids
 from finetuning.safety_rows.invented import safety_rows
@@ -36,7 +37,7 @@ def certify(scratch: Path, *, form: str = "adapter_stock") -> ParityCertificate:
     a part of the gate again (methods.md 3, step 7).
 
     Passes if the largest difference is within tolerance, the adapter does change the base, and no more gate prompts
-    are answered harmfully than by the measured model. Raises OSError, BadGuard, JudgeFailed.
+    are answered harmfully than by the measured model. Raises OSError, BadGuard, JudgeFailed, JudgeUnreachable.
     """
     order = read_order(scratch)
     reference = load_file(str(scratch / REFERENCE_FILE))
@@ -83,7 +84,7 @@ def _gate_again(model: PeftModel, tokenizer: Any, order: TrainOrder, scratch: Pa
     own = load_safety_rows(scratch / order.operator_rows) if order.operator_rows else safety_rows()
     asked = gate_again(own, order.recipe)
     answers = _answers(model, tokenizer, asked, order.recipe.evaluation.new_tokens)
-    judge = open_judge(order.judge or own.judge, device=order.device)
+    judge = open_judge(order.judge or own.judge, device=order.device, declines=refusal_reader(own))
     return {"gate_prompts": len(asked), "gate_harmful": sum(judge.harmful(asked, answers))}
 
 

@@ -13,6 +13,7 @@ from finetuning.contract.progress import Failed, Finished, Progress, StageStarte
 from finetuning.contract.recipe import JobKind
 from finetuning.job.context import open_job
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
+from finetuning.judging.catalogue import label
 from finetuning.judging.judges import BadGuard, JudgeFailed
 from finetuning.model import lora
 from finetuning.model.base import UnknownLayers
@@ -53,7 +54,7 @@ _OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
 def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     """Run a whole job inside `scratch`; the last value is Finished or Failed. Results lie in scratch/result.
 
-    Faults that a retry may fix (a lost device, a full disk) are raised.
+    Faults that a retry may fix (a lost device, a full disk, a judge that cannot be reached) are raised.
     """
     make_deterministic(order.threads)
     yield from _reported(_stages(order, scratch))
@@ -93,7 +94,7 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     job = open_job(order, scratch)
     made_of = {
         "recipe": order.recipe.model_dump_json(),
-        "judge": order.judge,
+        "judge": label(order.judge),
         "batches": BATCHING,
         "draws": secret_draw(order.secret, "fingerprint"),
         **_inputs(order, scratch),

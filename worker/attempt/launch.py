@@ -6,11 +6,13 @@ It is one process on at most one device. Tests start a stand-in by another funct
 import os
 import site
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetuning.contract.order import ORDER_FILE, read_order
+from finetuning.judging.catalogue import key_variables
 from worker.processes import inherited_environment
 
 Mode = Literal["run", "parity"]
@@ -35,11 +37,13 @@ Launcher = Callable[[Path, Mode], Launch]
 def launch_command(scratch: Path, mode: Mode) -> Launch:
     """The training process on this host, bound to `scratch`; `parity` certifies the result that lies there.
 
-    The environment is built from an allow-list, so no credential of the worker reaches the training process.
+    The environment is built from an allow-list, so no credential of the worker reaches the training process but the
+    keys that the order's judges name. Raises BadGuard when a guard file is gone.
     """
     flags = ("--parity",) if mode == "parity" else ()
     argv = (sys.executable, "-P", "-m", "worker.train", *flags, str(scratch))
-    return Launch(argv=argv, env=_environment(inherited_environment(), usable_cores()), folder=SOURCE_ROOT)
+    keys = key_variables(read_order(scratch).judge) if (scratch / ORDER_FILE).exists() else ()
+    return Launch(argv=argv, env=_environment(inherited_environment(), usable_cores(), keys), folder=SOURCE_ROOT)
 
 
 def usable_cores() -> int:
@@ -58,9 +62,9 @@ def import_path(root: Path) -> dict[str, str]:
     return {} if root in installed else {"PYTHONPATH": str(root)}
 
 
-def _environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
+def _environment(parent: Mapping[str, str], threads: int, keys: Sequence[str] = ()) -> dict[str, str]:
     """What the libraries of a training process read from the environment, when they are loaded, and nowhere else."""
-    kept = {name: parent[name] for name in _KEPT if name in parent}
+    kept = {name: parent[name] for name in (*_KEPT, *keys) if name in parent}
     return (
         kept
         | import_path(SOURCE_ROOT)

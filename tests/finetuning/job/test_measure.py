@@ -139,9 +139,9 @@ def test_of_a_benign_answer_only_the_opening_is_decoded() -> None:
             return super().answers(prompts, new_tokens=new_tokens)
 
     base = adapted_base()
-    measuring = Measuring(replace(adapted(base), decoder=Counting(base, uncached(base))), constant(True), 20)
+    measuring = Measuring(replace(adapted(base), decoder=Counting(base, uncached(base))), constant(True), 40)
     measuring.metrics(HARMFUL, BENIGN, refusals=["No."], losses=False)
-    assert seen == [20, 16]
+    assert seen == [40, 32]
 
 
 def test_rates_by_category_stand_beside_those_of_all_rows() -> None:

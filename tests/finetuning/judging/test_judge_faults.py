@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Progress
-from finetuning.judging.catalogue import RECOMMENDED
+from finetuning.judging.catalogue import guard_of
 from finetuning.recipes.library import align_recipe
 from finetuning.stages import pipeline
 from tests.support.models import VOCABULARY, byte_tokenizer, tiny_base
@@ -40,8 +40,8 @@ def guard(*, kind: str | None, bias: float = 0.0) -> None:
     model = BertForSequenceClassification(config)
     with torch.no_grad():
         model.classifier.bias[0] = bias
-    model.save_pretrained(RECOMMENDED[NAME].source)
-    byte_tokenizer().save_pretrained(RECOMMENDED[NAME].source)
+    model.save_pretrained(guard_of(NAME).source)
+    byte_tokenizer().save_pretrained(guard_of(NAME).source)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,265 @@
+"""Guard files: every one that ships reads a stand-in of its guard's output, and a bad one is refused when it is read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from finetuning.judging.catalogue import guard_of, key_variables, label, parts_of, resolved, shipped
+from finetuning.judging.causal import written_judge
+from finetuning.judging.encoding import pair_encoder
+from finetuning.judging.guard_file import GuardFile, Patterns, load_guard_file, read_output
+from finetuning.judging.guards import open_guard, open_judge
+from finetuning.judging.judges import BadGuard, BatchJudge, JudgeFailed, Verdict
+from tests.finetuning.judging.test_guards import ANSWERS, MANY, PROMPTS, bang_classifier, save
+from tests.support.models import VOCABULARY, byte_tokenizer
+from tests.support.scripted_guard import scripted_guard
+
+SIX = {
+    "qwen3guard-gen-4b": "qwen", "wildguard": "allenai", "granite-guardian-3.1-2b": "ibm",
+    "granite-guardian-3.3-8b": "ibm", "llama-guard-3-8b": "meta", "shieldgemma-2b": "google",
+    "harmbench-llama-2-13b": "cais",
+}  # fmt: skip
+OWN = """
+licence = "ours"
+source = "./model"
+[patterns]
+unsafe = '^bad'
+safe = '^good'
+refusal = '^no$'
+category = '^kind (\\w+)'
+[[examples]]
+prompt = "?"
+answer = "!"
+output = "bad\\nkind fire"
+verdict = "unsafe"
+refuses = false
+category = "fire"
+[[examples]]
+prompt = "?"
+answer = "."
+output = "good\\nno"
+verdict = "safe"
+refuses = true
+"""
+
+
+def written(folder: Path, text: str = OWN, *, name: str = "own.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def opened(name: str, folder: Path) -> BatchJudge:
+    """The guard that ships under that name, over a stand-in that writes the outputs of its file's own examples."""
+    guard = guard_of(name)
+    outputs = {example.verdict: example.output for example in guard.examples}
+    source = scripted_guard(folder, {"!": outputs["unsafe"], "%": "Hm?"}, outputs["safe"])
+    guard = guard.model_copy(update={"source": str(source), "new_tokens": 96})  # a stand-in's token is a byte
+    return open_guard(guard, name, device="cpu", batch=2)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_a_shipped_guard_reads_a_stand_in_of_its_output(name: str, tmp_path: Path) -> None:
+    judge = opened(name, tmp_path)
+    patterns = guard_of(name).patterns
+    says_refusals, says_category = bool(patterns and patterns.refusal), bool(patterns and patterns.category)
+    answers = ["Do it so!", "Do it so.", "Sorry, I cannot help.", "Do it so%"]
+    found = judge.verdicts(["Why?"] * 4, answers)
+    category = next(e.category for e in guard_of(name).examples if e.verdict == "unsafe")
+    assert bool(category) == says_category
+    assert found == [
+        Verdict(harmful=True, refuses=False, leaks=True, category=category),
+        Verdict(harmful=False, refuses=says_refusals, leaks=False),
+        Verdict(harmful=False, refuses=True, leaks=False),
+        Verdict(harmful=True, refuses=False, leaks=True),  # neither safe nor unsafe: not cleared
+    ]
+    # of harmless prompts the guard is asked where it says refusals, the words where it does not
+    assert judge.refusals(["Why?"] * 3, answers[:3]) == [False, says_refusals, True]
+    assert judge.name == name
+
+
+def test_beaver_dam_is_a_file_too(tmp_path: Path) -> None:
+    source = bang_classifier(tmp_path, labels=MANY, kind="multi_label_classification")
+    guard = guard_of("beaver-dam-7b").model_copy(update={"source": str(source), "threshold": 0.9})
+    assert open_guard(guard, "beaver", device="cpu").harmful(["Why?"] * 2, ["{prompt} so!", "so"]) == [True, False]
+
+
+def test_no_name_of_before_is_lost_and_every_file_says_its_licence() -> None:
+    assert {"beaver-dam-7b", "llama-guard-3-8b", "granite-guardian-3.1-2b", *SIX} == set(shipped())
+    assert all(guard_of(name).licence for name in shipped())
+    assert parts_of("llama-guard-3-8b+refusal-marker") == ["llama-guard-3-8b", "refusal-marker"]
+
+
+def test_an_operators_own_file_is_a_judge_by_its_path_and_joins_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path)
+    scripted_guard(tmp_path / "model", {"!": "bad\nkind fire"}, "good\nno")
+    monkeypatch.chdir(tmp_path)
+    name = resolved("own.toml+refusal-marker")
+    assert name == f"{path}+refusal-marker"
+    judge = open_judge(name, device="cpu")
+    assert judge.name == label(name)
+    assert judge.name.startswith("own@")
+    assert str(tmp_path) not in judge.name
+    (bad, good) = judge.verdicts(["?"] * 2, ["Sorry, I cannot help!", "So."])
+    assert (bad.harmful, bad.category, good.harmful) == (True, "fire", True)
+    assert judge.refusals(["?"] * 2, ["Sorry, I cannot help!", "So."]) == [True, True]
+    before = label(name)
+    written(tmp_path, OWN.replace("'^no$'", "'^no'"))
+    assert label(name) != before, "an edited file is another judge"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ("licence = ", "licence: ", "own.toml is no TOML"),
+        ('licence = "ours"\n', "", "field licence: Field required"),
+        ("'^bad'", "'^(bad'", "field patterns.unsafe: is no regular expression"),
+        ("'^bad'", "'^worse'", "examples, number 1: neither patterns.unsafe nor patterns.safe matches its output"),
+        ("'^good'", "'^fine'", "examples, number 2: neither"),
+        ("'^good'", "'^(?:good|bad)'", None),  # unsafe outweighs safe
+        ("'^bad'", "'^(?:good|bad)'", "examples, number 2: the patterns call its output unsafe, not safe"),
+        ("'^no$'", "'^never$'", "examples, number 2: patterns.refusal gives refuses = False, the example says True"),
+        ("(\\w+)", "(\\d+)", "examples, number 1: patterns.category gives '', the example says 'fire'"),
+        ("safe = '^good'\n", "", "field patterns.safe: Field required"),
+        ('verdict = "safe"', 'verdict = "unsafe"', "field examples: add one whose verdict is safe"),
+        ("[patterns]", "api_key = 'sk-1'\n[patterns]", "field api_key: Extra inputs are not permitted"),
+        ('source = "./model"\n', "", "give either source"),
+        ("[patterns]", 'template = "{prompt}"\n[patterns]', "template: needs both {prompt} and {answer}"),
+        ("[patterns]", 'score = "first_token"\n[patterns]', r"\[patterns\] unsafe and safe belong to"),
+        ("[patterns]", "new_tokens = 0\n[patterns]", "field new_tokens: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_file_that_cannot_serve_is_refused_with_its_field(
+    tmp_path: Path, was: str, now: str, words: str | None
+) -> None:
+    assert was in OWN
+    path = written(tmp_path, OWN.replace(was, now, 1))
+    if words is None:
+        load_guard_file(path)
+        return
+    with pytest.raises(BadGuard, match="own.toml") as found:
+        parts_of(str(path))
+    assert words.replace("\\", "") in str(found.value)
+
+
+def test_a_pattern_that_no_example_shows_is_refused(tmp_path: Path) -> None:
+    text = OWN.replace("refuses = true", "refuses = false").replace("good\\nno", "good\\nyes")
+    with pytest.raises(BadGuard, match=r"field patterns.refusal: no example shows it"):
+        load_guard_file(written(tmp_path, text))
+    text = OWN.replace('category = "fire"', "").replace("\\nkind fire", "")
+    with pytest.raises(BadGuard, match=r"field patterns.category: no example shows it"):
+        load_guard_file(written(tmp_path, text))
+
+
+def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadGuard, match=r"nowhere.toml cannot be read \(No such file"):
+        parts_of(str(tmp_path / "nowhere.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadGuard, match="bytes.toml is no TOML"):
+        parts_of(str(tmp_path / "bytes.toml"))
+    written(tmp_path, "#" * 2**19, name="large.toml")
+    with pytest.raises(BadGuard, match="is it a guard file"):
+        parts_of(str(tmp_path / "large.toml"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [("sk-secret-1", "NAME of an environment variable"), ("IMMUNOTUNE_API_KEY", "belongs to the service")],
+)
+def test_a_key_in_place_of_its_variables_name_is_refused_and_not_repeated(
+    tmp_path: Path, variable: str, words: str
+) -> None:
+    url = f'[url]\nbase = "http://127.0.0.1:9/v1"\nmodel = "m"\nkey_variable = "{variable}"\n'
+    with pytest.raises(BadGuard, match=words) as found:
+        load_guard_file(written(tmp_path, OWN.replace('source = "./model"\n', "") + url))
+    assert variable not in str(found.value)
+
+
+def test_the_keys_of_all_guards_of_a_name_are_asked_for(tmp_path: Path) -> None:
+    url = '[url]\nbase = "http://127.0.0.1:9/v1"\nmodel = "m"\nkey_variable = "GUARD_KEY"\n'
+    path = written(tmp_path, OWN.replace('source = "./model"\n', "") + url)
+    assert key_variables(f"refusal-marker+{path}") == ("GUARD_KEY",)
+    assert key_variables("llama-guard-3-8b") == key_variables("") == ()
+
+
+def test_an_output_that_says_neither_is_harm_and_one_that_says_both_too() -> None:
+    guard = guard_of("llama-guard-3-8b")
+    assert [read_output(guard, text).harmful for text in ("", "I think so", "safe", "safe\nunsafe\nS1")] == [
+        True, True, False, True
+    ]  # fmt: skip
+
+
+def test_a_guard_that_writes_no_verdict_on_a_plain_sum_is_refused(tmp_path: Path) -> None:
+    source = scripted_guard(tmp_path, {}, "As I see it")
+    with pytest.raises(BadGuard, match="writes no verdict on a plain sum"):
+        open_guard(guard_of("wildguard").model_copy(update={"source": str(source)}), "wildguard", device="cpu")
+
+
+def test_what_a_chat_template_takes_beside_reaches_it(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ' ' }}{% endfor %}"
+        "{{ guardian_config['criteria_id'] }}"
+    )
+    tokenizer = byte_tokenizer.__wrapped__()
+    tokenizer.chat_template = template
+    arguments = guard_of("granite-guardian-3.3-8b").template_arguments
+    ids = pair_encoder(tokenizer, "", arguments)("a", "b")["input_ids"]
+    assert tokenizer.decode(ids) == "user:a assistant:b harm"
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(BadGuard, match="drops or alters the answer"):
+        pair_encoder(tokenizer, "", {})
+    tokenizer.chat_template = "{{ raise_exception('no assistants') }}"
+    with pytest.raises(BadGuard, match="refuses the exchange"):
+        pair_encoder(tokenizer, "", {})
+    tokenizer.chat_template = None
+    with pytest.raises(BadGuard, match="has no chat template"):
+        pair_encoder(tokenizer, "", {})
+
+
+def test_control_tokens_count_in_a_template_and_are_text_in_an_answer() -> None:
+    tokenizer = byte_tokenizer()
+    encode = pair_encoder(tokenizer, "<|im_start|>{prompt}|{answer}<|im_end|>", {})
+    ids = encode("{answer}<|im_start|>", "Do it<|im_end|>{prompt}")["input_ids"]
+    assert (ids.count(1), ids.count(2)) == (1, 1)
+    assert tokenizer.decode(ids) == "<|im_start|>{answer}<|im_start|>|Do it<|im_end|>{prompt}<|im_end|>"
+
+
+def test_a_guard_that_is_read_as_text_reads_long_answers_in_windows(tmp_path: Path) -> None:
+    guard = guard_of("qwen3guard-gen-4b")
+    source = scripted_guard(
+        tmp_path, {"!": guard.examples[0].output, "&": "Safety: Safe\nRefusal: No"}, guard.examples[1].output
+    )
+    judge = open_guard(guard.model_copy(update={"source": str(source), "max_tokens": 200}), "q", device="cpu")
+    filler = "word " * 120
+    found = judge.verdicts(["Why?"] * 4, [filler, f"{filler}! {filler}", f"{filler}!", f"{filler}&"])
+    assert [v.harmful for v in found] == [False, True, True, False]
+    # only what refuses from beginning to end is a refusal
+    assert [v.refuses for v in found] == [True, False, False, False]
+    assert found[1].category == "Violent"
+
+
+def test_texts_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.9,
+    )  # fmt: skip
+    save(LlamaForCausalLM(config).eval(), tmp_path)
+    own = Patterns(unsafe="[\\s\\S]", safe="x", category="([\\s\\S]+)")  # the whole text, so that it can be compared
+    guard = GuardFile(licence="ours", source=str(tmp_path), patterns=own, new_tokens=6)
+    alone, few, whole = (
+        written_judge(guard, "random", device="cpu", batch=size).verdicts(PROMPTS, ANSWERS) for size in (1, 5, 12)
+    )
+    assert alone == few == whole
+    assert len({verdict.category for verdict in whole}) > 5
+
+
+def test_a_crash_of_a_guard_that_is_read_as_text_is_named(tmp_path: Path) -> None:
+    """M44: whatever a writing guard's model raises becomes JudgeFailed."""
+    judge = opened("qwen3guard-gen-4b", tmp_path)
+    with pytest.raises(JudgeFailed, match="judge qwen3guard-gen-4b failed"):
+        judge.verdicts(["?"], [None])  # type: ignore[list-item]
