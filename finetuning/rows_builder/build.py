@@ -15,6 +15,7 @@ from finetuning.judging.refusals import is_refusal
 from finetuning.rows_builder.local_copies import Prompt
 from finetuning.rows_builder.sources import Answer, Kind, allows_commercial_use
 from finetuning.rows_builder.stock_answers import REFUSALS, hollow_compliance, refusals
+from finetuning.safety_rows import own_prompts
 from finetuning.safety_rows.near_duplicates import clusters
 from finetuning.safety_rows.operator_file import REFUSAL, RoleLine
 
@@ -153,10 +154,11 @@ def _stages(pool: Sequence[Prompt], group: Sequence[int], seed: int, held_back: 
     members: defaultdict[int, list[Prompt]] = defaultdict(list)
     for cluster, prompt in zip(group, pool, strict=True):
         members[cluster].append(prompt)
+    teaches_only = any(p.kind is Kind.LOOK_ALIKE and p.source != own_prompts.NAME for p in pool)
     out_whole = {id(p) for kind in Kind for p in _held_out([p for p in pool if p.kind is kind], seed)}
     strata: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for cluster, found in members.items():
-        strata[_stratum(found, out_whole)].append(cluster)
+        strata[_stratum(found, out_whole, teaches_only=teaches_only)].append(cluster)
     out: dict[int, Stage] = {}
     for stratum, mine in sorted(strata.items()):
         shares = _shares_of(stratum[0], _reserve(held_back, pool) if stratum[1] == Kind.HARMFUL else 0.0)
@@ -165,13 +167,18 @@ def _stages(pool: Sequence[Prompt], group: Sequence[int], seed: int, held_back: 
     return out
 
 
-def _stratum(found: Sequence[Prompt], out_whole: set[int]) -> tuple[str, ...]:
-    """What may be done with a cluster, and what it is dealt among: kind, source and category."""
+def _stratum(found: Sequence[Prompt], out_whole: set[int], *, teaches_only: bool) -> tuple[str, ...]:
+    """What may be done with a cluster, and what it is dealt among: kind, source and category.
+
+    `teaches_only`: there are look-alikes of others to measure with, so that ours need not measure themselves.
+    """
     first = found[0]
     if any(p.evaluation_only for p in found):
         freedom = "measures"
     elif any(id(p) in out_whole for p in found):
         freedom = "held out"
+    elif teaches_only and all(p.source == own_prompts.NAME for p in found):
+        freedom = "teaches"
     else:
         freedom = "any"
     return (freedom, first.kind, first.source if freedom != "any" else "", first.category)
@@ -188,6 +195,8 @@ def _shares_of(freedom: str, reserve: float) -> dict[Stage, float]:
             return {"gate": 0.5, "wordings": 0.5}
         case "held out":
             return {"wordings": 0.6, "gate": 0.4}
+        case "teaches":
+            return {"training": 0.85, "calibration": 0.15}
         case _:
             rest: dict[Stage, float] = {s: v for s, v in _SHARES.items() if s != "wordings"}
             return {**{s: v / sum(rest.values()) * (1 - reserve) for s, v in rest.items()}, "held back": reserve}
@@ -208,7 +217,7 @@ def _dealt(mine: Sequence[int], size: Mapping[int, int], shares: Mapping[Stage, 
 
 def _held_out(pool: Sequence[Prompt], seed: int) -> list[Prompt]:
     """Prompts whose whole source, else category, else opening, nothing but the measuring stages may see."""
-    pool = [p for p in pool if not p.evaluation_only]
+    pool = [p for p in pool if not p.evaluation_only and p.source != own_prompts.NAME]
     ways: tuple[Callable[[Prompt], str], ...] = (lambda p: p.source, lambda p: p.category, _opening)
     for way in ways:
         groups: defaultdict[str, list[Prompt]] = defaultdict(list)
@@ -232,7 +241,9 @@ def _spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
     alike = [p for p in prompts if p.kind is Kind.LOOK_ALIKE]
     plain = [p for p in prompts if p.kind is not Kind.LOOK_ALIKE]
     theirs = min(len(alike), max(most // 2, most - len(plain)))
-    return _in_turns(alike, theirs) + _in_turns(plain, most - theirs)
+    chosen = {p.text for p in (*_in_turns(alike, theirs), *_in_turns(plain, most - theirs))}
+    # in their drawn order: a recipe may measure on the first rows of a role only
+    return [p for p in prompts if p.text in chosen]
 
 
 def _in_turns(prompts: Sequence[Prompt], most: int) -> list[Prompt]:

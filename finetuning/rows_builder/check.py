@@ -112,7 +112,7 @@ def _no_look_alikes(by_role: ByRole) -> Iterator[Fault]:
             "benign", 0, f"{has} of {len(rows)} rows look harmful and are not (looks_harmful)",
             "the base learns to refuse words: one aligned without them refused 90 of 90 harmless prompts such as "
             '"How do I kill a process?"',
-            "add a set with look-alikes (immunotune rows sources), or build without --no-look-alikes",
+            "add a set with look-alikes (immunotune rows sources), or build without --no-own-prompts",
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetuning.rows_builder.build import Built, NothingToBuild, build, build_seeds
 from finetuning.rows_builder.card import card, width_sentence
 from finetuning.rows_builder.check import Checked, check
-from finetuning.rows_builder.local_copies import BadSource, Prompt, own_look_alikes, parse_given, read_prompts
+from finetuning.rows_builder.local_copies import BadSource, Prompt, own_prompts, parse_given, read_prompts
 from finetuning.rows_builder.sources import SETS, allows_commercial_use
 from finetuning.safety_rows.operator_file import REFUSAL, BadOperatorRows, RoleLine, read_lines
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument("--preset", choices=("seeds",), help="seeds: the papers' set-up, from BeaverTails")
     making.add_argument("--held-back", type=Path, help="also write harmful prompts that no role has, to attack with")
     making.add_argument("--held-back-rows", type=int, default=60)
-    making.add_argument("--no-look-alikes", action="store_true", help="without the ones written for this project")
+    making.add_argument("--no-own-prompts", action="store_true", help="without those written for this project")
     making.add_argument("--longest", type=int, default=_LONGEST, help="characters of a prompt")
     making.add_argument("--seed", type=int, default=0)
     making.set_defaults(run=_build)
@@ -76,8 +76,8 @@ def _build(options: argparse.Namespace) -> int:
         mine = [p for p in read_prompts(given) if len(p.text) <= options.longest]
         _say(f"{given.path.name}: {len(mine)} prompts ({_licences(mine)})")
         prompts += mine
-    if not options.no_look_alikes:
-        prompts += own_look_alikes()
+    if not options.no_own_prompts:
+        prompts += own_prompts()
     if options.preset == "seeds":
         built = build_seeds(prompts, use=options.use, seed=options.seed)
     else:

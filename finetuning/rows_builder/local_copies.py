@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.rows_builder.sources import SETS, UNKNOWN, Answer, Found, Kind, PublicSet, Row, named, recognised
-from finetuning.safety_rows.look_alikes import look_alikes
+from finetuning.safety_rows.own_prompts import contrasts, everyday_tasks, look_alikes
 
 PLAIN = "plain"
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -68,15 +68,16 @@ def read_prompts(given: Given) -> Iterator[Prompt]:
                     yield _prompt(found, by, given, place)
 
 
-def own_look_alikes() -> list[Prompt]:
-    """The look-alikes that were written for this project, in the form of all others."""
+def own_prompts() -> list[Prompt]:
+    """Look-alikes, their contrasts and everyday tasks that were written for this project, in the form of all others."""
+    kinds = ((Kind.LOOK_ALIKE, look_alikes()), (Kind.HARMFUL, contrasts()), (Kind.BENIGN, everyday_tasks()))
     return [
         Prompt(
-            text=pair.prompt, kind=Kind.LOOK_ALIKE, answer="", does=Answer.NONE, source=pair.source,
-            category=pair.category, language=pair.language, licence="Apache-2.0", evaluation_only=False,
-            place=f"{pair.source} {number}",
+            text=pair.prompt, kind=kind, answer="", does=Answer.NONE, source=pair.source, category=pair.category,
+            language=pair.language, licence="Apache-2.0", evaluation_only=False, place=f"{kind} {number}",
         )
-        for number, pair in enumerate(look_alikes(), start=1)
+        for kind, pairs in kinds
+        for number, pair in enumerate(pairs, start=1)
     ]  # fmt: skip
 
 

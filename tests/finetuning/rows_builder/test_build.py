@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from finetuning.rows_builder.build import Built, NothingToBuild, build, build_seeds
-from finetuning.rows_builder.local_copies import Prompt, own_look_alikes
+from finetuning.rows_builder.local_copies import Prompt, own_prompts
 from finetuning.rows_builder.sources import Answer, Kind
 from finetuning.safety_rows.invented import attacker_rows, dev_rows, safety_rows
 from finetuning.safety_rows.near_duplicates import pairs_alike
@@ -38,7 +38,7 @@ def pool() -> list[Prompt]:
             prompt(text, Kind.BENIGN, f"tasks {i % 9}", answer="Done.", does=Answer.HELPS)
             for i, text in enumerate(TASKS)
         ),
-        *own_look_alikes(),
+        *own_prompts(),
     ]
 
 

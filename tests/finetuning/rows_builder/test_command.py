@@ -8,6 +8,7 @@ import pytest
 from finetuning.rows_builder.command import main
 from finetuning.rows_builder.sources import SETS
 from finetuning.safety_rows.operator_file import ROLES, load_safety_rows
+from finetuning.safety_rows.own_prompts import NAME
 from tests.finetuning.rows_builder.test_build import pool
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "real"
@@ -21,7 +22,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": p.text, "answer": p.answer, "kind": p.kind.value, "category": p.category, "licence": p.licence,
          "source": p.source}
         for p in pool()
-        if p.source != "look-alikes"
+        if p.source != NAME
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return path
@@ -54,14 +55,14 @@ def test_what_is_built_loads_is_accepted_and_has_a_card(
     capsys.readouterr()
     assert main(["card", str(out)]) == 0
     card = capsys.readouterr().out
-    assert "| look-alikes | Apache-2.0 | yes | no |" in card
+    assert "| immunotune-prompts | Apache-2.0 | yes | no |" in card
     assert "| XSTest | MIT | yes | yes |" in card
     assert "gate_harmful" in card
 
 
 def test_check_says_all_of_it_as_json(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
-    main(["build", "--from", str(plain), "--out", str(out), "--no-look-alikes"])
+    main(["build", "--from", str(plain), "--out", str(out), "--no-own-prompts"])
     capsys.readouterr()
     assert main(["check", str(out), "--json"]) == 1
     said = json.loads(capsys.readouterr().out)
@@ -74,7 +75,7 @@ def test_without_look_alikes_the_file_is_written_and_not_accepted(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    assert main(["build", "--from", str(plain), "--out", str(out), "--no-look-alikes"]) == 1
+    assert main(["build", "--from", str(plain), "--out", str(out), "--no-own-prompts"]) == 1
     assert "refuse words" in capsys.readouterr().out
     assert out.is_file()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.rows_builder.local_copies import BadSource, Given, own_look_alikes, parse_given, read_prompts
+from finetuning.rows_builder.local_copies import BadSource, Given, own_prompts, parse_given, read_prompts
 from finetuning.rows_builder.sources import Answer, Kind
 
 ROWS = [
@@ -130,8 +130,8 @@ def test_blank_and_endless_prompts_are_left_out(tmp_path: Path) -> None:
     assert list(read_prompts(Given(path))) == []
 
 
-def test_our_own_look_alikes_are_a_source_like_others() -> None:
-    found = own_look_alikes()
+def test_our_own_prompts_are_a_source_like_others() -> None:
+    found = own_prompts()
     assert len(found) > 250
     assert {(p.kind, p.licence, p.evaluation_only) for p in found} == {(Kind.LOOK_ALIKE, "Apache-2.0", False)}
     assert len({p.category for p in found}) >= 8

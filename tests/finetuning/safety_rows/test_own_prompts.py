@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.safety_rows.look_alikes import look_alikes
 from finetuning.safety_rows.near_duplicates import pairs_alike
+from finetuning.safety_rows.own_prompts import look_alikes
 
 XSTEST = Path(__file__).parents[4] / "shared" / "data" / "real" / "xstest.jsonl"
 
