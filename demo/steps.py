@@ -167,10 +167,11 @@ def as_figures(immune: FinishedJob, plain: FinishedJob, align_seconds: float | N
 def print_methods(job: FineTuningJob) -> None:
     """Print one line: what weighed the rows, and whether anything was pruned, as the job itself says it."""
     safety: dict[str, Any] = (job.model_extra or {}).get("safety") or {}
-    antibody, antidote = safety["antibody"], safety["antidote"]
-    scored = f"and Antibody's score ({antibody['score']})" if antibody["enabled"] else "alone"
+    screen, antibody, antidote = safety["screen"], safety["antibody"], safety["antidote"]
+    by = ["the screen"] * screen["enabled"] + [f"Antibody's score ({antibody['score']})"] * antibody["enabled"]
+    weighed = f"by {by[0]} alone" if len(by) == 1 else f"by {' and '.join(by)}" if by else "all alike"
     alpha = "" if antidote["density"] is None else f" (alpha {antidote['density']:g})"
-    say(f"  rows weighed: by the screen {scored}; pruning: {antidote['outcome']}{alpha}")
+    say(f"  rows weighed: {weighed}; pruning: {antidote['outcome']}{alpha}")
 
 
 def why_no_model(job: FineTuningJob) -> str:

@@ -61,14 +61,9 @@ class GateDecision(_ReportPart):
     attempts: int = 1
 
 
-def pruning_of(alpha: float) -> Pruning:
-    """What a chosen alpha did: at 0 no entry of the adapter was pruned."""
-    return "pruned" if alpha > 0 else "not pruned"
-
-
 def _pruning_of_report(fields: dict[str, Any]) -> Pruning | None:
     alpha = fields.get("alpha")
-    return None if alpha is None else pruning_of(alpha)
+    return None if alpha is None else "pruned" if alpha > 0 else "not pruned"
 
 
 class PruneTrial(_ReportPart):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetuning.contract.recipe import AnchorSettings, AntidoteSettings, OptimiserSettings
-from finetuning.contract.report import Metrics, PruneTrial, Pruning, pruning_of
+from finetuning.contract.report import Metrics, PruneTrial, Pruning
 from finetuning.defences.antidote import Pruned, Scores, contrast_scores, input_squares, prune, published_scores
 from finetuning.job.measure import Measuring, read_targets
 from finetuning.model.adapted import AdaptedBase
@@ -34,14 +34,16 @@ class PruneChoice:
 
     @property
     def outcome(self) -> Pruning:
-        """In the words of every report."""
-        return pruning_of(self.alpha)
+        """In the words of every report: an alpha that took no entry pruned nothing."""
+        return "pruned" if self.pruned.pruned else "not pruned"
 
     @property
     def sentence(self) -> str:
         """What was done, for a person."""
-        if self.alpha:
+        if self.pruned.pruned:
             return f"Pruned {self.pruned.pruned} of the adapter's {self.pruned.total} entries (alpha {self.alpha:g})"
+        if self.alpha:
+            return f"Not pruned: alpha {self.alpha:g} took no entry of the adapter"
         if self.trials and not any(trial.accepted for trial in self.trials):
             return "Not pruned (alpha 0): no alpha was accepted, and the adapter goes to the gate as it is"
         return "Not pruned (alpha 0): the adapter keeps what the aligned base has without it"

@@ -49,25 +49,38 @@ def test_the_report_file_holds_what_the_table_shows(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("antibody", "antidote", "said"),
+    ("screen", "antibody", "antidote", "said"),
     [
         (
-            {"enabled": False, "score": "none"}, {"density": 0.0, "outcome": "not pruned"},
+            True, {"enabled": False, "score": "none"}, {"density": 0.0, "outcome": "not pruned"},
             "  rows weighed: by the screen alone; pruning: not pruned (alpha 0)",
         ),
         (
-            {"enabled": True, "score": "reference"}, {"density": 0.1, "outcome": "pruned"},
+            True, {"enabled": True, "score": "reference"}, {"density": 0.1, "outcome": "pruned"},
             "  rows weighed: by the screen and Antibody's score (reference); pruning: pruned (alpha 0.1)",
         ),
         (
-            {"enabled": False, "score": "none"}, {"density": None, "outcome": "not reached"},
+            True, {"enabled": False, "score": "none"}, {"density": None, "outcome": "not reached"},
             "  rows weighed: by the screen alone; pruning: not reached",
+        ),
+        (
+            False, {"enabled": True, "score": "current"}, {"density": 0.1, "outcome": "pruned"},
+            "  rows weighed: by Antibody's score (current) alone; pruning: pruned (alpha 0.1)",
+        ),
+        (
+            False, {"enabled": False, "score": "none"}, {"density": None, "outcome": "off"},
+            "  rows weighed: all alike; pruning: off",
         ),
     ],
 )  # fmt: skip
 def test_the_demo_says_what_weighed_the_rows_and_whether_anything_was_pruned(
-    antibody: dict[str, object], antidote: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]
+    screen: bool,
+    antibody: dict[str, object],
+    antidote: dict[str, object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = FineTuningJob.model_construct(safety={"antibody": antibody, "antidote": antidote})
+    safety = {"screen": {"enabled": screen}, "antibody": antibody, "antidote": antidote}
+    job = FineTuningJob.model_construct(safety=safety)
     steps.print_methods(job)
     assert capsys.readouterr().out == f"{said}\n"

@@ -9,7 +9,7 @@ from app.core.jobs.jobs import JobResult
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import Checkpoint, Event, Form, Job
 from finetuning.contract.recipe import LoraSettings, Recipe
-from finetuning.contract.report import pruning_of
+from finetuning.contract.report import SafetyReport
 
 _CHECKPOINT_METRICS = (
     "train_loss",
@@ -159,15 +159,11 @@ def _anchor(recipe: Recipe) -> dict[str, object]:
 
 def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
     """Whether pruning is tried, and what came of it: alpha 0 is `not pruned`."""
-    alpha = cast(float | None, report.get("alpha"))
+    read = SafetyReport.model_validate(report) if report else None
     is_on = recipe.antidote.enabled
-    if not is_on:
-        outcome, alpha = "off", None
-    elif alpha is None:
-        outcome = undecided(job)
-    else:
-        outcome = pruning_of(alpha)
-    return {"enabled": is_on, "target": "adapter", "density": alpha, "outcome": outcome}
+    density = None if read is None or not is_on else read.alpha
+    outcome = "off" if not is_on else undecided(job) if read is None else read.pruning
+    return {"enabled": is_on, "target": "adapter", "density": density, "outcome": outcome}
 
 
 def _artifact(item: JobResult) -> dict[str, object]:

@@ -94,6 +94,8 @@ def test_nothing_is_pruned_where_nothing_was_lost() -> None:
     before = measuring.model.read()
     choice = choose_alpha(measuring, ROWS, settings(), KEPT)
     assert (choice.alpha, choice.pruned.pruned, len(choice.trials)) == (0.0, 0, 1)
+    assert choice.outcome == "not pruned"
+    assert choice.sentence == "Not pruned (alpha 0): the adapter keeps what the aligned base has without it"
     assert are_equal(measuring.model.read(), before)
 
 
@@ -102,6 +104,8 @@ def test_where_no_alpha_is_accepted_the_adapter_stays_unpruned() -> None:
     before = measuring.model.read()
     choice = choose_alpha(measuring, ROWS, settings(), KEPT)
     assert (choice.alpha, choice.pruned.pruned) == (0.0, 0)
+    assert choice.outcome == "not pruned"
+    assert choice.sentence.startswith("Not pruned (alpha 0): no alpha was accepted")
     assert [(t.alpha, t.accepted) for t in choice.trials] == [(alpha, False) for alpha in ALPHAS]
     assert are_equal(measuring.model.read(), before)
     assert are_equal(choice.pruned.adapter, before)
@@ -111,7 +115,11 @@ def test_where_no_alpha_is_accepted_the_adapter_stays_unpruned() -> None:
 def test_the_published_rule_takes_the_last_alpha_whatever_it_does(share: float) -> None:
     measuring = refusing_from(share)
     choice = choose_alpha(measuring, ROWS, settings(rule="last"), KEPT)
-    assert choice.alpha == 0.6
+    assert (choice.alpha, choice.outcome) == (0.6, "pruned")
+    taken = f"{choice.pruned.pruned} of the adapter's {choice.pruned.total} entries"
+    assert choice.sentence == f"Pruned {taken} (alpha 0.6)"
+    nothing = replace(choice, pruned=replace(choice.pruned, pruned=0))
+    assert (nothing.outcome, nothing.sentence) == ("not pruned", "Not pruned: alpha 0.6 took no entry of the adapter")
     assert [t.accepted for t in choice.trials] == [share == 0.0] * len(ALPHAS)
     assert are_equal(measuring.model.read(), choice.pruned.adapter)
 
