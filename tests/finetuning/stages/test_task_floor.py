@@ -44,7 +44,7 @@ def report_of(scratch: Path, tiny_base: Path, folder: Path, antidote: AntidoteSe
     )  # fmt: skip
     lines = list(pipeline.run(order, folder))
     assert isinstance(lines[-1], Finished)
-    assert max(line.done for line in lines if isinstance(line, StageProgress) and line.stage == "screen") == 54
+    assert max(line.done for line in lines if isinstance(line, StageProgress) and line.stage == "screen") == 42
     return SafetyReport.model_validate_json((folder / "result/reports/safety.json").read_text(encoding="utf-8"))
 
 
