@@ -1,8 +1,8 @@
 """What a result must still know of its task: the customer's own rows, against a short plain fine-tune of them.
 
 A model that lost its task harms nobody and passes every other limit. Plain fine-tuning of all epochs would be the
-whole reference and cost as much as the job; this is a proxy of it: at most 48 steps, and half of the job's, at the
-base's own rate. Who knows the rows clearly less than that has learned nothing, or lost it.
+whole reference and cost as much as the job; this is a proxy of it: half of the job's steps, at most 96, at the base's
+own rate. Who knows the rows clearly less than that has learned nothing, or lost it.
 """
 
 from collections.abc import Generator, Sequence
@@ -20,7 +20,7 @@ from finetuning.training.loop import train
 from finetuning.training.state import LoopState
 
 _MOST_ROWS = 48
-_MOST_STEPS = 48
+_MOST_STEPS = 96
 
 
 def kept_loss(job: JobContext, kept: Sequence[EncodedRow]) -> Measure:

@@ -192,7 +192,7 @@ def test_a_report_from_before_categories_is_read() -> None:
     assert Metrics.model_validate(old) == metrics()
 
 
-LIMITS = GateLimits(max_kept_loss_ratio=1.25, max_pruned_loss_ratio=2.5, min_task_kept=0.8)
+LIMITS = GateLimits(max_kept_loss_ratio=1.1, max_pruned_loss_ratio=2.5, min_task_kept=0.8)
 FLOOR = TaskFloor(
     plain_kept_loss=mean([0.2] * 20), unpruned=Metrics(kept_loss=mean([0.1] * 20), task_score=share(90, 100))
 )
@@ -202,7 +202,7 @@ FLOOR = TaskFloor(
     ("loss", "score", "missed"),
     [
         (0.04, 90, []),
-        (0.24, 73, []),
+        (0.21, 73, []),
         (0.26, 90, ["kept_loss_ratio", "pruned_loss_ratio"]),
         (0.63, 25, ["kept_loss_ratio", "pruned_loss_ratio", "task_kept"]),
         (0.2, 45, ["task_kept"]),
@@ -229,10 +229,10 @@ def test_the_task_floor_needs_its_reference_and_no_task_score_where_none_is() ->
 
 
 def test_a_rate_that_is_too_large_and_a_pruning_without_a_validation_file_are_caught_by_the_loss_alone() -> None:
-    """big_steps: nothing pruned, loss .29 against .19; as_asked without attackers: .193 against .208, unpruned .01."""
+    """As it was measured of the attack big_steps; and a pruning which leaves what a short plain fine-tune knows."""
     for loss, plain, unpruned, missed in (
-        (0.2945, 0.1861, 0.2945, "kept_loss_ratio"),
-        (0.1931, 0.2083, 0.01, "pruned_loss_ratio"),
+        (0.1753, 0.1287, 0.1753, "kept_loss_ratio"),
+        (0.2, 0.2, 0.01, "pruned_loss_ratio"),
     ):
         floor = TaskFloor(mean([plain] * 20), Metrics(kept_loss=mean([unpruned] * 20)))
         found = decide(LIMITS, metrics(kept_loss=mean([loss] * 20), task_score=None), metrics(), floor=floor)
