@@ -121,8 +121,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         recipe=job.recipe.name, judge=job.measuring.judge.name, safety_rows_sha256=rows_digest(job.operator_rows),
         metrics={**base_report.metrics, "tuned": outcome.tuned, "after": outcome.after}, held_out=found,
         prune=outcome.choice.trials, alpha=outcome.choice.alpha, pruning=outcome.choice.outcome, plain_kept_loss=plain,
-        gate=outcome.decision,
-        seconds=clock.seconds(),
+        gate=outcome.decision, seconds=clock.seconds(),
     )  # fmt: skip
     export.write_results(job, scratch, report, outcome.choice)
     yield Finished(
