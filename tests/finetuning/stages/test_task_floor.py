@@ -64,5 +64,6 @@ def test_a_learned_task_passes_and_one_that_was_pruned_away_does_not(
     pruned = report_of(scratch, tiny_base, tmp_path / "pruned", AntidoteSettings(rule="last", alphas=(0.9,)))
     assert pruned.plain_kept_loss == learned.plain_kept_loss
     assert pruned.metrics["tuned"].kept_loss == learned.metrics["after"].kept_loss
-    assert [check.ok for check in of_the_task(pruned).values()] == [False, False, False]
+    missed = {name for name, check in of_the_task(pruned).items() if not check.ok}
+    assert {"kept_loss_ratio", "task_kept"} <= missed
     assert pruned.gate.decision == "fail"
