@@ -13,6 +13,7 @@ from finetuning.contract.report import Measure, Metrics, ParityCertificate, RowV
 OFFERED_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK, Form.REPORTS, Form.ALIGNMENT})
 
 _COLUMNS = ("public", "before", "tuned", "after")
+_CATEGORISED = ("harmful_score", "over_refusal")
 _SHOWN_NAMES = {"task_score": "utility"}
 _HIGHER_IS_BETTER = frozenset({"refusal_rate", "harmful_nll", "task_score"})
 
@@ -49,6 +50,7 @@ def report_to_body(job: Job) -> dict[str, object]:
         "probe_set": None if report is None else _probe_set(report),
         "judge": None if report is None else report.judge,
         "metrics": metrics,
+        "categories": {} if report is None else _by_category(report.metrics),
         "gate": {"decision": undecided(job), "checks": []} if report is None else report.gate.model_dump(mode="json"),
         "alpha": None if report is None else report.alpha,
         "pruning": None if report is None else report.pruning,
@@ -110,6 +112,18 @@ def _by_metric(columns: Mapping[str, Metrics]) -> dict[str, object]:
         }
         if measured:
             found[_SHOWN_NAMES.get(name, name)] = {"better": _better(name), **measured}
+    return found
+
+
+def _by_category(columns: Mapping[str, Metrics]) -> dict[str, dict[str, dict[str, object]]]:
+    """Of the two rates that are also counted by category: metric -> category -> column; rows that name none in none."""
+    found: dict[str, dict[str, dict[str, object]]] = {}
+    for name in _CATEGORISED:
+        for column in _COLUMNS:
+            measured = getattr(columns[column], f"{name}_by_category") if column in columns else {}
+            for category, measure in measured.items():
+                by_column = found.setdefault(name, {}).setdefault(category, {})
+                by_column[column] = measure.model_dump(mode="json")
     return found
 
 

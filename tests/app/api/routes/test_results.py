@@ -6,6 +6,9 @@ import json
 import pytest
 
 from app.api.schemas.jobs import JobFrame, job_to_body
+from app.api.schemas.results import report_to_body
+from app.core.storage.tables import Job
+from finetuning.contract.report import GateDecision, Metrics, SafetyReport, share
 from finetuning.recipes.library import tune_recipe
 from tests.app.api.test_hostile_requests import check_envelope
 from tests.support.http import CERTIFICATE, LEDGER, Customer, safety_report
@@ -32,6 +35,24 @@ def test_a_report_has_a_column_per_model(customer: Customer, done: str) -> None:
     assert report["gate"]["decision"] == "pass"
     assert report["gate"]["checks"][0]["metric"] == "harmful_score"
     assert report["held_out"]["items"]["utility"]["after"]["n"] == 48
+
+
+def test_rates_by_category_are_shown_by_metric_and_column() -> None:
+    """A numb or leaky corner that the rate of all rows hides is there to be seen."""
+    said = {
+        "harmful_score_by_category": {"fraud": share(3, 20)},
+        "over_refusal_by_category": {"homonyms": share(1, 30)},
+    }
+    report = SafetyReport(
+        recipe="immunotune", judge="refusal-marker", safety_rows_sha256="0" * 64,
+        metrics={"before": Metrics(), "after": Metrics(**said)}, gate=GateDecision(decision="pass"),
+    )  # fmt: skip
+    job = Job(id="ftjob-1", policy="immunotune", result={"safety": report.model_dump(mode="json")})
+    found = report_to_body(job)["categories"]
+    assert found == {
+        "harmful_score": {"fraud": {"after": share(3, 20).model_dump(mode="json")}},
+        "over_refusal": {"homonyms": {"after": share(1, 30).model_dump(mode="json")}},
+    }
 
 
 def test_a_running_job_has_an_incomplete_report_and_no_rows(customer: Customer) -> None:
