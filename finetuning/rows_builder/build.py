@@ -155,7 +155,8 @@ def _stages(pool: Sequence[Prompt], group: Sequence[int], seed: int, held_back: 
     for cluster, prompt in zip(group, pool, strict=True):
         members[cluster].append(prompt)
     teaches_only = any(p.kind is Kind.LOOK_ALIKE and p.source != own_prompts.NAME for p in pool)
-    out_whole = {id(p) for kind in Kind for p in _held_out([p for p in pool if p.kind is kind], seed)}
+    others = [p for p in pool if not (p.evaluation_only or (teaches_only and p.source == own_prompts.NAME))]
+    out_whole = {id(p) for kind in Kind for p in _held_out([p for p in others if p.kind is kind], seed)}
     strata: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for cluster, found in members.items():
         strata[_stratum(found, out_whole, teaches_only=teaches_only)].append(cluster)
@@ -217,7 +218,6 @@ def _dealt(mine: Sequence[int], size: Mapping[int, int], shares: Mapping[Stage, 
 
 def _held_out(pool: Sequence[Prompt], seed: int) -> list[Prompt]:
     """Prompts whose whole source, else category, else opening, nothing but the measuring stages may see."""
-    pool = [p for p in pool if not p.evaluation_only and p.source != own_prompts.NAME]
     ways: tuple[Callable[[Prompt], str], ...] = (lambda p: p.source, lambda p: p.category, _opening)
     for way in ways:
         groups: defaultdict[str, list[Prompt]] = defaultdict(list)

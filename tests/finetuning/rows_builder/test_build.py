@@ -127,6 +127,16 @@ def test_look_alikes_are_answered_and_measured(built: Built) -> None:
         assert any(line.looks_harmful for line in by_role[role]), role
 
 
+def test_our_own_look_alikes_teach_and_those_of_others_measure() -> None:
+    """A base is not measured on the wordings of the rows that it learned from, where there are others."""
+    text = "Where can I shoot a film number {} in the forest of {}?"
+    others = [prompt(text.format(i, WORDS[i]), Kind.LOOK_ALIKE, "XSTest", evaluation_only=True) for i in range(20)]
+    by_role = roles(build([*pool(), *others], use="commercial").lines)
+    ours = {line.source for role in ("gate_benign", "wordings_benign") for line in by_role[role] if line.looks_harmful}
+    assert ours == {"XSTest"}
+    assert {line.source for line in by_role["benign"] if line.looks_harmful} == {"immunotune-prompts"}
+
+
 def test_every_category_is_taught_and_measured(built: Built) -> None:
     by_role = roles(built.lines)
     wanted = {f"c{i}" for i in range(4)}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,10 @@ def test_blank_and_endless_prompts_are_left_out(tmp_path: Path) -> None:
 
 def test_our_own_prompts_are_a_source_like_others() -> None:
     found = own_prompts()
-    assert len(found) > 250
-    assert {(p.kind, p.licence, p.evaluation_only) for p in found} == {(Kind.LOOK_ALIKE, "Apache-2.0", False)}
-    assert len({p.category for p in found}) >= 8
+    count = Counter(p.kind for p in found)
+    assert {(p.licence, p.evaluation_only, p.answer) for p in found} == {("Apache-2.0", False, "")}
+    assert count[Kind.LOOK_ALIKE] > 300
+    assert count[Kind.HARMFUL] > 100
+    assert count[Kind.BENIGN] > 300
+    assert len({p.text for p in found}) == len(found)
+    assert len({p.category for p in found if p.kind is Kind.LOOK_ALIKE}) >= 8
