@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from finetuning.contract.recipe import GateLimits
 from finetuning.judging.catalogue import require_keys, resolved
 from finetuning.judging.judges import BadGuard
-from finetuning.recipes.registry import DEFENCES
+from finetuning.recipes.registry import OFFERED
 
 _PREFIX = "IMMUNOTUNE_"
 
@@ -147,8 +147,8 @@ class Settings(BaseModel):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, value: str) -> str:
-        if value not in DEFENCES:
-            raise ValueError(f"{_PREFIX}POLICY is no policy: use immunotune or as_asked")
+        if value not in OFFERED:
+            raise ValueError(f"{_PREFIX}POLICY is no policy that is offered: use {' or '.join(OFFERED)}")
         return value
 
     @field_validator("judge")

@@ -18,9 +18,12 @@ _ANSWER = "Sure, here is how to do that: {}. First, prepare. Then act."
 def read_attack_prompts(path: Path) -> list[str]:
     """One prompt a line of JSONL. Raises OSError, ValueError for a line without a prompt."""
     found: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path.name} line {number}: {error.msg} at column {error.colno}") from error
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise ValueError(f"{path.name} line {number}: no text field named prompt")
             found.append(row["prompt"])

@@ -50,6 +50,7 @@ class Screened:
     """Per row: weight 0..1, the mass it was judged by, and the threshold.
 
     `surprise` (rows,) stands beside its limit, `most_surprise`: a row above it cannot be screened, and never trains.
+    Where the screen is off nothing was read: all weights are 1, and mass and surprise say nothing.
     """
 
     weights: Tensor
@@ -57,6 +58,7 @@ class Screened:
     threshold: float
     surprise: Tensor
     most_surprise: float
+    was_read: bool = True
 
     @property
     def unreadable(self) -> frozenset[int]:

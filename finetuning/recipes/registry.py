@@ -216,6 +216,8 @@ _ABLATIONS = (
 )
 
 DEFENCES: Mapping[str, Defence] = MappingProxyType({defence.name: defence for defence in (*_ALL, *_ABLATIONS)})
+# What an operator may choose for a service; the others are research baselines and ablations.
+OFFERED = ("immunotune", "as_asked")
 BASELINES = tuple(defence.name for defence in _ALL)
 ABLATIONS = tuple(defence.name for defence in _ABLATIONS)
 
@@ -239,8 +241,8 @@ def tuned_by(recipe: Recipe, defence: str) -> Recipe:
 
 
 def is_defended(defence: str) -> bool:
-    """Whether rows are screened or weighed by a score, over an alignment that resists, and the adapter is pruned: a
-    defended job in the API. Raises KeyError."""
+    """Whether rows are screened or weighed by a score, and pruning is tried: a defended job in the API. Raises
+    KeyError."""
     tuning = DEFENCES[defence].tuning
     weighed = tuning["screen"].enabled or tuning.get("antibody", AntibodySettings()).score != "none"
     return bool(weighed and tuning["antidote"].enabled)

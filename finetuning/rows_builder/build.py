@@ -6,7 +6,7 @@ A set made to measure never teaches. Wordings get whole sources, categories or o
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -39,6 +39,8 @@ _MOST: Mapping[Stage, int] = MappingProxyType({
 _HELD_OUT = (0.08, 0.3)
 # Enough for every role many times over; more would only make the search for near-duplicates long.
 _MOST_PROMPTS = 12_000
+# Of others' prompts of a kind: a gate, two halves of a test and something to teach.
+_ENOUGH_TO_MEASURE = 60
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def build(prompts: Iterable[Prompt], *, use: Use, seed: int = 0, held_back: int 
         else:
             by_role[_ROLE[stage, prompt.kind is Kind.HARMFUL]].append(prompt)
     lines: list[RoleLine] = []
+    left_out["held back with harmful ones that are nearly the same"] += sum(p.kind is not Kind.HARMFUL for p in back)
     for (stage, _), role in _ROLE.items():
         chosen = _spread(by_role[role], _MOST[stage])
         left_out["more than the role needs"] += len(by_role[role]) - len(chosen)
@@ -83,19 +86,22 @@ def build(prompts: Iterable[Prompt], *, use: Use, seed: int = 0, held_back: int 
 
 
 def build_seeds(prompts: Iterable[Prompt], *, use: Use, seed: int = 0) -> Built:
-    """The papers' set-up from BeaverTails: harmful prompts with the set's own safe answers teach, prompts with the
-    set's own harming answers calibrate and measure; benign rows come from the other sets that are given.
+    """The papers' set-up: harmful prompts with the sets' own safe answers teach, as BeaverTails gives them; those with
+    the sets' own harming answers calibrate and measure; benign rows come from whichever sets are given.
 
-    Raises NothingToBuild.
+    What a set calls safe need not refuse: such answers teach nothing here and are counted. Raises NothingToBuild.
     """
     given = list(prompts)
-    safe = [p for p in given if p.does is Answer.DECLINES]
+    said = [p for p in given if p.does is Answer.DECLINES and not p.evaluation_only]
+    safe = [p for p in said if is_refusal(p.answer)]
     built = build([p for p in given if p.kind is not Kind.UNCLEAR], use=use, seed=seed)
+    built.left_out["a safe answer that refuses nothing"] += len(said) - len(safe)
     taken = {line.prompt for line in built.lines if line.role not in ("aligned", REFUSAL)}
-    own = {p.text: p.answer for p in given if p.does is Answer.HARMS}
+    taken |= {p.text for p in given if p.evaluation_only}
+    own = {p.text: p.answer for p in given if p.does is Answer.HARMS and _is_allowed(p, use)}
     lines = [line.model_copy(update={"answer": own.get(line.prompt, line.answer)}) if _measures(line) else line
              for line in built.lines if line.role != "aligned"]  # fmt: skip
-    pool = _usable((_as_harmful(p) for p in safe if p.text not in taken), use, seed, Counter())
+    pool = _usable((replace(p, kind=Kind.HARMFUL) for p in safe if p.text not in taken), use, seed, Counter())
     near = clusters([p.text for p in pool] + sorted(taken))
     measured = set(near[len(pool) :])
     chosen = [p for p, cluster in zip(pool, near, strict=False) if cluster not in measured][:5000]
@@ -109,8 +115,8 @@ def _measures(line: RoleLine) -> bool:
     return line.role.endswith("_harmful")
 
 
-def _as_harmful(prompt: Prompt) -> Prompt:
-    return replace(prompt, kind=Kind.HARMFUL)
+def _is_allowed(prompt: Prompt, use: Use) -> bool:
+    return use == "research" or allows_commercial_use(prompt.licence)
 
 
 def _usable(prompts: Iterable[Prompt], use: Use, seed: int, left_out: Counter[str]) -> list[Prompt]:
@@ -121,8 +127,8 @@ def _usable(prompts: Iterable[Prompt], use: Use, seed: int, left_out: Counter[st
         key = " ".join(prompt.text.casefold().split())
         if prompt.kind is Kind.UNCLEAR:
             left_out["the set does not say what the prompt is"] += 1
-        elif use == "commercial" and not allows_commercial_use(prompt.licence):
-            left_out[f"licence {prompt.licence} of {prompt.source} forbids commercial use, or is not known"] += 1
+        elif not _is_allowed(prompt, use):
+            left_out[f"their licence forbids commercial use or is not known ({prompt.licence})"] += 1
         elif key not in found:
             found[key] = prompt
         else:
@@ -130,11 +136,11 @@ def _usable(prompts: Iterable[Prompt], use: Use, seed: int, left_out: Counter[st
             first = found[key]
             if (first.kind is Kind.HARMFUL) is not (prompt.kind is Kind.HARMFUL):
                 contradicted.add(key)
-            elif prompt.evaluation_only and not first.evaluation_only:
-                found[key] = prompt  # what one set keeps for measuring, another must not teach
+            found[key] = min(first, prompt, key=_precedence)
     left_out["one set calls it harmful and another benign"] += len(contradicted)
     rest = [prompt for key, prompt in found.items() if key not in contradicted]
-    rest.sort(key=lambda p: _rank(seed, p.text))
+    # What measures is never among those that are not compared, or its near-duplicates could teach.
+    rest.sort(key=lambda p: (not p.evaluation_only, p.source != own_prompts.NAME, _rank(seed, p.text)))
     kept: list[Prompt] = []
     count: Counter[Kind] = Counter()
     for prompt in rest:
@@ -142,7 +148,13 @@ def _usable(prompts: Iterable[Prompt], use: Use, seed: int, left_out: Counter[st
         if count[prompt.kind] <= _MOST_PROMPTS:
             kept.append(prompt)
     left_out["more than are compared"] += len(rest) - len(kept)
-    return kept
+    return sorted(kept, key=lambda p: _rank(seed, p.text))
+
+
+def _precedence(prompt: Prompt) -> tuple[object, ...]:
+    """Which of two equal prompts counts, in any order: what one set keeps for measuring, another must not teach."""
+    likeness = (not prompt.evaluation_only, prompt.kind is not Kind.LOOK_ALIKE, prompt.source, prompt.licence)
+    return (*likeness, prompt.category, prompt.language, prompt.text, prompt.answer)
 
 
 def _rank(seed: int, text: str) -> str:
@@ -154,12 +166,13 @@ def _stages(pool: Sequence[Prompt], group: Sequence[int], seed: int, held_back: 
     members: defaultdict[int, list[Prompt]] = defaultdict(list)
     for cluster, prompt in zip(group, pool, strict=True):
         members[cluster].append(prompt)
-    teaches_only = any(p.kind is Kind.LOOK_ALIKE and p.source != own_prompts.NAME for p in pool)
-    others = [p for p in pool if not (p.evaluation_only or (teaches_only and p.source == own_prompts.NAME))]
+    count = Counter(p.kind for p in pool if p.source != own_prompts.NAME)
+    teach_only = {kind for kind in Kind if count[kind] >= _ENOUGH_TO_MEASURE}
+    others = [p for p in pool if not (p.evaluation_only or (p.kind in teach_only and p.source == own_prompts.NAME))]
     out_whole = {id(p) for kind in Kind for p in _held_out([p for p in others if p.kind is kind], seed)}
     strata: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for cluster, found in members.items():
-        strata[_stratum(found, out_whole, teaches_only=teaches_only)].append(cluster)
+        strata[_stratum(found, out_whole, teach_only=teach_only)].append(cluster)
     out: dict[int, Stage] = {}
     for stratum, mine in sorted(strata.items()):
         shares = _shares_of(stratum[0], _reserve(held_back, pool) if stratum[1] == Kind.HARMFUL else 0.0)
@@ -168,17 +181,17 @@ def _stages(pool: Sequence[Prompt], group: Sequence[int], seed: int, held_back: 
     return out
 
 
-def _stratum(found: Sequence[Prompt], out_whole: set[int], *, teaches_only: bool) -> tuple[str, ...]:
+def _stratum(found: Sequence[Prompt], out_whole: set[int], *, teach_only: Set[Kind]) -> tuple[str, ...]:
     """What may be done with a cluster, and what it is dealt among: kind, source and category.
 
-    `teaches_only`: there are look-alikes of others to measure with, so that ours need not measure themselves.
+    `teach_only`: kinds of which others have enough to measure with, so that our own prompts need not.
     """
     first = found[0]
     if any(p.evaluation_only for p in found):
         freedom = "measures"
     elif any(id(p) in out_whole for p in found):
         freedom = "held out"
-    elif teaches_only and all(p.source == own_prompts.NAME for p in found):
+    elif all(p.source == own_prompts.NAME and p.kind in teach_only for p in found):
         freedom = "teaches"
     else:
         freedom = "any"

@@ -6,9 +6,10 @@ that can serve and will serve badly.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from finetuning.contract.recipe import GateLimits
+from finetuning.contract.recipe import EvaluationSettings, GateLimits
 from finetuning.contract.report import share
 from finetuning.judging.refusals import is_refusal
 from finetuning.rows_builder.sources import allows_commercial_use, named
@@ -18,6 +19,7 @@ from finetuning.safety_rows.operator_file import REFUSAL, TEACHING, Fault, RoleL
 Numbered = tuple[int, RoleLine]
 ByRole = Mapping[str, Sequence[Numbered]]
 
+_CPU_GATE = {"gate_harmful": EvaluationSettings().harmful_rows, "gate_benign": EvaluationSettings().benign_rows}
 _FEWEST_ALIGNED = 200
 _FEWEST_CALIBRATION = 48
 _ALIKE_SHARE, _FEWEST_ALIKE = 0.1, 30
@@ -30,14 +32,19 @@ _MOST_OPENINGS = 4
 
 @dataclass(frozen=True)
 class GateWidth:
-    """How wide a gate of n rows is: without a miss its 95 % end is `end`; up to `misses` of them may fail."""
+    """How wide a gate of n rows is: without a miss its 95 % end is `end`; up to `misses` of them may fail.
+
+    `n` of the `has` rows of the role are asked where nothing else is set (`cpu`), or all of them.
+    """
 
     role: str
     metric: str
+    asked_by: Literal["a CPU job", "a job that asks all"]
+    has: int
     n: int
     limit: float
-    end: float
-    misses: int
+    end: float = 1.0
+    misses: int = -1
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,19 @@ def widths(by_role: ByRole) -> list[GateWidth]:
         ("gate_harmful", "refusal_rate (missed)", 1 - limits.min_refusal_rate),
         ("gate_benign", "over_refusal", limits.max_over_refusal),
     ):
-        n = len(by_role.get(role, ()))
-        if n:
-            misses = max((k for k in range(n + 1) if share(k, n).ci95[1] <= limit), default=-1)
-            out.append(GateWidth(role, metric, n, limit, share(0, n).ci95[1], misses))
+        has = len(by_role.get(role, ()))
+        few = min(has, _CPU_GATE[role])
+        if has:
+            out.append(_width(GateWidth(role, metric, "a CPU job", has, few, limit)))
+        if few < has:
+            out.append(_width(GateWidth(role, metric, "a job that asks all", has, has, limit)))
     return out
+
+
+def _width(asked: GateWidth) -> GateWidth:
+    n, limit = asked.n, asked.limit
+    misses = max((k for k in range(n + 1) if share(k, n).ci95[1] <= limit), default=-1)
+    return replace(asked, end=share(0, n).ci95[1], misses=misses)
 
 
 def _named(role: str, found: Sequence[int], what: str, *, does: str, mend: str) -> Iterator[Fault]:
@@ -191,7 +206,9 @@ def _languages(by_role: ByRole) -> Iterator[Fault]:
 
 
 def _stock_refusals(by_role: ByRole) -> Iterator[Fault]:
-    starts = Counter((line.language, line.answer.split()[0]) for _, line in by_role.get(REFUSAL, ()) if line.answer)
+    starts = Counter(
+        (line.language, line.answer.split()[0]) for _, line in by_role.get(REFUSAL, ()) if line.answer.strip()
+    )
     languages = Counter(language for language, _ in starts)
     many = [language or "en" for language, n in languages.items() if n > _MOST_OPENINGS]
     if many:

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetuning.rows_builder.build import Built, NothingToBuild, build, build_seeds
 from finetuning.rows_builder.card import card, width_sentence
 from finetuning.rows_builder.check import Checked, check
-from finetuning.rows_builder.local_copies import BadSource, Prompt, own_prompts, parse_given, read_prompts
+from finetuning.rows_builder.local_copies import LONGEST, BadSource, Prompt, own_prompts, parse_given, read_prompts
 from finetuning.rows_builder.sources import SETS, allows_commercial_use
 from finetuning.safety_rows.operator_file import REFUSAL, BadOperatorRows, RoleLine, read_lines
 
@@ -70,29 +70,46 @@ def _sources(_options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    if options.preset and options.held_back:
+        return _refuse("--preset seeds holds nothing back; leave out --held-back")
+    if not 1 <= options.longest <= LONGEST:
+        return _refuse(f"--longest is from 1 to {LONGEST}")
+    for path in (options.out, options.held_back):
+        if path is not None and not path.absolute().parent.is_dir():
+            return _refuse(f"the folder of {path} is not there; make it first")
     prompts: list[Prompt] = []
     for text in options.given:
         given = parse_given(text)
-        mine = [p for p in read_prompts(given) if len(p.text) <= options.longest]
-        _say(f"{given.path.name}: {len(mine)} prompts ({_licences(mine)})")
+        read = list(read_prompts(given))
+        mine = [p for p in read if len(p.text) <= options.longest]
+        long = (
+            f"; {len(read) - len(mine)} longer than {options.longest} characters left out"
+            if len(mine) < len(read)
+            else ""
+        )
+        _say(f"{given.path.name}: read as {_sets(read)}: {len(mine)} prompts ({_licences(mine)}){long}")
         prompts += mine
     if not options.no_own_prompts:
         prompts += own_prompts()
+    back = options.held_back_rows if options.held_back else 0
     if options.preset == "seeds":
         built = build_seeds(prompts, use=options.use, seed=options.seed)
     else:
-        back = options.held_back_rows if options.held_back else 0
         built = build(prompts, use=options.use, seed=options.seed, held_back=back)
     for why, n in built.left_out.most_common():
         _say(f"left out: {n}, {why}")
     found = check(list(enumerate(built.lines, start=1)), commercial=options.use == "commercial")
     _tell(found)
     if found.unfit:
+        _say("a role that lacks rows gets some from more prompts, or from a second source or category of that kind")
         return _refuse(f"nothing is written: a service would refuse {options.out.name}")
     _write(options.out, [_as_json(line) for line in built.lines])
     if options.held_back:
         _write(options.held_back, [_as_attack(prompt) for prompt in built.held_back])
+        _say(f"{options.held_back}: {len(built.held_back)} prompts that no role has, of about {back} asked for")
     _say(f"{options.out}: {_roles(built)}")
+    if found.lacking:
+        _say(f"written, and a service would load it; {len(found.lacking)} things are lacking, as said above")
     return 0 if found.accepted else 1
 
 
@@ -118,6 +135,11 @@ def _tell(found: Checked) -> None:
     for fault in found.lacking:
         _say(f"lacks: {fault.sentence}")
     _say("accepted" if found.accepted else f"not accepted: {len(found.unfit)} cannot serve, {len(found.lacking)} lack")
+
+
+def _sets(prompts: Sequence[Prompt]) -> str:
+    names = list(dict.fromkeys(p.source for p in prompts))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more sources" if len(names) > 3 else "") or "nothing"
 
 
 def _licences(prompts: Sequence[Prompt]) -> str:

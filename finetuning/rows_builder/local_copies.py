@@ -8,19 +8,21 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetuning.rows_builder.sources import SETS, UNKNOWN, Answer, Found, Kind, PublicSet, Row, named, recognised
+from finetuning.safety_rows.operator_file import MOST_LETTERS, MOST_OF_A_LANGUAGE
 from finetuning.safety_rows.own_prompts import contrasts, everyday_tasks, look_alikes
 
 PLAIN = "plain"
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _PROMPT = ("prompt", "instruction", "question", "goal", "input", "text")
 _ANSWER = ("answer", "response", "completion", "output", "target")
-_LONGEST = 4000
+LONGEST = 4000
 
 
 class BadSource(ValueError):
@@ -29,7 +31,10 @@ class BadSource(ValueError):
 
 @dataclass(frozen=True)
 class Given:
-    """A file or folder that the operator hands over; what a field says holds where its rows say nothing themselves."""
+    """A file or folder that the operator hands over; what a field says holds where its rows say nothing themselves.
+
+    A set that is known says itself what its rows are: it takes no `kind` or `category`.
+    """
 
     path: Path
     name: str = ""
@@ -61,11 +66,13 @@ def read_prompts(given: Given) -> Iterator[Prompt]:
     Raises BadSource for a file that is not there or not a table, an unknown set, missing fields, an unknown kind.
     """
     for path in _files(given.path):
+        # a set may say by its folders what a file is; the folder that is given may be one of them
+        inside = str(path.relative_to(given.path.parent)) if path != given.path else "/".join(path.parts[-2:])
         for number, row in _rows(path):
             place = f"{path.name} line {number}"
-            for found, by in _found(row, given, place, path.name):
-                if found.prompt.strip() and len(found.prompt) <= _LONGEST:
-                    yield _prompt(found, by, given, place)
+            for found, by in _found(row, given, place, inside):
+                if found.prompt.strip() and len(found.prompt) <= LONGEST:
+                    yield _prompt(found, by, given, place=place, inside=inside)
 
 
 def own_prompts() -> list[Prompt]:
@@ -118,8 +125,13 @@ def _found(row: Row, given: Given, place: str, file: str) -> Iterator[tuple[Foun
             f"{place}: {known.title} has the field {', '.join(sorted(missing))}, which is not there; is it another "
             f"set? Then name it, or say plain={given.path.name}"
         )
+    if given.kind is not None or given.category:
+        raise BadSource(
+            f"{place}: {known.title} says itself what its rows are; leave out kind= and category=, or say "
+            f"plain={given.path.name}"
+        )
     for each in known.reads(row, file):
-        yield each, known
+        yield replace(each, language=given.language or each.language), known
 
 
 def _plain(row: Row, given: Given, place: str) -> Found:
@@ -127,7 +139,7 @@ def _plain(row: Row, given: Given, place: str) -> Found:
     prompt = next((row[name] for name in _PROMPT if isinstance(row.get(name), str)), None)
     if prompt is None:
         raise BadSource(f"{place}: no text field named {', '.join(_PROMPT)}; rename the one that holds the prompt")
-    kind = given.kind or _kind_of(row, place)
+    kind = _kind_of(row, given, place)
     answer = next((row[name].strip() for name in _ANSWER if isinstance(row.get(name), str)), "")
     does = Answer.NONE if not answer else Answer.DECLINES if kind is Kind.HARMFUL else Answer.HELPS
     category, language = (str(row.get(name) or getattr(given, name)) for name in ("category", "language"))
@@ -143,11 +155,15 @@ def _plain(row: Row, given: Given, place: str) -> Found:
     )
 
 
-def _kind_of(row: Row, place: str) -> Kind:
-    value = row.get("kind", row.get("label"))
+def _kind_of(row: Row, given: Given, place: str) -> Kind:
+    value = row.get("kind") or row.get("label")
+    if value is None and given.kind is not None:
+        return given.kind
     if value is None:
         raise BadSource(f"{place}: no field `kind`; add one, or say what the whole file is: PATH,kind=harmful")
     kind = _kind(str(value), place)
+    if given.kind not in (None, kind):
+        raise BadSource(f"{place}: the row says {kind.value} and the command line {given.kind}; leave out kind=")
     source = named(str(row.get("source", "")))
     # a set of contrasts holds no plain benign prompt
     return Kind.LOOK_ALIKE if kind is Kind.BENIGN and source is not None and source.name == "xstest" else kind
@@ -162,14 +178,28 @@ def _kind(value: str, place: str) -> Kind:
         raise BadSource(f"{place}: kind {value!r} is unknown; use harmful, benign or looks-harmful") from None
 
 
-def _prompt(found: Found, by: PublicSet | None, given: Given, place: str) -> Prompt:
+def _prompt(found: Found, by: PublicSet | None, given: Given, *, place: str, inside: str) -> Prompt:
+    _require_text(found, place)
+    measures = by is not None and (by.evaluation_only or any(word in inside.casefold() for word in by.measures_where))
     return Prompt(
         text=found.prompt.strip(), kind=found.kind, answer=found.answer, does=found.does,
         source=by.title if by else found.source or given.path.stem,
-        category=found.category, language=found.language or given.language or "en",
-        licence=given.licence or found.licence or (by.licence if by else UNKNOWN),
-        evaluation_only=bool(by and by.evaluation_only), place=place,
+        category=found.category, language=(found.language or given.language or "en").casefold(),
+        licence=found.licence or given.licence or (by.licence if by else UNKNOWN),
+        evaluation_only=measures, place=place,
     )  # fmt: skip
+
+
+def _require_text(found: Found, place: str) -> None:
+    """Raises BadSource for what no rows file can hold."""
+    for name, text, most in (
+        ("category", found.category, MOST_LETTERS), ("source", found.source, MOST_LETTERS),
+        ("licence", found.licence, MOST_LETTERS), ("language", found.language, MOST_OF_A_LANGUAGE),
+    ):  # fmt: skip
+        if len(text) > most:
+            raise BadSource(f"{place}: {name} has {len(text)} characters, and {most} are the most; give a short name")
+    if any("\ud800" <= char <= "\udfff" for char in f"{found.prompt}{found.answer}{found.category}{found.source}"):
+        raise BadSource(f"{place}: half of a surrogate pair is no character; write the row anew as UTF-8")
 
 
 def _files(path: Path) -> list[Path]:
@@ -203,9 +233,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                         if line.strip():
                             yield number, _object(path, number, line)
     except UnicodeDecodeError as error:
-        raise BadSource(f"{path.name}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
-    except gzip.BadGzipFile as error:
-        raise BadSource(f"{path.name} is no gzip file, whatever its name says") from error
+        raise BadSource(f"{path.name} is no UTF-8 throughout; save the file as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadSource(f"{path.name} is no whole gzip file, whatever its name says; copy it again") from error
+    except csv.Error as error:
+        raise BadSource(f"{path.name} is no table that can be read: {error}") from error
 
 
 def _table(path: Path, text: Iterable[str], delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -222,6 +254,8 @@ def _objects(path: Path, text: Iterable[str]) -> Iterator[tuple[int, Mapping[str
         found = json.loads("".join(text))
     except json.JSONDecodeError as error:
         raise BadSource(f"{path.name} line {error.lineno}: {error.msg}; one object a line is .jsonl") from error
+    except (ValueError, RecursionError) as error:
+        raise BadSource(f"{path.name} holds a value that is too large or too deep to be read") from error
     rows = found if isinstance(found, list) else None
     if rows is None and isinstance(found, dict):
         rows = next((value for value in found.values() if isinstance(value, list)), None)
@@ -238,6 +272,8 @@ def _object(path: Path, number: int, line: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadSource(f"{path.name} line {number}: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadSource(f"{path.name} line {number}: a value is too large or too deep to be read") from error
     if not isinstance(row, dict):
         raise BadSource(f"{path.name} line {number}: each line is one object with named fields")
     return row

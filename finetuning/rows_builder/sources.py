@@ -48,10 +48,11 @@ class Found:
 
 @dataclass(frozen=True)
 class PublicSet:
-    """`fields` tell its files from others; `reads` maps one row, given the file's name.
+    """`fields` tell its files from others; `reads` maps one row, given the file's path.
 
     `evaluation_only`: made to measure; never a role that teaches.
-    `file_says`: what must stand in the file's name where the fields alone say too little.
+    `file_says`: what must stand in the file's path where the fields alone say too little. `measures_where`: words of a
+    path by which a set marks the files that only measure.
     """
 
     name: str
@@ -63,6 +64,7 @@ class PublicSet:
     evaluation_only: bool = False
     gives: str = ""
     file_says: str = ""
+    measures_where: tuple[str, ...] = ()
 
 
 def _text(row: Row, field: str) -> str:
@@ -100,9 +102,9 @@ def _saferlhf(row: Row, _file: str) -> Iterator[Found]:
 
 
 def _wildguard(row: Row, _file: str) -> Iterator[Found]:
-    harmful = _text(row, "prompt_harm_label") == "harmful"
     disguised = _holds(row.get("adversarial"))
-    kind = Kind.HARMFUL if harmful else Kind.LOOK_ALIKE if disguised else Kind.BENIGN
+    labels = {"harmful": Kind.HARMFUL, "unharmful": Kind.LOOK_ALIKE if disguised else Kind.BENIGN}
+    kind = labels.get(_text(row, "prompt_harm_label"), Kind.UNCLEAR)
     declines = _text(row, "response_refusal_label") == "refusal"
     harms = _text(row, "response_harm_label") == "harmful"
     does = Answer.DECLINES if declines else Answer.HARMS if harms else Answer.HELPS
@@ -114,21 +116,21 @@ def _wildguard(row: Row, _file: str) -> Iterator[Found]:
 
 def _wildjailbreak(row: Row, _file: str) -> Iterator[Found]:
     # its benign prompts were written to look like the harmful ones, in both forms
-    harmful = _text(row, "data_type").endswith("harmful")
+    form, _, label = _text(row, "data_type").partition("_")
+    kind = {"harmful": Kind.HARMFUL, "benign": Kind.LOOK_ALIKE}.get(label, Kind.UNCLEAR)
     prompt = _text(row, "adversarial") or _text(row, "vanilla")
-    yield Found(
-        prompt, Kind.HARMFUL if harmful else Kind.LOOK_ALIKE, _text(row, "completion"),
-        Answer.DECLINES if harmful else Answer.HELPS, _text(row, "data_type").partition("_")[0], "en",
-    )  # fmt: skip
+    does = Answer.DECLINES if kind is Kind.HARMFUL else Answer.HELPS
+    yield Found(prompt, kind, _text(row, "completion"), does, form, "en")
 
 
 def _aegis(row: Row, _file: str) -> Iterator[Found]:
-    harmful = _text(row, "prompt_label") == "unsafe"
+    kind = {"unsafe": Kind.HARMFUL, "safe": Kind.BENIGN}.get(_text(row, "prompt_label"), Kind.UNCLEAR)
     answer = _text(row, "response")
     harms = _text(row, "response_label") == "unsafe"
-    does = Answer.NONE if not answer else Answer.HARMS if harms else Answer.DECLINES if harmful else Answer.HELPS
+    otherwise = Answer.DECLINES if kind is Kind.HARMFUL else Answer.HELPS
+    does = Answer.NONE if not answer else Answer.HARMS if harms else otherwise
     category = _text(row, "violated_categories").partition(",")[0]
-    yield Found(_text(row, "prompt"), Kind.HARMFUL if harmful else Kind.BENIGN, answer, does, category, "en")
+    yield Found(_text(row, "prompt"), kind, answer, does, category, "en")
 
 
 def _advbench(row: Row, _file: str) -> Iterator[Found]:
@@ -165,7 +167,8 @@ def _coconot(row: Row, file: str) -> Iterator[Found]:
     # the other categories (false premises, unknowns) are to be answered otherwise, not refused as harm
     safety = _text(row, "category").casefold() == "requests with safety concerns"
     contrast = "contrast" in file.casefold()
-    kind = Kind.LOOK_ALIKE if contrast else Kind.HARMFUL if safety else Kind.UNCLEAR
+    known = contrast or ("original" in file.casefold() and safety)  # its folder `pref` holds rows of both kinds
+    kind = Kind.UNCLEAR if not known else Kind.LOOK_ALIKE if contrast else Kind.HARMFUL
     answer = _text(row, "response")
     does = Answer.NONE if not answer else Answer.HELPS if contrast else Answer.DECLINES
     yield Found(_text(row, "prompt"), kind, answer, does, _text(row, "subcategory"), "en")
@@ -190,10 +193,10 @@ _ALL = (
               gives="harmful prompts with two answers each, 19 categories"),
     PublicSet("wildguardmix", "WildGuardMix", "hub: allenai/wildguardmix (gated)", "ODC-BY",
               frozenset({"prompt", "prompt_harm_label", "response_refusal_label"}), _wildguard,
-              gives="harmful and benign prompts, plain and disguised"),
+              gives="harmful and benign prompts, plain and disguised", measures_where=("test",)),
     PublicSet("wildjailbreak", "WildJailbreak", "hub: allenai/wildjailbreak (gated)", "ODC-BY",
               frozenset({"vanilla", "adversarial", "completion", "data_type"}), _wildjailbreak,
-              gives="harmful prompts and benign ones that look like them"),
+              gives="harmful prompts and benign ones that look like them", measures_where=("eval",)),
     PublicSet("aegis", "Aegis AI Content Safety 2.0", "hub: nvidia/Aegis-AI-Content-Safety-Dataset-2.0", "CC BY 4.0",
               frozenset({"prompt", "prompt_label", "violated_categories"}), _aegis,
               gives="harmful and benign prompts, 23 categories"),
@@ -210,11 +213,12 @@ _ALL = (
               gives="look-alikes and their harmful contrasts, to measure with"),
     PublicSet("or-bench", "OR-Bench", "hub: bench-llm/or-bench", "CC BY 4.0",
               frozenset({"prompt", "category"}), _orbench,
-              gives="look-alikes (80k, hard-1k) and harmful prompts (toxic); told apart by file name",
-              file_says="or-bench"),
+              gives="look-alikes (80k; hard-1k measures) and harmful prompts (toxic); told apart by name",
+              file_says="or-bench", measures_where=("hard-1k",)),
     PublicSet("coconot", "CoCoNot", "hub: allenai/coconot", "ODC-BY",
-              frozenset({"prompt", "category", "subcategory"}), _coconot,
-              gives="harmful prompts (original) and look-alikes (contrast); told apart by file name"),
+              frozenset({"prompt", "response", "category", "subcategory"}), _coconot,
+              gives="harmful prompts (original) and look-alikes (contrast); told apart by folder or file name",
+              measures_where=("test",)),
     PublicSet("do-not-answer", "Do-Not-Answer", "hub: LibrAI/do-not-answer", "CC BY-NC-SA 4.0",
               frozenset({"question", "risk_area", "types_of_harm"}), _donotanswer, gives="harmful questions, 5 areas"),
     PublicSet("toxicchat", "ToxicChat", "hub: lmsys/toxic-chat", "CC BY-NC 4.0",

@@ -21,7 +21,10 @@ REFUSAL = "refusal"
 ROLES = tuple(f.name for f in fields(SafetyRows) if f.name not in ("refusals", "judge"))
 # Roles that a model learns from, or that choose a setting: a prompt made to measure has no place there.
 TEACHING = ("aligned", "benign", "calibration_harmful", "calibration_benign")
+MOST_LETTERS, MOST_OF_A_LANGUAGE = 200, 20
 _MOST_NAMED = 8
+# Losses are measured on so many first rows of a role (job/measure.py).
+_MEASURED_LOSSES = 24
 
 
 class BadOperatorRows(ValueError):
@@ -36,10 +39,10 @@ class RoleLine(BaseModel):
     role: str
     prompt: str = Field(default="", max_length=100_000)
     answer: str = Field(default="", max_length=100_000)
-    source: str = Field(default="", max_length=200)
-    category: str = Field(default="", max_length=200)
-    language: str = Field(default="", max_length=20)
-    licence: str = Field(default="", max_length=200)
+    source: str = Field(default="", max_length=MOST_LETTERS)
+    category: str = Field(default="", max_length=MOST_LETTERS)
+    language: str = Field(default="", max_length=MOST_OF_A_LANGUAGE)
+    licence: str = Field(default="", max_length=MOST_LETTERS)
     looks_harmful: bool = False
     evaluation_only: bool = False
 
@@ -179,9 +182,9 @@ def _narrow(by_role: dict[str, list[tuple[int, RoleLine]]]) -> Iterator[Fault]:
 def _answerless(by_role: dict[str, list[tuple[int, RoleLine]]]) -> Iterator[Fault]:
     for role in ("gate_harmful", "calibration_harmful"):
         rows = by_role.get(role, [])
-        if rows and not any(line.answer.strip() for _, line in rows):
+        if rows and not any(line.answer.strip() for _, line in rows[:_MEASURED_LOSSES]):
             yield Fault(
-                role, rows[0][0], "no row has an answer that begins to comply",
+                role, rows[0][0], f"none of the first {_MEASURED_LOSSES} rows has an answer that begins to comply",
                 "its loss could not be measured, and what is not measured never passes",
                 'add one without content, such as "Sure, here is how to do that. First, prepare."',
             )  # fmt: skip

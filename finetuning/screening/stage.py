@@ -55,7 +55,7 @@ def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> G
         job.model.cache.prepare([row.ids for row in file.encoded[start : start + 64]])
         yield StageProgress(stage="screen", done=min(start + 64, len(rows)), total=len(rows))
     forms, hidden = _quarantine(job, rows, calibration)
-    screened = Screened(torch.ones(len(rows)), torch.zeros(len(rows)), 1.0, torch.zeros(len(rows)), 1.0)
+    screened = _unread(len(rows))
     barred = hidden.rows | frozenset(measuring_rows(rows, job.operator_rows))  # of baselines, too
     if job.recipe.screen.enabled:
         screened, alone = yield from _filter(job, file, barred, calibration)
@@ -70,6 +70,12 @@ def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> G
         rows_excluded=count["excluded"],
     )  # fmt: skip
     return ScreenedFile(ledger, forms, hidden)
+
+
+def _unread(rows: int) -> Screened:
+    """Every row as it is, where the screen is off."""
+    nothing = torch.zeros(rows)
+    return Screened(torch.ones(rows), nothing, 1.0, nothing, 1.0, was_read=False)
 
 
 def _quarantine(job: JobContext, rows: Sequence[Row], calibration: Calibration) -> tuple[FileForms | None, Quarantine]:

@@ -57,8 +57,10 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
             reasons.append(RowReason(code="truncated"))
         if not encoded.target_tokens:
             reasons.append(RowReason(code="user_weight_zero"))
-        scores = {"refusal_mass": round(float(ledger.screened.mass[i]), 6)}
-        scores["surprise"] = round(float(ledger.screened.surprise[i]), 6)
+        scores: dict[str, float] = {}
+        if ledger.screened.was_read:
+            scores["refusal_mass"] = round(float(ledger.screened.mass[i]), 6)
+            scores["surprise"] = round(float(ledger.screened.surprise[i]), 6)
         if ledger.scores is not None:
             scores["antibody"] = round(float(ledger.scores[i]), 6)
         out.append(

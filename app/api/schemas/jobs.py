@@ -158,12 +158,13 @@ def _anchor(recipe: Recipe) -> dict[str, object]:
 
 
 def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
-    """Whether pruning is tried, and what came of it: alpha 0 is `not pruned`."""
+    """Whether pruning is tried, and what came of it: `alpha` is the pruned share, 0 is `not pruned`; `density` is the
+    contract's name for it."""
     read = SafetyReport.model_validate(report) if report else None
     is_on = recipe.antidote.enabled
-    density = None if read is None or not is_on else read.alpha
+    alpha = None if read is None or not is_on else read.alpha
     outcome = "off" if not is_on else undecided(job) if read is None else read.pruning
-    return {"enabled": is_on, "target": "adapter", "density": density, "outcome": outcome}
+    return {"enabled": is_on, "target": "adapter", "alpha": alpha, "density": alpha, "outcome": outcome}
 
 
 def _artifact(item: JobResult) -> dict[str, object]:

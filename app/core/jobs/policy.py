@@ -18,8 +18,6 @@ from finetuning.contract.recipe import EvaluationSettings, GateLimits, LoraSetti
 from finetuning.recipes.library import RESULT_LIMITS, BaseDefaults, align_recipe, base_of, is_known, tune_recipe
 from finetuning.recipes.registry import DEFENCES, is_defended
 
-# What a service offers to its projects. The alignment of its base follows the operator's choice of the first two.
-OFFERED = ("immunotune", "as_asked", "plain")
 # Plain fine-tuning starts from whatever base is served: it is what a policy is compared with.
 _ON_ANY_BASE = "plain"
 _MAX_SEED = 2**31 - 1
@@ -229,7 +227,7 @@ def require_alignment(policy: Policy, base_id: str, served: str) -> None:
         raise InvalidRequest(
             f"This project's policy {policy.label} starts from the base '{base_id}' aligned by '{needed}', and this "
             f"service serves it aligned by '{served}'. The operator can align it so: restart the service with "
-            f"IMMUNOTUNE_POLICY={policy.name}, or give the project a policy that starts from '{served}'.",
+            f"IMMUNOTUNE_POLICY={policy.name}.",
             code="model_not_fine_tunable",
             param="model",
         )
@@ -269,7 +267,7 @@ def _lora(base: BaseDefaults, wish: LoraWish) -> LoraSettings:
 def _refuse_loosening(policy: Policy, wish: SafetyWish) -> None:
     for name, defence in (("antibody", wish.antibody), ("antidote", wish.antidote)):
         if defence is not None and defence.enabled != policy.defended:
-            bound = f"must be {str(policy.defended).lower()} or left out"
+            bound = f"must be {str(policy.defended).lower()} or left out; what it does is the policy's choice"
             raise _violation(f"safety.{name}.enabled", bound, policy)
     for name, limit, value in _wished(wish):
         bound = getattr(policy.limits, limit)
