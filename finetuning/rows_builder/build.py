@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from finetuning.judging.judges import is_refusal
+from finetuning.judging.refusals import is_refusal
 from finetuning.rows_builder.local_copies import Prompt
 from finetuning.rows_builder.sources import Answer, Kind, allows_commercial_use
 from finetuning.rows_builder.stock_answers import REFUSALS, hollow_compliance, refusals

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finetuning.contract.recipe import GateLimits
 from finetuning.contract.report import share
-from finetuning.judging.judges import is_refusal
+from finetuning.judging.refusals import is_refusal
 from finetuning.rows_builder.sources import allows_commercial_use, named
 from finetuning.safety_rows.near_duplicates import pairs_alike
 from finetuning.safety_rows.operator_file import REFUSAL, TEACHING, Fault, RoleLine, unfit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetuning.contract.progress import Note, Progress, StageProgress
 from finetuning.job.context import JobContext
-from finetuning.judging.judges import is_refusal
+from finetuning.judging.refusals import is_refusal
 from finetuning.safety_rows.roles import SafetyRows
 
 ANSWERS_FILE = "base_answers.json"

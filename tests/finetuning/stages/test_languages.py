@@ -1,4 +1,4 @@
-"""Operators who speak no English: a German and a French base are aligned, fine-tuned, judged by refusals and released."""
+"""Operators who speak no English: a German and a French base are aligned, tuned, judged by refusals and released."""
 
 import json
 import shutil
