@@ -40,7 +40,7 @@ def classifier_judge(
         model.config.pad_token_id = pad  # a decoder finds a row's last token by it
 
     def encode(prompt: str, answer: str) -> EncodedPair:
-        if reads is None:
+        if not reads:
             return dict(tokenizer(prompt, answer, split_special_tokens=True))
         return _ended(dict(tokenizer(filled(reads, prompt, answer), split_special_tokens=True)), tokenizer.eos_token_id)
 
@@ -54,8 +54,7 @@ def classifier_judge(
     def flags(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         return [worst(chances) >= threshold for chances in windows(prompts, answers, read)]
 
-    name = Path(source).name
-    return with_refusals(name, never_silent(name, flags), declines=declines)
+    return with_refusals(Path(source).name, never_silent(Path(source).name, flags), declines=declines)
 
 
 def worst(chances: Sequence[float]) -> float:
