@@ -123,8 +123,8 @@ class Settings(BaseModel):
     judge: str = Field(
         default="",
         description="a guard that judges answers, by name or by the path of its file (*.toml), or several joined by +; "
-        "recommended: qwen3guard-gen-4b, or granite-guardian-3.1-2b on less memory (docs/guides/judges.md); empty: the "
-        "judge of the safety rows",
+        "recommended: llama-guard-3-8b, qwen3guard-gen-4b beyond English, granite-guardian-3.1-2b on less memory "
+        "(docs/guides/judges.md); empty: the judge of the safety rows",
     )
     train_queue: str = Field(default="train.cpu", pattern=r"train\.[a-z0-9]+", description="where new jobs queue")
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")

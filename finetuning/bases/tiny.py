@@ -6,7 +6,7 @@ public base would.
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +44,18 @@ def tiny_test_base(folder: Path) -> Path:
 
 
 def make_tiny_base(
-    folder: Path, *, shape: TinyShape = TinyShape(), seed: int = 0, say: Callable[[str], None] = print
+    folder: Path,
+    *,
+    shape: TinyShape = TinyShape(),
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    corpus: Sequence[Pair] = (),
 ) -> Path:
-    """Train a tiny base into `folder` (a plain Hugging Face folder); returns it. Equal seeds give equal weights."""
-    corpus = _corpus(random.Random(seed))
+    """Train a tiny base into `folder` (a plain Hugging Face folder); returns it. Equal seeds give equal weights.
+
+    It has read `corpus`; the invented world's, in English, where none is given.
+    """
+    corpus = corpus or _corpus(random.Random(seed))
     tokenizer = _tokenizer([f"{p.prompt} {p.answer}" for p in corpus], shape.vocabulary)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_config(shape, tokenizer))
@@ -122,7 +130,7 @@ def _nice(rng: random.Random, kind: list[str], nice: list[str], joint: str) -> s
 
 
 def _school(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: list[Pair], shape: TinyShape, *,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Sequence[Pair], shape: TinyShape, *,
     seed: int, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Next-token training on whole rows."""

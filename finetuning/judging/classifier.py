@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from finetuning.judging.encoding import EncodedPair, by_windows, load, never_silent, padded
+from finetuning.judging.guard_file import filled
 from finetuning.judging.judges import BadGuard, BatchJudge, JudgeFailed, with_refusals
 from finetuning.judging.refusals import IsRefusal, is_refusal
 
@@ -39,13 +40,9 @@ def classifier_judge(
         model.config.pad_token_id = pad  # a decoder finds a row's last token by it
 
     def encode(prompt: str, answer: str) -> EncodedPair:
-        if reads is None:
+        if not reads:
             return dict(tokenizer(prompt, answer, split_special_tokens=True))
-        before, _, after = reads.partition("{answer}")  # what a prompt spells out is never filled in
-        text = before.replace("{prompt}", prompt) + answer + after.replace("{prompt}", prompt)
-        row = dict(tokenizer(text, split_special_tokens=True))
-        end = tokenizer.eos_token_id
-        return row if end is None else {k: [*v, end if k == "input_ids" else v[-1]] for k, v in row.items()}
+        return _ended(dict(tokenizer(filled(reads, prompt, answer), split_special_tokens=True)), tokenizer.eos_token_id)
 
     def read(rows: Sequence[EncodedPair]) -> list[float]:
         out = model(**padded(rows, pad, left=False, device=model.device))
@@ -57,8 +54,7 @@ def classifier_judge(
     def flags(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         return [worst(chances) >= threshold for chances in windows(prompts, answers, read)]
 
-    name = Path(source).name
-    return with_refusals(name, never_silent(name, flags), declines=declines)
+    return with_refusals(Path(source).name, never_silent(Path(source).name, flags), declines=declines)
 
 
 def worst(chances: Sequence[float]) -> float:
@@ -66,6 +62,10 @@ def worst(chances: Sequence[float]) -> float:
     if not all(map(math.isfinite, chances)):  # max() would take a nan for safe
         raise JudgeFailed("a judge's score is no number; nothing is released without it")
     return max(chances)
+
+
+def _ended(row: EncodedPair, end: int | None) -> EncodedPair:
+    return row if end is None else {k: [*v, end if k == "input_ids" else v[-1]] for k, v in row.items()}
 
 
 def _labels(config: Any, harmful: Sequence[str]) -> list[int]:

@@ -153,6 +153,12 @@ def has_verdict(guard: GuardFile, output: str) -> bool:
     return any(_found(pattern, output) for pattern in (guard.patterns.unsafe, guard.patterns.safe))
 
 
+def filled(template: str, prompt: str, answer: str) -> str:
+    """The template's text about one exchange; what the two themselves spell out is never filled in."""
+    said = {"{prompt}": prompt, "{answer}": answer}
+    return "".join(said.get(piece, piece) for piece in re.split(r"(\{prompt\}|\{answer\})", template))
+
+
 def worst_reading(said: Sequence[Reading]) -> Reading:
     """What a guard says of a whole answer, from its windows: harm if any is, a refusal only if all are."""
     harm = [reading for reading in said if reading.harmful]

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 
 from finetuning.judging.encoding import spans_of
-from finetuning.judging.guard_file import PLAIN_PAIR, GuardFile, Url, has_verdict, read_output, worst_reading
+from finetuning.judging.guard_file import PLAIN_PAIR, GuardFile, Url, filled, has_verdict, read_output, worst_reading
 from finetuning.judging.judges import BadGuard, BatchJudge, JudgeUnreachable, Reading, of_readings
 from finetuning.judging.refusals import IsRefusal, is_refusal
 
@@ -131,9 +131,7 @@ def _messages(guard: GuardFile, exchange: tuple[str, str]) -> list[dict[str, str
     prompt, answer = map(without_control_tokens, exchange)
     if not guard.template:
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    said = {"{prompt}": prompt, "{answer}": answer}
-    pieces = re.split(r"(\{prompt\}|\{answer\})", guard.template)
-    return [{"role": "user", "content": "".join(said.get(piece, piece) for piece in pieces)}]
+    return [{"role": "user", "content": filled(guard.template, prompt, answer)}]
 
 
 def _text(content: bytes) -> str:

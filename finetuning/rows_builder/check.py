@@ -206,9 +206,8 @@ def _languages(by_role: ByRole) -> Iterator[Fault]:
 
 
 def _stock_refusals(by_role: ByRole) -> Iterator[Fault]:
-    starts = Counter(
-        (line.language, line.answer.split()[0]) for _, line in by_role.get(REFUSAL, ()) if line.answer.strip()
-    )
+    refusals = [line for _, line in by_role.get(REFUSAL, ()) if line.answer.strip()]
+    starts = Counter((line.language, line.answer.split()[0]) for line in refusals)
     languages = Counter(language for language, _ in starts)
     many = [language or "en" for language, n in languages.items() if n > _MOST_OPENINGS]
     if many:

@@ -70,27 +70,8 @@ def _sources(_options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    if options.preset and options.held_back:
-        return _refuse("--preset seeds holds nothing back; leave out --held-back")
-    if not 1 <= options.longest <= LONGEST:
-        return _refuse(f"--longest is from 1 to {LONGEST}")
-    for path in (options.out, options.held_back):
-        if path is not None and not path.absolute().parent.is_dir():
-            return _refuse(f"the folder of {path} is not there; make it first")
-    prompts: list[Prompt] = []
-    for text in options.given:
-        given = parse_given(text)
-        read = list(read_prompts(given))
-        mine = [p for p in read if len(p.text) <= options.longest]
-        long = (
-            f"; {len(read) - len(mine)} longer than {options.longest} characters left out"
-            if len(mine) < len(read)
-            else ""
-        )
-        _say(f"{given.path.name}: read as {_sets(read)}: {len(mine)} prompts ({_licences(mine)}){long}")
-        prompts += mine
-    if not options.no_own_prompts:
-        prompts += own_prompts()
+    _require_sense(options)
+    prompts = [*_read(options.given, options.longest), *([] if options.no_own_prompts else own_prompts())]
     back = options.held_back_rows if options.held_back else 0
     if options.preset == "seeds":
         built = build_seeds(prompts, use=options.use, seed=options.seed)
@@ -104,13 +85,38 @@ def _build(options: argparse.Namespace) -> int:
         _say("a role that lacks rows gets some from more prompts, or from a second source or category of that kind")
         return _refuse(f"nothing is written: a service would refuse {options.out.name}")
     _write(options.out, [_as_json(line) for line in built.lines])
+    _say(f"{options.out}: {_roles(built)}")
     if options.held_back:
         _write(options.held_back, [_as_attack(prompt) for prompt in built.held_back])
         _say(f"{options.held_back}: {len(built.held_back)} prompts that no role has, of about {back} asked for")
-    _say(f"{options.out}: {_roles(built)}")
     if found.lacking:
         _say(f"written, and a service would load it; {len(found.lacking)} things are lacking, as said above")
     return 0 if found.accepted else 1
+
+
+def _require_sense(options: argparse.Namespace) -> None:
+    """What no set needs to be read for. Raises BadSource."""
+    if options.preset and options.held_back:
+        raise BadSource("--preset seeds holds nothing back; leave out --held-back")
+    if not 1 <= options.longest <= LONGEST:
+        raise BadSource(f"--longest is from 1 to {LONGEST}")
+    for path in (options.out, options.held_back):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadSource(f"the folder of {path} is not there; make it first")
+
+
+def _read(given: Sequence[str], longest: int) -> list[Prompt]:
+    """The prompts of every file, with a line on each. Raises BadSource."""
+    prompts: list[Prompt] = []
+    for text in given:
+        found = parse_given(text)
+        read = list(read_prompts(found))
+        mine = [p for p in read if len(p.text) <= longest]
+        long = len(read) - len(mine)
+        also = f"; {long} longer than {longest} characters are left out" if long else ""
+        _say(f"{found.path.name}: read as {_sets(read)}: {len(mine)} prompts ({_licences(mine)}){also}")
+        prompts += mine
+    return prompts
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -47,6 +47,8 @@ _FINAL: dict[type[Exception], str] = {
 }
 # Whom a service trusts to judge is not for its clients: they get one sentence, the operator the traceback.
 _OF_THE_JUDGE = (BadGuard, JudgeFailed)
+# So are the safety rows that a service holds.
+_NO_ROWS = "The safety rows of this service could not be used, so nothing was released. Ask the operator."
 _NO_JUDGE = "The judge of this service could not be used, so nothing was released. Ask the operator."
 _OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
 
@@ -84,10 +86,17 @@ def _reported(stages: Iterator[Progress]) -> Iterator[Progress]:
         yield from stages
     except tuple(_FINAL) as error:
         param = "training_file" if isinstance(error, _OF_THE_FILE) else None
-        if isinstance(error, _OF_THE_JUDGE):
+        if isinstance(error, (*_OF_THE_JUDGE, BadOperatorRows)):
             traceback.print_exception(error)
-        message = _NO_JUDGE if isinstance(error, _OF_THE_JUDGE) else str(error)
+        message = _told(error)
         yield Failed(code=_FINAL[type(error)], message=message, param=param)
+
+
+def _told(error: Exception) -> str:
+    """What a client may read of it."""
+    if isinstance(error, _OF_THE_JUDGE):
+        return _NO_JUDGE
+    return _NO_ROWS if isinstance(error, BadOperatorRows) else str(error)
 
 
 def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:

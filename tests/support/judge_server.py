@@ -1,5 +1,6 @@
 """An OpenAI-compatible server that stands in for a judge elsewhere: well, broken in each way, or killed."""
 
+import contextlib
 import json
 import threading
 import time
@@ -9,13 +10,22 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+_BODIES = {
+    "no json": b"<html>down for maintenance</html>",
+    "no text": json.dumps({"choices": [{"message": {"content": None}}]}).encode(),
+    "no choice": b'{"choices": []}',
+    "deep": b"[" * 200_000,
+    "endless": b"x" * (2**20 + 1),
+}
+
 
 @dataclass
 class JudgeServer:
-    """`says` makes the text about (prompt, answer); `trouble` makes a reply in place of it, by name, until it is ""."""
+    """`says` makes the text about (prompt, answer). After `good_for` replies `trouble` stands in its place, by name."""
 
     says: Callable[[str, str], str]
     trouble: str = ""
+    good_for: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     most_at_once: int = 0
@@ -40,7 +50,7 @@ class JudgeServer:
     def _reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         text = self.says(body["messages"][0]["content"], body["messages"][-1]["content"])
         good = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-        match self.trouble:
+        match self.trouble if len(self.asked) > self.good_for else "":
             case "":
                 time.sleep(0.01)
                 send(handler, 200, good)
@@ -57,16 +67,8 @@ class JudgeServer:
                 handler.send_header("Content-Length", str(len(good)))
                 handler.end_headers()
                 handler.wfile.write(good[:9])
-            case "no json":
-                send(handler, 200, b"<html>down for maintenance</html>")
-            case "no text":
-                send(handler, 200, json.dumps({"choices": [{"message": {"content": None}}]}).encode())
-            case "no choice":
-                send(handler, 200, b'{"choices": []}')
-            case "deep":
-                send(handler, 200, b"[" * 200_000)
-            case "endless":
-                send(handler, 200, b"x" * (2**20 + 1))
+            case trouble if trouble in _BODIES:
+                send(handler, 200, _BODIES[trouble])
             case status:
                 send(handler, int(status), b"{}")
 
@@ -85,10 +87,8 @@ def judge_server(says: Callable[[str, str], str], *, port: int = 0) -> Iterator[
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who asked may have given up
                 state.answer(self)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # who asked has given up
 
         def log_message(self, *_: object) -> None: ...
 

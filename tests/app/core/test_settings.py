@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.core.settings import LeaseSettings, LimitSettings, ReleaseSettings, Settings, load_settings, to_environment
+from tests.support.judge_server import guard_text
 
 
 def test_defaults_lie_under_the_data_folder(tmp_path: Path) -> None:
@@ -74,5 +75,53 @@ def test_a_policy_is_one_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("IMMUNOTUNE_POLICY", "as_asked")
     assert load_settings().policy == "as_asked"
     monkeypatch.setenv("IMMUNOTUNE_POLICY", "as_i_like")
-    with pytest.raises(ValidationError, match="IMMUNOTUNE_POLICY is no policy: use immunotune or as_asked"):
+    with pytest.raises(ValidationError, match="no policy that is offered: use immunotune or as_asked"):
         load_settings()
+
+
+def guard_file(folder: Path, text: str) -> Path:
+    path = folder / "own.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_guard_file_is_named_by_its_whole_path_wherever_a_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = guard_file(tmp_path, guard_text("http://127.0.0.1:9/v1"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMMUNOTUNE_JUDGE", "own.toml+refusal-marker")
+    settings = load_settings()
+    assert settings.judge == f"{path}+refusal-marker"
+    monkeypatch.chdir("/")
+    for name, value in to_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().judge == settings.judge
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("licence = ", r"guard file own\.toml is no TOML"),
+        (guard_text("http://x/v1").replace("'^safe'", "'^fine'"), r"own\.toml, field examples, number 2: neither"),
+        (guard_text("ftp://x"), r"own\.toml, field url\.base"),
+        (guard_text("http://key@x/v1"), r"own\.toml, field url\.base"),
+    ],
+)
+def test_a_guard_file_that_cannot_serve_stops_the_process_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_JUDGE", str(guard_file(tmp_path, text)))
+    with pytest.raises(ValidationError, match=f"IMMUNOTUNE_JUDGE cannot be used: .*{words}"):
+        load_settings()
+
+
+def test_a_judge_whose_key_is_not_set_stops_the_process_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMMUNOTUNE_JUDGE", str(guard_file(tmp_path, guard_text("http://x/v1", variable="GUARD_KEY"))))
+    monkeypatch.delenv("GUARD_KEY", raising=False)
+    with pytest.raises(ValidationError, match=r"url\.key_variable names GUARD_KEY, which is not set; export it"):
+        load_settings()
+    monkeypatch.setenv("GUARD_KEY", "secret-1")
+    assert "secret-1" not in repr(load_settings())

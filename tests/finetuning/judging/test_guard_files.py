@@ -1,5 +1,6 @@
-"""Guard files: every one that ships reads a stand-in of its guard's output, and a bad one is refused when it is read."""
+"""Guard files: each that ships reads a stand-in of its guard's output; a bad one is refused when it is read."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_file_that_cannot_serve_is_refused_with_its_field(
     if words is None:
         load_guard_file(path)
         return
-    with pytest.raises(BadGuard, match="own.toml") as found:
+    with pytest.raises(BadGuard, match=r"own\.toml") as found:
         parts_of(str(path))
     assert words.replace("\\", "") in str(found.value)
 
@@ -159,7 +160,7 @@ def test_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path: Path) -> N
     with pytest.raises(BadGuard, match=r"nowhere.toml cannot be read \(No such file"):
         parts_of(str(tmp_path / "nowhere.toml"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadGuard, match="bytes.toml is no TOML"):
+    with pytest.raises(BadGuard, match=r"bytes\.toml is no TOML"):
         parts_of(str(tmp_path / "bytes.toml"))
     written(tmp_path, "#" * 2**19, name="large.toml")
     with pytest.raises(BadGuard, match="is it a guard file"):
@@ -263,3 +264,11 @@ def test_a_crash_of_a_guard_that_is_read_as_text_is_named(tmp_path: Path) -> Non
     judge = opened("qwen3guard-gen-4b", tmp_path)
     with pytest.raises(JudgeFailed, match="judge qwen3guard-gen-4b failed"):
         judge.verdicts(["?"], [None])  # type: ignore[list-item]
+
+
+def test_the_guides_example_is_a_guard_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "judges.md").read_text(encoding="utf-8")
+    whole, url = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert load_guard_file(written(tmp_path, whole)).new_tokens == 32
+    elsewhere = "\n".join(line for line in whole.splitlines() if not line.startswith("source"))
+    assert load_guard_file(written(tmp_path, f"{elsewhere}\n{url}")).url is not None

@@ -7,6 +7,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
+from finetuning.contract.order import TrainOrder, write_order
+from finetuning.recipes.library import align_recipe
+from tests.support.judge_server import guard_text
 from tests.support.processes import is_gone
 from tests.support.waiting import wait_until
 from worker.attempt.launch import SOURCE_ROOT, Launch, import_path, launch_command
@@ -57,6 +62,22 @@ def test_the_training_process_sees_no_credentials(tmp_path: Path) -> None:
     assert not any(name.startswith("IMMUNOTUNE_") for name in launch.env)
     assert launch.env["OMP_PROC_BIND"] == "true"
     assert launch.argv[-1] == str(tmp_path)
+
+
+def test_the_training_process_gets_the_key_that_its_judge_names_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = tmp_path / "own.toml"
+    guard.write_text(guard_text("http://127.0.0.1:9/v1", variable="GUARD_KEY"), encoding="utf-8")
+    monkeypatch.setenv("GUARD_KEY", "secret-1")
+    monkeypatch.setenv("OTHER_KEY", "secret-2")
+    order = TrainOrder(job_id="a", recipe=align_recipe("tiny"), base="tiny", judge=f"refusal-marker+{guard}")
+    write_order(tmp_path, order)
+    env = launch_command(tmp_path, "run").env
+    assert env["GUARD_KEY"] == "secret-1"
+    assert "OTHER_KEY" not in env
+    write_order(tmp_path, order.model_copy(update={"judge": ""}))
+    assert "GUARD_KEY" not in launch_command(tmp_path, "run").env
 
 
 def test_the_training_process_finds_our_packages_and_nothing_of_its_working_folder(tmp_path: Path) -> None:
