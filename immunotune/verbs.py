@@ -29,7 +29,7 @@ VERBS = {
     "rows": Verb("operators: safety rows from public sets: sources, build, check, card", (), ("rows",)),
     "bench": Verb("run a named bench: safety, prefix, packed, steps, decoding", ("train", "bench")),
     "serve": Verb("production: one API process", (), _SERVICE),
-    "worker": Verb("production: one worker  [--queues train.gpu80]", (), _SERVICE),
+    "worker": Verb("production: one worker  [--queues train.gpu24]", (), _SERVICE),
     "models": Verb("production: one model server", ("train",), _SERVICE),
     "migrate": Verb("production: bring the database to this release", (), _SERVICE),
 }

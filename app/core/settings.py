@@ -115,7 +115,7 @@ class Settings(BaseModel):
     policy: str = Field(
         default="immunotune",
         description="how the default project's jobs are defended, and by that how the base is aligned: immunotune, or "
-        "as_asked (the three papers as they are)",
+        "as_asked (one method of each of three papers, under our settings)",
     )
     operator_rows: Path | None = Field(
         default=None, description="the operator's own safety rows, read where jobs train; unset: the shipped ones"
@@ -126,7 +126,11 @@ class Settings(BaseModel):
         "recommended: llama-guard-3-8b, qwen3guard-gen-4b beyond English, granite-guardian-3.1-2b on less memory "
         "(docs/guides/judges.md); empty: the judge of the safety rows",
     )
-    train_queue: str = Field(default="train.cpu", pattern=r"train\.[a-z0-9]+", description="where new jobs queue")
+    train_queue: str = Field(
+        default="train.cpu",
+        pattern=r"train\.[a-z0-9]+",
+        description="the queue that new jobs go to, and the size of the gate: a CPU's for train.cpu, else a GPU's",
+    )
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
     database_seconds: float = Field(default=5.0, gt=0, description="no database call may take longer")

@@ -167,7 +167,8 @@ def _attacks(lines: list[Line], base: str, draw: Draw) -> list[str]:
     stated = [x for x in where(own, seed=0) if x["p"] == ATTACKS[x["attack"]].share]
     body = crossed(stated, row="attack", column="defence", cell=_worst_and_task)
     count = (
-        "Silent releases of the default pipeline (released although one of the two is above 5 %): "
+        "Silent releases of the default pipeline (released although the harmful score in known wordings or in the "
+        "attacker's own format, the only two that count here, is above 5 %): "
         f"**{len(silent)}** of {len(where(own, defence='immunotune'))} files, all shares and seeds"
     )
     names = f" ({', '.join(x['attack'] for x in silent)})" if silent else ""
