@@ -35,6 +35,9 @@ _SHARES: Mapping[Stage, float] = MappingProxyType({
 _MOST: Mapping[Stage, int] = MappingProxyType({
     "training": 1000, "calibration": 120, "gate": 500, "items": 120, "wordings": 120
 })  # fmt: skip
+# Refusals for each benign row, where there are enough of both: with as many as benign rows SmolLM2-135M refused 14 % of
+# harmless prompts, with half as many see docs/guides/safety-rows.md.
+_REFUSALS_A_BENIGN, _FEWEST_REFUSALS = 0.5, 300
 # What is held out whole: at least the first share of a pool where groups allow, never more than the second.
 _HELD_OUT = (0.08, 0.3)
 # Enough for every role many times over; more would only make the search for near-duplicates long.
@@ -79,7 +82,10 @@ def build(prompts: Iterable[Prompt], *, use: Use, seed: int = 0, held_back: int 
     lines: list[RoleLine] = []
     left_out["held back with harmful ones that are nearly the same"] += sum(p.kind is not Kind.HARMFUL for p in back)
     for (stage, _), role in _ROLE.items():
-        chosen = _spread(by_role[role], _MOST[stage])
+        most = _MOST[stage]
+        if role == "aligned":
+            most = min(most, max(_FEWEST_REFUSALS, int(_REFUSALS_A_BENIGN * len(by_role["benign"]))))
+        chosen = _spread(by_role[role], most)
         left_out["more than the role needs"] += len(by_role[role]) - len(chosen)
         lines += [_line(role, prompt, k) for k, prompt in enumerate(chosen)]
     return Built(_stock_lines(lines) + lines, [p for p in back if p.kind is Kind.HARMFUL], +left_out)

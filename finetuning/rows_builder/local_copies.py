@@ -7,9 +7,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,11 @@ def read_prompts(given: Given) -> Iterator[Prompt]:
     Raises BadSource for a file that is not there or not a table, an unknown set, missing fields, an unknown kind.
     """
     for path in _files(given.path):
-        # a set may say by its folders what a file is; the folder that is given may be one of them
-        inside = str(path.relative_to(given.path.parent)) if path != given.path else "/".join(path.parts[-2:])
+        inside = path.name if path == given.path else str(path.relative_to(given.path))
         for number, row in _rows(path):
             place = f"{path.name} line {number}"
-            for found, by in _found(row, given, place, inside):
+            # a set may say by its folders what a file is, and the folder that is given may be one of them
+            for found, by in _found(row, given, place, "/".join(path.absolute().parts[-2:])):
                 if found.prompt.strip() and len(found.prompt) <= LONGEST:
                     yield _prompt(found, by, given, place=place, inside=inside)
 
@@ -180,7 +181,7 @@ def _kind(value: str, place: str) -> Kind:
 
 def _prompt(found: Found, by: PublicSet | None, given: Given, *, place: str, inside: str) -> Prompt:
     _require_text(found, place)
-    measures = by is not None and (by.evaluation_only or any(word in inside.casefold() for word in by.measures_where))
+    measures = by is not None and (by.evaluation_only or any(map(_is_marked(inside), by.measures_where)))
     return Prompt(
         text=found.prompt.strip(), kind=found.kind, answer=found.answer, does=found.does,
         source=by.title if by else found.source or given.path.stem,
@@ -188,6 +189,11 @@ def _prompt(found: Found, by: PublicSet | None, given: Given, *, place: str, ins
         licence=found.licence or given.licence or (by.licence if by else UNKNOWN),
         evaluation_only=measures, place=place,
     )  # fmt: skip
+
+
+def _is_marked(inside: str) -> Callable[[str], bool]:
+    """Whether a path has a word, not as a part of a longer one."""
+    return lambda word: re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", inside.casefold()) is not None
 
 
 def _require_text(found: Found, place: str) -> None:

@@ -130,7 +130,10 @@ def test_look_alikes_are_answered_and_measured(built: Built) -> None:
 def test_our_own_look_alikes_teach_and_those_of_others_measure() -> None:
     """A base is not measured on the wordings of the rows that it learned from, where there are others."""
     text = "Where can I shoot a film number {} in the forest of {}?"
-    others = [prompt(text.format(i, WORDS[i]), Kind.LOOK_ALIKE, "XSTest", evaluation_only=True) for i in range(20)]
+    others = [
+        prompt(text.format(i, " ".join(DRAWN.sample(WORDS, 4))), Kind.LOOK_ALIKE, "XSTest", evaluation_only=True)
+        for i in range(90)
+    ]
     by_role = roles(build([*pool(), *others], use="commercial").lines)
     ours = {line.source for role in ("gate_benign", "wordings_benign") for line in by_role[role] if line.looks_harmful}
     assert ours == {"XSTest"}
@@ -200,16 +203,48 @@ def test_without_harmful_or_benign_prompts_nothing_is_built() -> None:
 
 def test_the_papers_set_up_teaches_the_sets_own_safe_answers() -> None:
     texts = [p.prompt for p in safety_rows().aligned]
-    beaver = []
+    beaver, declines = [], "I cannot help with that."
     for text in texts:
         beaver.append(prompt(text, Kind.HARMFUL, "BeaverTails", answer="Sure, mix.", does=Answer.HARMS))
-        beaver.append(prompt(text, Kind.UNCLEAR, "BeaverTails", answer="That is unwise.", does=Answer.DECLINES))
+        beaver.append(
+            prompt(text, Kind.UNCLEAR, "BeaverTails", answer="I cannot help with that.", does=Answer.DECLINES)
+        )
     tasks = [p for p in pool() if p.kind is Kind.BENIGN]
     by_role = roles(build_seeds([*beaver, *tasks], use="commercial").lines)
-    assert {line.answer for line in by_role["aligned"]} == {"That is unwise."}
+    assert {line.answer for line in by_role["aligned"]} == {"I cannot help with that."}
     assert {line.answer for line in by_role["calibration_harmful"]} == {"Sure, mix."}
     taught = {line.prompt for line in by_role["aligned"]}
     assert not taught & {line.prompt for role in by_role if role != "aligned" for line in by_role[role]}
+
+
+def test_the_papers_set_up_teaches_nothing_that_measures_and_nothing_that_complies() -> None:
+    texts = [p.prompt for p in safety_rows().aligned]
+    said = "I cannot help with that."
+    safe = [prompt(text, Kind.UNCLEAR, "BeaverTails", answer=said, does=Answer.DECLINES) for text in texts]
+    harms = [prompt(t, Kind.HARMFUL, "BeaverTails", answer="Mix.", does=Answer.HARMS, licence="NC") for t in texts]
+    measured = [prompt(text + " now", Kind.HARMFUL, "HarmBench", evaluation_only=True) for text in texts[:200]]
+    tasks = [p for p in pool() if p.kind is Kind.BENIGN]
+    kind = prompt("Brew doom gas for me", Kind.UNCLEAR, "BeaverTails", answer="Do it so.", does=Answer.DECLINES)
+    built = build_seeds([*safe, kind, *harms, *measured, *tasks, *pool()], use="commercial")
+    aligned = {line.prompt for line in built.lines if line.role == "aligned"}
+    assert aligned
+    assert not aligned & {*texts[:200], kind.text}
+    assert not any(line.answer == "Mix." for line in built.lines), "their licence forbids commercial use"
+    assert built.left_out["a safe answer that refuses nothing"] == 1
+
+
+def test_what_measures_is_kept_among_more_prompts_than_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.rows_builder.build._MOST_PROMPTS", 150)
+    lines = build(pool(), use="commercial").lines
+    assert sum(line.source == "XSTest" for line in lines) > 30
+    assert any(line.source == "immunotune-prompts" for line in lines)
+
+
+def test_which_of_two_equal_prompts_counts_does_not_hang_on_their_order() -> None:
+    text = TASKS[3]
+    two = [prompt(text.upper(), Kind.LOOK_ALIKE, "a", licence="MIT"), prompt(text, Kind.BENIGN, "b", licence="ODC-BY")]
+    first, second = (build([*order, *pool()], use="commercial").lines for order in (two, two[::-1]))
+    assert first == second
 
 
 def test_the_papers_set_up_needs_beavertails() -> None:

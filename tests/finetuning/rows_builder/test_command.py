@@ -45,7 +45,7 @@ def test_what_is_built_loads_is_accepted_and_has_a_card(
     assert main(["build", "--from", str(plain), "--out", str(out), "--held-back", str(attack)]) == 0
     said = capsys.readouterr().out
     assert "accepted" in said
-    assert "misses pass the limit" in said
+    assert "a CPU job asks 60 of" in said
     rows = load_safety_rows(out)
     assert all(getattr(rows, role) for role in ROLES)
     held = [json.loads(line)["prompt"] for line in attack.read_text(encoding="utf-8").splitlines()]
@@ -83,7 +83,7 @@ def test_without_look_alikes_the_file_is_written_and_not_accepted(
 def test_what_cannot_serve_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = tmp_path / "few.csv"
     few.write_text("prompt,kind,licence\nMake doom gas,harmful,MIT\nMake tea,benign,MIT\n", encoding="utf-8")
-    assert main(["build", "--from", str(few), "--out", str(tmp_path / "rows.jsonl")]) == 1
+    assert main(["build", "--from", str(few), "--no-own-prompts", "--out", str(tmp_path / "rows.jsonl")]) == 1
     found = capsys.readouterr()
     assert "cannot serve: role " in found.out
     assert "nothing is written" in found.err

@@ -97,7 +97,7 @@ def test_the_command_line_says_what_a_file_does_not(tmp_path: Path) -> None:
         (b'{"kind": "harmful"}\n', "bad.jsonl line 1: no text field named"),
         (b'{"prompt": "x", "kind": "evil"}\n', "line 1: kind 'evil' is unknown; use harmful, benign or looks-harmful"),
         (b"[1]\n", "bad.jsonl line 1: each line is one object"),
-        (b'{"prompt": "\xff"}\n', "bad.jsonl: byte 12 is no UTF-8"),
+        (b'{"prompt": "\xff"}\n', "bad.jsonl is no UTF-8 throughout"),
     ],
 )
 def test_a_bad_row_is_named_by_line(content: bytes, words: str, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_file_that_is_no_table_or_not_there_is_refused(tmp_path: Path) -> None
     (tmp_path / "x.parquet").write_text("x", encoding="utf-8")
     (tmp_path / "x.jsonl.gz").write_text("x", encoding="utf-8")
     (tmp_path / "x.csv").write_text("", encoding="utf-8")
-    for name, words in (("gone.csv", "not there"), ("x.txt", "has no table"), ("x.jsonl.gz", "no gzip file"),
+    for name, words in (("gone.csv", "not there"), ("x.txt", "has no table"), ("x.jsonl.gz", "no whole gzip file"),
                         ("x.csv", "is empty"), ("x.parquet", "no Parquet file|needs pyarrow")):  # fmt: skip
         with pytest.raises(BadSource, match=words):
             list(read_prompts(Given(tmp_path / name)))
@@ -140,3 +140,53 @@ def test_our_own_prompts_are_a_source_like_others() -> None:
     assert count[Kind.BENIGN] > 300
     assert len({p.text for p in found}) == len(found)
     assert len({p.category for p in found if p.kind is Kind.LOOK_ALIKE}) >= 8
+
+
+def test_what_a_row_says_counts_before_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "kind": "benign", "licence": "CC BY-NC 4.0", "language": "DE"}), "utf-8")
+    (found,) = read_prompts(Given(path, licence="MIT", language="fr"))
+    assert (found.licence, found.language) == ("CC BY-NC 4.0", "de")
+    with pytest.raises(BadSource, match="the row says benign and the command line harmful"):
+        list(read_prompts(Given(path, kind=Kind.HARMFUL)))
+
+
+def test_a_known_set_says_itself_what_its_rows_are(tmp_path: Path) -> None:
+    path = tmp_path / "h.csv"
+    path.write_text("goal,target\nMake doom gas,Sure\n", encoding="utf-8")
+    for given in (Given(path, kind=Kind.BENIGN), Given(path, category="gas")):
+        with pytest.raises(BadSource, match="AdvBench says itself what its rows are"):
+            list(read_prompts(given))
+    (found,) = read_prompts(Given(path, language="de"))
+    assert found.language == "de"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"language": "English (United States)"}, "language has 23 characters, and 20 are the most"),
+        ({"category": "x" * 201}, "category has 201 characters"),
+        ({"source": "x" * 201}, "source has 201 characters"),
+    ],
+)
+def test_what_no_rows_file_can_hold_is_named(row: dict[str, str], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "kind": "benign", **row}), encoding="utf-8")
+    with pytest.raises(BadSource, match=rf"rows\.jsonl line 1: {words}"):
+        list(read_prompts(Given(path)))
+
+
+def test_damage_is_told_in_one_sentence(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"prompt": "x", "kind": "benign"}\n' * 500)
+    bad = {
+        "cut.jsonl.gz": (whole[:-20], "no whole gzip file"),
+        "torn.jsonl.gz": (whole[:30] + b"\x00\xff" * 9 + whole[48:], "no whole gzip file|no UTF-8"),
+        "half.jsonl": (b'{"prompt": "\\ud83d", "kind": "benign"}', "half of a surrogate pair"),
+        "deep.jsonl": (b"[" * 100_000, "too large or too deep"),
+        "deep.json": (b"[" * 100_000, "too large or too deep"),
+        "large.jsonl": (b'{"prompt": ' + b"9" * 5000 + b"}", "too large or too deep"),
+    }
+    for name, (content, words) in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadSource, match=words):
+            list(read_prompts(Given(tmp_path / name)))

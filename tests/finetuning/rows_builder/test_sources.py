@@ -150,3 +150,42 @@ def test_a_source_is_known_by_name_or_title(title: str) -> None:
 def test_an_unknown_source_is_none() -> None:
     assert named("our own") is None
     assert named("") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("wildguardmix", {**ROWS["wildguardmix"][0][1], "prompt_harm_label": None}),
+        ("wildjailbreak", {**ROWS["wildjailbreak"][0][1], "data_type": ""}),
+        ("aegis", {**ROWS["aegis"][0][1], "prompt_label": "needs caution"}),
+    ],
+)
+def test_a_row_without_a_label_is_unclear(name: str, row: dict[str, Any], tmp_path: Path) -> None:
+    (found,) = read_prompts(Given(written(tmp_path, "rows.jsonl", row), name=name))
+    assert found.kind is Kind.UNCLEAR
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "measures"),
+    [
+        ("original/train-00000-of-00001.jsonl", Kind.HARMFUL, False),
+        ("original/test-00000-of-00001.jsonl", Kind.HARMFUL, True),
+        ("contrast/test-00000-of-00001.jsonl", Kind.LOOK_ALIKE, True),
+        ("pref/train-00000-of-00001.jsonl", Kind.UNCLEAR, False),
+    ],
+)
+def test_the_folders_of_a_set_say_what_its_files_are(path: str, kind: Kind, measures: bool, tmp_path: Path) -> None:
+    """As CoCoNot lies on the hub; its own test split is for measuring."""
+    target = tmp_path / "coconot" / path
+    target.parent.mkdir(parents=True)
+    written(target.parent, target.name, ROWS["coconot"][0][1])
+    (whole,) = read_prompts(Given(tmp_path / "coconot"))
+    (alone,) = read_prompts(Given(target))
+    assert {(p.kind, p.evaluation_only) for p in (whole, alone)} == {(kind, measures)}
+
+
+def test_the_test_split_of_a_set_only_measures(tmp_path: Path) -> None:
+    row = ROWS["wildguardmix"][0][1]
+    for name, measures in (("wildguard_test.jsonl", True), ("wildguard_train.jsonl", False), ("latest.jsonl", False)):
+        (found,) = read_prompts(Given(written(tmp_path, name, row)))
+        assert found.evaluation_only is measures

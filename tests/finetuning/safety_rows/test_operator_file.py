@@ -92,7 +92,7 @@ def test_a_gate_that_can_never_pass_is_refused_with_its_width(role: str, limit: 
 @pytest.mark.parametrize("role", ["gate_harmful", "calibration_harmful"])
 def test_a_loss_that_could_not_be_measured_is_refused(role: str, tmp_path: Path) -> None:
     rows = [{**row, "answer": ""} if row["role"] == role else row for row in lines()]
-    with pytest.raises(BadOperatorRows, match=f"role {role}: no row has an answer that begins to comply"):
+    with pytest.raises(BadOperatorRows, match=f"role {role}: none of the first 24 rows has an answer that begins"):
         load_safety_rows(written(tmp_path, rows))
 
 

@@ -107,10 +107,10 @@ def test_the_job_says_what_of_ours_is_on(customer: Customer, done: str) -> None:
 
 def test_pruning_is_told_by_what_came_of_it(customer: Customer, done: str) -> None:
     shown = customer.http.get(done).json()["safety"]["antidote"]
-    assert shown == {"enabled": True, "target": "adapter", "density": 0.05, "outcome": "pruned"}
+    assert shown == {"enabled": True, "target": "adapter", "alpha": 0.05, "density": 0.05, "outcome": "pruned"}
     assert customer.http.get(f"{done}/safety").json()["pruning"] == "pruned"
     waiting = customer.create().json()["safety"]["antidote"]
-    assert waiting == {"enabled": True, "target": "adapter", "density": None, "outcome": "pending"}
+    assert waiting == {"enabled": True, "target": "adapter", "alpha": None, "density": None, "outcome": "pending"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_alpha_0_is_not_pruned_and_a_job_without_pruning_says_off(
     shown = job_to_body(job, JobFrame("org-1"))["safety"]
     assert isinstance(shown, dict)
     assert shown["antidote"] == {
-        "enabled": name == "immunotune", "target": "adapter", "density": density, "outcome": outcome
+        "enabled": name == "immunotune", "target": "adapter", "alpha": density, "density": density, "outcome": outcome
     }  # fmt: skip
 
 
