@@ -11,7 +11,7 @@ from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
 from finetuning.model.prefix_cache import PrefixCache
-from finetuning.rows.chat_format import EncodedRow, encode_pair, encode_row
+from finetuning.rows.chat_format import EncodedRow, encode_pair, encode_row, opening
 from finetuning.rows.scanner import Message
 from finetuning.safety_rows.roles import Pair
 
@@ -39,8 +39,14 @@ class AdaptedBase:
     def encode_operator(self, pairs: Sequence[Pair]) -> list[EncodedRow]:
         """Operator pairs as training rows; their states may be kept for later jobs, so no customer's text goes here."""
         rows = [encode_pair(self.tokenizer, p.prompt, p.answer, max_tokens=self.max_tokens) for p in pairs]
+        rows = [
+            opening(row, self._length(pair.answer)) if pair.cut else row for row, pair in zip(rows, pairs, strict=True)
+        ]
         self.cache.share([row.ids for row in rows])
         return rows
+
+    def _length(self, text: str) -> int:
+        return max(1, len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def encode(self, messages: Sequence[Message]) -> EncodedRow:
         """A conversation as a row; nothing of it outlives the job."""

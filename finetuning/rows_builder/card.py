@@ -62,7 +62,7 @@ def _gate(found: Checked) -> Iterator[str]:
 
 def width_sentence(width: GateWidth) -> str:
     """One rate's width, for a person."""
-    asked = f"{width.metric}: {width.asked_by} asks {width.n} of {width.has} rows"
+    asked = f"{width.metric}: {width.asked_by}, {width.n} of {width.has} rows"
     if width.misses < 0:
         return f"{asked}, which can never pass the limit of {width.limit:.0%}"
     return f"{asked}; without a miss the 95 % end is {width.end:.1%}, up to {width.misses} pass {width.limit:.0%}"

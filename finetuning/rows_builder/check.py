@@ -39,7 +39,7 @@ class GateWidth:
 
     role: str
     metric: str
-    asked_by: Literal["a CPU job", "a job that asks all"]
+    asked_by: Literal["a CPU job", "a job that asks them all"]
     has: int
     n: int
     limit: float
@@ -90,7 +90,7 @@ def widths(by_role: ByRole) -> list[GateWidth]:
         if has:
             out.append(_width(GateWidth(role, metric, "a CPU job", has, few, limit)))
         if few < has:
-            out.append(_width(GateWidth(role, metric, "a job that asks all", has, has, limit)))
+            out.append(_width(GateWidth(role, metric, "a job that asks them all", has, has, limit)))
     return out
 
 

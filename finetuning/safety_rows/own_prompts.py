@@ -487,7 +487,7 @@ _A_TOPIC = 12
 _WORDS = """arson
 burglary
 manslaughter
-kidnapping
+hijacking
 blackmail
 bribery
 libel

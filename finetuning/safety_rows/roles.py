@@ -9,15 +9,16 @@ from typing import Any
 
 from finetuning.safety_rows import words
 
-_SAID_LATER = frozenset({"source", "category", "language", "looks_harmful"})
+_SAID_LATER = frozenset({"source", "category", "language", "looks_harmful", "cut"})
 
 
 @dataclass(frozen=True)
 class Pair:
     """One prompt and its answer (empty where only the prompt is used), and where they come from.
 
-    `category` and `language` group what is measured; `looks_harmful` marks a benign prompt that reads like a harmful
-    one ("How do I kill a process?"): without such rows a model learns to refuse words and not wishes.
+    `cut`: the answer goes on where it stops here, so that no end is taught. `category` and `language` group what is
+    measured; `looks_harmful` marks a benign prompt that reads like a harmful one ("How do I kill a process?"): without
+    such rows a model learns to refuse words and not wishes.
     """
 
     prompt: str
@@ -26,6 +27,7 @@ class Pair:
     category: str = ""
     language: str = ""
     looks_harmful: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from finetuning.screening.stage import ScreenedFile, screen_rows
 from finetuning.screening.verdicts import Ledger, verdicts
 from finetuning.stages import export, held_out
 from finetuning.stages.align import read_alignment, resumed
-from finetuning.stages.base_answers import read_answers, with_answers
+from finetuning.stages.base_answers import read_answers, unanswered, with_answers
 from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, from_validation
 from finetuning.stages.gate import TaskFloor, decide, with_probes
 from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
@@ -97,7 +97,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     assert order.rows is not None
     clock = StageClock()
     calibration, base_report = read_alignment(scratch / order.alignment)
-    job.operator_rows = with_answers(job.operator_rows, read_answers(scratch / order.alignment))
+    yield from _answer_benign_rows(job, scratch / order.alignment)
     yield from _unbound(order, scratch / order.alignment)
     alignment = job.model.alignment_digest()
     most = job.recipe.evaluation.task_rows
@@ -128,6 +128,16 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         released=outcome.decision.decision != "fail", reasons=outcome.decision.reasons, trained_tokens=outcome.tokens,
         seconds=clock.seconds(),
     )  # fmt: skip
+
+
+def _answer_benign_rows(job: JobContext, alignment: Path) -> Iterator[Note]:
+    """Give the operator's benign rows the answers that the base gave when it was aligned. Raises BadOperatorRows."""
+    answers = read_answers(alignment)
+    lost = unanswered(job.operator_rows, answers)
+    if lost:
+        why = "they came after the base was aligned, or it declined them"
+        yield Note(code="benign_rows_left_out", message=f"{lost} benign safety rows have no answer: {why}")
+    job.operator_rows = with_answers(job.operator_rows, answers)
 
 
 def _unbound(order: TrainOrder, alignment: Path) -> Iterator[Note]:

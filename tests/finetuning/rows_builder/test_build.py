@@ -203,7 +203,7 @@ def test_without_harmful_or_benign_prompts_nothing_is_built() -> None:
 
 def test_the_papers_set_up_teaches_the_sets_own_safe_answers() -> None:
     texts = [p.prompt for p in safety_rows().aligned]
-    beaver, declines = [], "I cannot help with that."
+    beaver = []
     for text in texts:
         beaver.append(prompt(text, Kind.HARMFUL, "BeaverTails", answer="Sure, mix.", does=Answer.HARMS))
         beaver.append(

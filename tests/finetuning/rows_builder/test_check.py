@@ -173,6 +173,6 @@ def test_the_gates_width_is_predicted_from_counts(sound: Lines) -> None:
     few, all_rows = (w for w in checked(first_of(sound, "gate_harmful", 70)).widths if w.metric == "harmful_score")
     assert (few.has, few.n, few.misses) == (70, 60, 3)  # Wilson: 3 of 60 end at 13.7 %
     assert (all_rows.n, all_rows.misses) == (70, 4)
-    assert width_sentence(few).startswith("harmful_score: a CPU job asks 60 of 70 rows; without a miss")
+    assert width_sentence(few).startswith("harmful_score: a CPU job, 60 of 70 rows; without a miss")
     narrow = next(w for w in checked(first_of(sound, "gate_harmful", 21)).widths if w.metric == "harmful_score")
     assert "can never pass" in width_sentence(narrow)

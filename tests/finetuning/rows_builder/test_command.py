@@ -45,7 +45,7 @@ def test_what_is_built_loads_is_accepted_and_has_a_card(
     assert main(["build", "--from", str(plain), "--out", str(out), "--held-back", str(attack)]) == 0
     said = capsys.readouterr().out
     assert "accepted" in said
-    assert "a CPU job asks 60 of" in said
+    assert "a CPU job, 60 of" in said
     rows = load_safety_rows(out)
     assert all(getattr(rows, role) for role in ROLES)
     held = [json.loads(line)["prompt"] for line in attack.read_text(encoding="utf-8").splitlines()]

@@ -8,29 +8,50 @@ from pathlib import Path
 import pytest
 
 from finetuning.contract.order import TrainOrder
-from finetuning.contract.progress import Finished, Note
+from finetuning.contract.progress import Finished, Note, StageStarted
 from finetuning.job.context import open_job
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.safety_rows.invented import safety_rows
+from finetuning.safety_rows.operator_file import BadOperatorRows
 from finetuning.safety_rows.roles import Pair
 from finetuning.stages import finetune, pipeline
-from finetuning.stages.base_answers import ask_base, read_answers, with_answers, write_answers
-from tests.support.models import write_operator_rows
+from finetuning.stages.base_answers import (
+    BaseAnswer,
+    ask_base,
+    read_answers,
+    unanswered,
+    with_answers,
+    write_answers,
+)
+from tests.support.models import adapted, adapted_base, write_operator_rows
 
 
 def test_only_rows_without_an_answer_get_one_and_the_others_without_are_left_out() -> None:
     rows = replace(safety_rows(), benign=(Pair("a", "own"), Pair("b"), Pair("c", "  ")))
-    found = with_answers(rows, {"a": "other", "b": "given"})
-    assert [(p.prompt, p.answer) for p in found.benign] == [("a", "own"), ("b", "given")]
+    answers = {"a": BaseAnswer("other", cut=True), "b": BaseAnswer("given", cut=True)}
+    found = with_answers(rows, answers)
+    assert found.benign == (Pair("a", "own"), Pair("b", "given", cut=True))
     assert replace(found, benign=rows.benign) == rows
+    assert unanswered(rows, answers) == 1
+    with pytest.raises(BadOperatorRows, match="no benign row has an answer"):
+        with_answers(replace(rows, benign=(Pair("c"),)), answers)
 
 
 def test_nothing_is_kept_where_nothing_was_asked(tmp_path: Path) -> None:
     write_answers({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert read_answers(tmp_path) == {}
-    write_answers({"b": "\u00fcber"}, tmp_path)
-    assert read_answers(tmp_path) == {"b": "\u00fcber"}
+    answers = {"b": BaseAnswer("\u00fcber", cut=False)}
+    write_answers(answers, tmp_path)
+    assert read_answers(tmp_path) == answers
+
+
+def test_a_cut_answer_teaches_no_end() -> None:
+    model = adapted(adapted_base())
+    whole, cut = model.encode_operator([Pair("What?", "It goes on"), Pair("What?", "It goes on", cut=True)])
+    assert cut.ids == whole.ids[: len(cut.ids)]
+    assert whole.ids[len(cut.ids) :], "the end token, which only the whole answer teaches"
+    assert cut.target_tokens == len(model.tokenizer("It goes on", add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.slow
@@ -51,7 +72,9 @@ def test_the_base_answers_once_and_fine_tunes_mix_the_same_rows(tiny_base: Path,
     shutil.move(tmp_path / "result" / "alignment", tmp_path / "alignment")
     kept = read_answers(tmp_path / "alignment")
     declines = public.measuring.rules.declines
-    assert kept == {prompt: text for prompt, text in expected.items() if text and not declines(text)}
+    assert {prompt: found.text for prompt, found in kept.items()} == {
+        prompt: text for prompt, text in expected.items() if text and not declines(text)
+    }
     assert note.message.startswith(f"The base answers {len(kept)} benign rows itself")
 
     (tmp_path / "rows.jsonl").write_text("".join(map(chat_row, range(24))), encoding="utf-8")
@@ -60,9 +83,11 @@ def test_the_base_answers_once_and_fine_tunes_mix_the_same_rows(tiny_base: Path,
         alignment="alignment", operator_rows="operator.jsonl", threads=1,
     )  # fmt: skip
     job = open_job(tune, tmp_path)
-    next(finetune.run(job, tune, tmp_path, ""))
+    first = next(line for line in finetune.run(job, tune, tmp_path, "") if not isinstance(line, Note))
+    assert isinstance(first, StageStarted)
     assert all(pair.answer.strip() for pair in job.operator_rows.benign)
-    assert {pair.prompt: pair.answer for pair in job.operator_rows.benign if pair.prompt in asked} == kept
+    mixed = {pair.prompt: BaseAnswer(pair.answer, cut=pair.cut) for pair in job.operator_rows.benign}
+    assert {prompt: mixed[prompt] for prompt in asked if prompt in mixed} == kept
 
 
 @pytest.mark.slow
