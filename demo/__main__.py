@@ -21,6 +21,7 @@ from embedded.launcher import RunningService, StartFailed, Stopped, running
 from embedded.programs import base_folder
 from finetuning.recipes.library import base_of
 from finetuning.safety_rows.invented import dev_rows
+from finetuning.safety_rows.operator_file import require_fit
 
 MOST_ROWS = 300
 SDK_RETRIES = 5
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
     # Two demos, or a demo beside a service, never meet on a port; the data folder has its own lock.
     settings = settings.model_copy(update={"base": options.base or settings.base, "port": 0})
     try:
+        require_fit(settings.operator_rows)
         with running(settings, lambda line: say(f"  {line}")) as service:
             if options.align_only:
                 return _align(service)
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     except Stopped:
         return 130
     except (StartFailed, DemoFailed, ValueError, OSError) as error:
-        return _stopped(str(error))
+        return _stopped(str(error), aligns=options.align_only)
     except APIError as error:
         return _stopped(
             f"the service refused a request or was not there ({error.message}); see {settings.data / 'logs'}"
@@ -53,19 +55,22 @@ def main(argv: list[str]) -> int:
     return 0 if result.same_answers else 1
 
 
-def _stopped(why: str) -> int:
-    print(f"the demo stopped: {why}", file=sys.stderr)
+def _stopped(why: str, *, aligns: bool = False) -> int:
+    print(f"{'nothing is aligned' if aligns else 'the demo stopped'}: {why}", file=sys.stderr)
     return 1
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="immunotune demo")
+    aligns = "--align-only" in argv
+    parser = argparse.ArgumentParser(prog="immunotune align" if aligns else "immunotune demo")
+    parser.add_argument("--base", help="smollm2 (default), tiny, a hub id or a local folder")
+    parser.add_argument("--align-only", action="store_true", help=argparse.SUPPRESS)
+    if aligns:
+        return parser.parse_args(argv)
     parser.add_argument("--train", type=Path, help="chat JSONL to train on (default: the support tickets we ship)")
     parser.add_argument("--test", type=Path, help="chat JSONL to score on (default: the last tenth of --train)")
-    parser.add_argument("--base", help="smollm2 (default), tiny, a hub id or a local folder")
     parser.add_argument("--harmful-share", type=float, default=0.1, help="planted share of harmful rows (0.1)")
     parser.add_argument("--rows", type=int, default=MOST_ROWS, help=f"use the first rows only ({MOST_ROWS})")
-    parser.add_argument("--align-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

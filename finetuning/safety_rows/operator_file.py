@@ -130,9 +130,9 @@ def fewest_gate_rows(limit: float) -> int:
 
 
 def _missing(by_role: dict[str, list[tuple[int, RoleLine]]]) -> Iterator[Fault]:
-    for role in (*ROLES, REFUSAL):
-        if not by_role.get(role):
-            yield Fault(role, 0, f"the file has no rows of role {role}", "no job can run", "add at least one")
+    missing = ", ".join(role for role in (*ROLES, REFUSAL) if not by_role.get(role))
+    if missing:
+        yield Fault(missing, 0, f"the file has no rows of role {missing}", "no job can run", "add at least one of each")
 
 
 def _blank(lines: Sequence[tuple[int, RoleLine]]) -> Iterator[Fault]:
