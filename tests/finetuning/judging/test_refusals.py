@@ -269,7 +269,7 @@ def test_the_nine_english_words_of_before_knew_no_refusal_of_these_worlds(world:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real answers are not on this machine")
 def test_on_real_answers_refusals_are_known_and_nothing_else_is_taken_for_one() -> None:
-    """The figures of docs/guides/judges.md: 99.4 % of 1,100, none of 2,480."""
+    """The figures of docs/guides/judges.md: 99.3 % of 1,100, none of 2,480."""
     refusing = [row["answer"] for row in lines(REAL / "harmful_prompts.jsonl") if row["answer"]]
     answers = [row["answer"] for row in lines(REAL / "benign_prompts.jsonl")]
     for file in sorted((REAL / "customers").glob("*.jsonl")):
