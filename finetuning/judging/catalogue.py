@@ -78,7 +78,16 @@ def _is_path(part: str) -> bool:
 
 def _path(part: str) -> Path:
     if _is_path(part):
-        return Path(part).expanduser().resolve()
+        path = Path(part).expanduser().resolve()
+        if "+" in str(path):
+            raise BadGuard(
+                f"judge {path} has a + in its path, and + joins judges; move the guard file to a path without it"
+            )
+        return path
+    if "/" in part:  # the beginning of a path that was split
+        raise BadGuard(
+            f"judge {part} is no path of a *{_ENDING}, and + joins judges; move the guard file to a path without it"
+        )
     if part not in shipped():
         known = ", ".join([*RULES, *shipped()])
         raise BadGuard(

@@ -17,6 +17,7 @@ from finetuning.judging.judges import BadGuard, Reading
 # An exchange that every guard can judge: one that gives no verdict on it is no guard, or not the one of its file.
 PLAIN_PAIR = ("What is two plus two?", "Four.")
 _MOST_BYTES = 2**18
+MOST_OUTPUT = 8_000  # characters of what a guard writes that are read; a text that is longer clears nothing
 
 
 def _compiles(value: str) -> str:
@@ -40,7 +41,8 @@ _KeyVariable = Annotated[str, AfterValidator(_names_a_key)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=20_000)
+    # hide_input_in_errors: a key that stands in the wrong field must reach no log
+    model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=20_000, hide_input_in_errors=True)
 
 
 class Patterns(_Part):
@@ -115,6 +117,26 @@ class GuardFile(_Part):
             raise ValueError("template_arguments: are for a model's own chat template; leave out one of the two")
         return self
 
+    @model_validator(mode="after")
+    def _says_nothing_idle(self) -> Self:
+        """An option that nothing reads would let its writer believe that it does something."""
+        given, score = self.model_fields_set, f'score = "{self.score}"'
+        if "threshold" in given and self.score == "written":
+            raise ValueError(f"threshold: does nothing with {score}, whose [patterns] decide; leave it out")
+        if "harmful_labels" in given and self.score != "labels":
+            raise ValueError(f'harmful_labels: do nothing without score = "labels" (here {score}); leave them out')
+        if "new_tokens" in given and self.score != "written":
+            raise ValueError(f'new_tokens: does nothing without score = "written" (here {score}); leave it out')
+        if "max_tokens" in given and self.url is not None:
+            raise ValueError("max_tokens: does nothing with [url]; use url.max_characters")
+        if "template_arguments" in given and self.score == "labels":
+            raise ValueError(f"template_arguments: do nothing with {score}, which has no chat template; leave them out")
+        if "examples" in given and self.score == "labels":
+            raise ValueError(f"examples: do nothing with {score}, which writes no text; leave them out")
+        if self.words is not None and any(e.refuses is not None or e.category for e in self.examples):
+            raise ValueError(f"examples: refuses and category do nothing with {score}; leave them out")
+        return self
+
 
 def load_guard_file(path: Path) -> GuardFile:
     """Read a guard's file and try its patterns on its examples. Raises BadGuard with file, field and what to do."""
@@ -138,11 +160,12 @@ def load_guard_file(path: Path) -> GuardFile:
 
 
 def read_output(guard: GuardFile, output: str) -> Reading:
-    """What a guard's own text says. What is not called safe, or is called both, is harm."""
+    """What a guard's own text says. What is not called safe, is called both, or is longer than a verdict, is harm."""
     patterns = guard.patterns
     assert patterns is not None, "only a guard that is read as text has patterns"
+    whole, output = len(output) <= MOST_OUTPUT, output[:MOST_OUTPUT]
     unsafe, safe = _found(patterns.unsafe, output), _found(patterns.safe, output)
-    harmful = unsafe is not None or safe is None
+    harmful = unsafe is not None or safe is None or not whole
     refuses = _found(patterns.refusal, output) is not None if patterns.refusal else None
     return Reading(harmful, refuses, _category(patterns, output) if harmful else "")
 
@@ -150,7 +173,7 @@ def read_output(guard: GuardFile, output: str) -> Reading:
 def has_verdict(guard: GuardFile, output: str) -> bool:
     """Whether the text says safe or unsafe at all."""
     assert guard.patterns is not None, "only a guard that is read as text has patterns"
-    return any(_found(pattern, output) for pattern in (guard.patterns.unsafe, guard.patterns.safe))
+    return any(_found(pattern, output[:MOST_OUTPUT]) for pattern in (guard.patterns.unsafe, guard.patterns.safe))
 
 
 def filled(template: str, prompt: str, answer: str) -> str:
@@ -197,7 +220,7 @@ def _try_examples(name: str, guard: GuardFile) -> None:
 def _trouble(guard: GuardFile, example: Example) -> str:
     if guard.words is not None:
         written = getattr(guard.words, example.verdict)
-        begins = example.output.lstrip().startswith(written)
+        begins = re.match(rf"\s*{re.escape(written)}(?!\w)", example.output)
         return "" if begins else f"the output does not begin with the {example.verdict} word {written}"
     if not has_verdict(guard, example.output):
         return "neither patterns.unsafe nor patterns.safe matches its output"

@@ -1,7 +1,8 @@
 """Judges behind an OpenAI-compatible URL: asked over HTTP, read by the guard file's patterns.
 
 Whatever keeps a text from arriving (a server gone, late, overloaded, or talking nonsense) raises JudgeUnreachable: the
-attempt is lost and tried again, nothing is released, and no job ends on it.
+attempt is lost and tried again, and nothing is released. It counts as every loss does: the third without a new
+checkpoint ends the job. What only the operator can mend (a key, a path, a model's name) is a BadGuard: it ends at once.
 """
 
 import asyncio
@@ -25,6 +26,13 @@ _MOST_BYTES = 2**20  # a verdict is short; more is no guard
 _CONTROL = re.compile(r"(<)(?=[|/\uff5c]?\w[^<>\n]{0,40}>|\|)|(\[)(?=/?[A-Z_]{2,20}\])")
 
 
+# What no other try can mend, by status: the fields of [url] to correct.
+_MENDED_BY = {
+    401: "the key in the variable of url.key_variable", 403: "the key in the variable of url.key_variable",
+    404: "url.base and url.model",
+}  # fmt: skip
+
+
 class _Again(Exception):
     """This try gave no text; the message says why."""
 
@@ -32,8 +40,8 @@ class _Again(Exception):
 def url_judge(guard: GuardFile, name: str, *, key: str = "", declines: IsRefusal = is_refusal) -> BatchJudge:
     """A guard behind its file's [url], asked with `key` as bearer token.
 
-    Raises BadGuard without the key that its file asks for, or when its text about a plain sum gives no verdict;
-    JudgeUnreachable.
+    Raises BadGuard without the key that its file asks for, when its text about a plain sum gives no verdict, or, then
+    and later, when the server refuses the key or knows no such path; JudgeUnreachable.
     """
     url = guard.url
     assert url is not None, "a guard file with a source is opened by causal.py or classifier.py"
@@ -89,7 +97,7 @@ async def _ask_all(guard: GuardFile, name: str, key: str, exchanges: Sequence[tu
 
 
 async def _ask(client: httpx2.AsyncClient, guard: GuardFile, name: str, exchange: tuple[str, str]) -> str:
-    """The guard's text about one exchange. Raises JudgeUnreachable after the last try."""
+    """The guard's text about one exchange. Raises JudgeUnreachable after the last try, BadGuard where none can help."""
     assert guard.url is not None
     problem = ""
     for number in range(guard.url.tries):
@@ -97,7 +105,7 @@ async def _ask(client: httpx2.AsyncClient, guard: GuardFile, name: str, exchange
             await asyncio.sleep(_FIRST_PAUSE_SECONDS * 2 ** (number - 1))
         try:
             async with asyncio.timeout(guard.url.timeout_seconds):
-                return await _try(client, guard, exchange)
+                return await _try(client, guard, name, exchange)
         except TimeoutError:
             problem = f"no answer within {guard.url.timeout_seconds:g} s"
         except httpx2.HTTPError as error:
@@ -107,7 +115,7 @@ async def _ask(client: httpx2.AsyncClient, guard: GuardFile, name: str, exchange
     raise JudgeUnreachable(f"judge {name}: {problem}, {guard.url.tries} times; nothing is released without it")
 
 
-async def _try(client: httpx2.AsyncClient, guard: GuardFile, exchange: tuple[str, str]) -> str:
+async def _try(client: httpx2.AsyncClient, guard: GuardFile, name: str, exchange: tuple[str, str]) -> str:
     assert guard.url is not None
     body = {
         "model": guard.url.model, "messages": _messages(guard, exchange), "max_tokens": guard.new_tokens,
@@ -116,6 +124,8 @@ async def _try(client: httpx2.AsyncClient, guard: GuardFile, exchange: tuple[str
     if guard.template_arguments:
         body["chat_template_kwargs"] = guard.template_arguments
     async with client.stream("POST", guard.url.base.rstrip("/") + "/chat/completions", json=body) as reply:
+        if reply.status_code in _MENDED_BY:
+            raise BadGuard(f"judge {name}: status {reply.status_code}; correct {_MENDED_BY[reply.status_code]}")
         if reply.status_code != 200:
             raise _Again(f"status {reply.status_code}")
         content = bytearray()

@@ -87,14 +87,14 @@ def test_the_key_comes_from_the_variable_that_the_file_names(
 @pytest.mark.parametrize(
     ("trouble", "why"),
     [
-        ("500", "status 500"), ("503", "status 503"), ("429", "status 429"), ("401", "status 401"),
+        ("500", "status 500"), ("503", "status 503"), ("429", "status 429"), ("408", "status 408"),
         ("302", "status 302"), ("no json", "no chat completion"), ("no choice", "no chat completion"),
         ("deep", "no chat completion"), ("no text", "without a text"), ("endless", "more than 1048576 bytes"),
         ("hang", "no answer within 0.4 s|ReadTimeout"), ("drip", "no answer within 0.4 s"),
         ("cut", "RemoteProtocolError"),
     ],
 )  # fmt: skip
-def test_what_is_no_text_is_no_verdict_and_no_fault_of_the_job(
+def test_what_is_no_text_is_no_verdict_and_a_lost_attempt(
     server: JudgeServer, tmp_path: Path, trouble: str, why: str
 ) -> None:
     """M44: nothing is released on a judge's silence; it is a lost attempt, so the error is no JudgeFailed."""
@@ -107,6 +107,20 @@ def test_what_is_no_text_is_no_verdict_and_no_fault_of_the_job(
     assert time.monotonic() - begin < 20
     server.trouble = ""
     assert judge.harmful(["Why?"], ["Do it!"]) == [True], "the same judge goes on when its server does"
+
+
+@pytest.mark.parametrize(
+    ("status", "field"), [("401", "url.key_variable"), ("403", "url.key_variable"), ("404", "url.base and url.model")]
+)
+def test_what_only_the_operator_can_mend_is_a_bad_guard_at_once(
+    server: JudgeServer, tmp_path: Path, status: str, field: str
+) -> None:
+    judge = opened(tmp_path, server.url)
+    before = len(server.asked)
+    server.trouble = status
+    with pytest.raises(BadGuard, match=f"judge elsewhere@.*status {status}; correct .*{field}"):
+        judge.harmful(["Why?"], ["Do it."])
+    assert len(server.asked) == before + 1, "no try can mend it"
 
 
 def test_one_bad_try_is_repeated(server: JudgeServer, tmp_path: Path) -> None:
