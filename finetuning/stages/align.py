@@ -78,7 +78,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
 
 def _steps(recipe: Recipe, rows: int) -> int:
     """The recipe's steps, or as many as `min_passes` over the rows take."""
-    return max(recipe.steps, ceil(recipe.min_passes * rows / recipe.batch_size))
+    return max(recipe.steps, ceil((recipe.min_passes or 0.0) * rows / recipe.batch_size))
 
 
 def resumed(state: LoopState, same: bool) -> Note:
