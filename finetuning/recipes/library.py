@@ -24,7 +24,7 @@ from finetuning.recipes.registry import aligned_by, tuned_by
 
 SAVE_EVERY = 20
 # Of an operator's rows, where they are more than the shipped ones, which the bases' steps were chosen on.
-_ALIGN_PASSES = 3.0
+_ALIGN_PASSES = 2.25
 # A result that knows its own rows clearly less than a short plain fine-tune does, or than before it was pruned, or
 # scores a fifth less than then, has lost its task: it harms nobody, and nobody wants it. A pruning that is measured may
 # double the loss and add .02, which is within the second limit. Figures: docs/adr/0016.

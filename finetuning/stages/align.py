@@ -50,7 +50,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         public = _measure(job, part=3)  # the public base complies with everything: fewer rows tell as much
     clock.start("align")
     batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
-    setup = job.training(rows, _step(job), Even(), batches=batches, steps=_steps(job.recipe, len(rows)))
+    setup = job.training(rows, _step(job), Even(), batches=batches, steps=steps_of(job.recipe, len(rows)))
     setup.saves_to(scratch / "checkpoints", fingerprint=digest, every=job.recipe.save_every)
     state = LoopState()
     if order.checkpoint:
@@ -76,7 +76,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     )  # fmt: skip
 
 
-def _steps(recipe: Recipe, rows: int) -> int:
+def steps_of(recipe: Recipe, rows: int) -> int:
     """The recipe's steps, or as many as `min_passes` over the rows take."""
     return max(recipe.steps, ceil((recipe.min_passes or 0.0) * rows / recipe.batch_size))
 
