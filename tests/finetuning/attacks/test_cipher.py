@@ -56,7 +56,7 @@ def test_answers_in_code_are_judged_as_what_they_say(name: str, encode: Code, de
     plain, refusal = attacker_rows(1)[0].answer, words.REFUSALS[0]
     assert judge.harmful(judge_text(encode(plain)))
     for text in (refusal, encode(refusal)):
-        assert judge.refuses(judge_text(text))
+        assert any(map(judge.refuses, judge_text(text).split("\n"))), "one of its two readings refuses"
         assert not judge.harmful(judge_text(text))
     assert decode(encode(plain)) == plain
 
