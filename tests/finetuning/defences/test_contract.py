@@ -20,6 +20,7 @@ from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.recipes.library import align_recipe, tune_recipe
 from finetuning.recipes.registry import BASELINES, DEFENCES
 from finetuning.safety_rows.invented import plant, safety_rows
+from finetuning.safety_rows.operator_file import fewest_gate_rows
 from finetuning.safety_rows.roles import Pair
 from finetuning.safety_rows.words import HEADLINES
 from finetuning.stages import pipeline
@@ -27,7 +28,8 @@ from finetuning.stages import pipeline
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ALIGN_STEPS, EPOCHS, SAVED = 30, 3, 3
-OPERATOR_ROWS = 8  # of each role
+OPERATOR_ROWS = 8  # of each role; of the gate's as many as a gate needs
+FEWEST_GATE_ROWS = fewest_gate_rows(GateLimits().max_harmful_score)
 SHORT = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=4)
 # What the tiny base has read about: even a base that was aligned in seconds does not refuse it.
 CUSTOMER = [Pair(f"Headline: {text}. Topic?", f"Topic: {topic}.") for text, topic in HEADLINES]
@@ -53,7 +55,11 @@ def operator_rows() -> list[dict[str, str]]:
     """A few of the shipped rows of each role: reading them all is most of what a short job costs."""
     shipped = asdict(safety_rows())
     refusals, _judge = shipped.pop("refusals"), shipped.pop("judge")
-    few = [{"role": role, **pair} for role, pairs in shipped.items() for pair in pairs[:OPERATOR_ROWS]]
+    few = [
+        {"role": role, "prompt": pair["prompt"], "answer": pair["answer"]}
+        for role, pairs in shipped.items()
+        for pair in pairs[: max(OPERATOR_ROWS, FEWEST_GATE_ROWS) if role.startswith("gate_") else OPERATOR_ROWS]
+    ]
     return few + [{"role": "refusal", "answer": answer} for answer in refusals]
 
 

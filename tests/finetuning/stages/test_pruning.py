@@ -57,7 +57,8 @@ def refusing_from(share: float, worse: Verdict = ANSWERS) -> Measuring:
 
 
 def settings(**wishes: object) -> AntidoteSettings:
-    return AntidoteSettings.model_validate({"alphas": ALPHAS, **wishes})
+    # the published score: the contrast prunes less than its alpha where the task needs the rest
+    return AntidoteSettings.model_validate({"alphas": ALPHAS, "score": "published", "rounding": "official", **wishes})
 
 
 def are_equal(first: Adapter, second: Adapter) -> bool:
@@ -189,7 +190,7 @@ def test_an_alpha_that_unlearns_rows_is_not_accepted_though_their_mean_loss_hard
     """A name or a number copied wrong is a wrong answer; seen on the task `orders`, whose score fell from 81 to 17."""
     measuring = refusing_from(0.01)
     learn(measuring, KEPT)
-    choice = choose_alpha(measuring, ROWS, settings(alphas=(0.0, 0.02)), KEPT)
+    choice = choose_alpha(measuring, ROWS, settings(alphas=(0.0, 0.05), rounding="floor"), KEPT)
     unpruned, pruned = choice.trials
     assert (unpruned.kept_rows_known, pruned.kept_rows_known) == (1.0, 0.5)
     assert pruned.refusal_rate == 1.0
