@@ -12,7 +12,7 @@ from finetuning.bench.tasks import load_task
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Finished
 from finetuning.contract.recipe import EvaluationSettings, GateSettings, ScreenSettings
-from finetuning.model.digest import weights_digest
+from finetuning.model.digest import ABOUT_FILE, weights_digest
 from finetuning.model.lora import WEIGHTS_FILE
 from finetuning.model.prefix_cache import key
 from finetuning.recipes.library import align_recipe, tune_recipe
@@ -85,6 +85,11 @@ def test_another_base_has_a_folder_of_its_own(tiny_base: Path, alignment: Path, 
     shutil.copytree(tiny_base, other)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}), encoding="utf-8")
+    unbound = tmp_path / "unbound"  # an alignment as earlier releases left it is taken over any base
+    shutil.copytree(alignment, unbound)
+    about = json.loads((unbound / ABOUT_FILE).read_text(encoding="utf-8"))
+    kept = {name: value for name, value in about.items() if not name.startswith("base_")}
+    (unbound / ABOUT_FILE).write_text(json.dumps(kept), encoding="utf-8")
     for name, base in (("one", tiny_base), ("two", other)):
-        run_job(base, alignment, tmp_path / name, tmp_path / "states")
+        run_job(base, unbound, tmp_path / name, tmp_path / "states")
     assert len(list((tmp_path / "states").iterdir())) == 2
