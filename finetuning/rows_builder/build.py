@@ -37,7 +37,7 @@ _MOST: Mapping[Stage, int] = MappingProxyType({
 })  # fmt: skip
 # Refusals for each benign row, where there are enough of both: with as many as benign rows SmolLM2-135M refused 14 % of
 # harmless prompts, with half as many see docs/guides/safety-rows.md.
-_REFUSALS_A_BENIGN, _FEWEST_REFUSALS = 0.6, 300
+_REFUSALS_A_BENIGN, _FEWEST_REFUSALS = 0.5, 300
 # What is held out whole: at least the first share of a pool where groups allow, never more than the second.
 _HELD_OUT = (0.08, 0.3)
 # Enough for every role many times over; more would only make the search for near-duplicates long.
