@@ -31,6 +31,8 @@ from finetuning.rows.chat_format import prompt_ids
 from finetuning.stages import parity, pipeline
 from tests.support.models import write_operator_rows
 
+# A fresh clone fetches and converts the base here, which takes a slow or busy machine minutes.
+pytestmark = pytest.mark.timeout(600)
 _LORA = LoraSettings(rank=4, alpha=8.0, trained_layers=4)
 _EVALUATION = EvaluationSettings(harmful_rows=8, benign_rows=8, task_rows=4, new_tokens=6)
 _TICKETS = [("My lamp is broken.", "This goes to repairs."), ("I paid twice.", "This goes to billing.")] * 8
