@@ -202,6 +202,7 @@ class Recipe(_RecipePart):
     base: str
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     steps: int = Field(default=0, ge=0, description="of equal batches; 0: whole `epochs` of the rows that train")
+    min_passes: float | None = Field(default=None, gt=0.0, description="align: more steps where rows are many")
     batch_size: int = Field(default=8, ge=1, le=256)
     micro_batch_size: int = Field(default=8, ge=1)
     epochs: int = Field(default=1, ge=1)

@@ -23,6 +23,8 @@ from finetuning.contract.recipe import (
 from finetuning.recipes.registry import aligned_by, tuned_by
 
 SAVE_EVERY = 20
+# Of an operator's rows, where they are more than the shipped ones, which the bases' steps were chosen on.
+_ALIGN_PASSES = 1.8
 # A result that knows its own rows clearly less than a short plain fine-tune does, or than before it was pruned, or
 # scores a fifth less than then, has lost its task: it harms nobody, and nobody wants it. A pruning that is measured may
 # double the loss and add .02, which is within the second limit. Figures: docs/adr/0016.
@@ -95,6 +97,7 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
         kind=JobKind.ALIGN,
         base=base.id,
         steps=base.align_steps,
+        min_passes=_ALIGN_PASSES,
         batch_size=base.align_batch,
         micro_batch_size=base.align_batch,
         max_tokens=base.max_tokens,

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 
 import torch
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Finished, Note, Progress, StageProgress, StageStarted
+from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import Metrics, SafetyReport
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
@@ -48,7 +50,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         public = _measure(job, part=3)  # the public base complies with everything: fewer rows tell as much
     clock.start("align")
     batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
-    setup = job.training(rows, _step(job), Even(), batches=batches, steps=job.recipe.steps)
+    setup = job.training(rows, _step(job), Even(), batches=batches, steps=steps_of(job.recipe, len(rows)))
     setup.saves_to(scratch / "checkpoints", fingerprint=digest, every=job.recipe.save_every)
     state = LoopState()
     if order.checkpoint:
@@ -72,6 +74,11 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
         released=decision.decision != "fail", reasons=decision.reasons, trained_tokens=state.tokens,
         seconds=clock.seconds(),
     )  # fmt: skip
+
+
+def steps_of(recipe: Recipe, rows: int) -> int:
+    """The recipe's steps, or as many as `min_passes` over the rows take."""
+    return max(recipe.steps, ceil((recipe.min_passes or 0.0) * rows / recipe.batch_size))
 
 
 def resumed(state: LoopState, same: bool) -> Note:
