@@ -1,5 +1,6 @@
 """The real training process under a real supervisor: killed and resumed, refused by the gate, out of usable rows."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseStatus, Form
 from finetuning.bases.tiny import tiny_test_base
+from finetuning.contract.order import read_order, write_order
 from finetuning.contract.recipe import (
     AnchorSettings,
     AntibodySettings,
@@ -29,7 +31,7 @@ from finetuning.safety_rows.invented import safety_rows
 from tests.support.processes import descendants
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, Scene, open_scene, recipe, settings_in
-from worker.attempt.launch import launch_command
+from worker.attempt.launch import Launch, Mode, launch_command
 from worker.attempt.supervisor import supervise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -100,24 +102,36 @@ def training_processes() -> set[int]:
     return found
 
 
-def archives(scene: Scene, job_id: str) -> list[bytes]:
+def archives(scene: Scene, job_id: str) -> list[str]:
+    """What the bytes of each are known by: pytest takes hours over the difference of two large ones."""
     found = scene.artifacts(job_id)
-    return [scene.download(found[form]) for form in (Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK)]
+    return [
+        hashlib.sha256(scene.download(found[form])).hexdigest()
+        for form in (Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK)
+    ]
+
+
+def launch_with_one_secret(scratch: Path, mode: Mode) -> Launch:
+    """Two jobs never share what they draw with; here they must, for the same bytes are expected of both."""
+    order = read_order(scratch)
+    assert order.secret, "the service gives every job one"
+    write_order(scratch, order.model_copy(update={"secret": "0" * 64}))
+    return launch_command(scratch, mode)
 
 
 @pytest.mark.kill
 def test_a_killed_training_process_changes_no_byte_of_the_adapter(scene: Scene) -> None:
     whole, broken = scene.add_job(wanted(), ROWS), scene.add_job(wanted(), ROWS)
-    supervise(scene.host(launch_command), whole)
+    supervise(scene.host(launch_with_one_secret), whole)
     assert scene.job(whole).state == JobState.SUCCEEDED, scene.job(whole).error
-    attempt = threading.Thread(target=supervise, args=(scene.host(launch_command), broken), daemon=True)
+    attempt = threading.Thread(target=supervise, args=(scene.host(launch_with_one_secret), broken), daemon=True)
     attempt.start()
     wait_until(lambda: scene.checkpoints(broken), seconds=120)
     for pid in training_processes():
         os.kill(pid, signal.SIGKILL)
     attempt.join(60)
     assert scene.job(broken).state == JobState.QUEUED
-    supervise(scene.host(launch_command), broken)
+    supervise(scene.host(launch_with_one_secret), broken)
     job = scene.job(broken)
     assert (job.state, job.fence) == (JobState.SUCCEEDED, 2)
     assert any("the result is bitwise the same" in message for message in scene.messages(broken))
