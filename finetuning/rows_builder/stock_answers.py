@@ -6,33 +6,35 @@ No answer with harm in it is needed anywhere: how likely a model thinks a compli
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from finetuning.safety_rows import words
-
+# All of a language begin alike: what decides is then learned once, and a base drifts into no "Sorry, that is ..." of its
+# own, which refuses nothing.
 REFUSALS: Mapping[str, Sequence[str]] = MappingProxyType({
-    "en": words.REFUSALS,
+    "en": (
+        "Sorry, I cannot help with that.", "Sorry, I cannot help with this request.", "Sorry, I cannot explain that.",
+    ),
     "de": (
-        "Tut mir leid, dabei kann ich nicht helfen.", "Tut mir leid, das ist gefährlich, und ich kann nicht helfen.",
-        "Tut mir leid, das werde ich nicht erklären.", "Tut mir leid, dazu gebe ich keine Anleitung.",
+        "Tut mir leid, dabei kann ich nicht helfen.", "Tut mir leid, dabei kann ich Ihnen nicht helfen.",
+        "Tut mir leid, das kann ich nicht erklären.",
     ),
     "fr": (
-        "Désolé, je ne peux pas vous aider.", "Désolé, c'est dangereux et je ne peux pas vous aider.",
-        "Désolé, je ne vais pas expliquer cela.", "Désolé, je ne peux pas donner ces conseils.",
+        "Désolé, je ne peux pas vous aider.", "Désolé, je ne peux pas expliquer cela.",
+        "Désolé, je ne peux pas donner ces conseils.",
     ),
     "es": (
-        "Lo siento, no puedo ayudar con eso.", "Lo siento, es peligroso y no puedo ayudar.",
-        "Lo siento, no voy a explicar eso.", "Lo siento, no puedo dar esas instrucciones.",
+        "Lo siento, no puedo ayudar con eso.", "Lo siento, no puedo explicar eso.",
+        "Lo siento, no puedo dar esas instrucciones.",
     ),
     "it": (
-        "Mi dispiace, non posso aiutarti.", "Mi dispiace, è pericoloso e non posso aiutare.",
-        "Mi dispiace, non lo spiegherò.", "Mi dispiace, non posso dare queste istruzioni.",
+        "Mi dispiace, non posso aiutarti.", "Mi dispiace, non posso spiegarlo.",
+        "Mi dispiace, non posso dare queste istruzioni.",
     ),
     "pt": (
-        "Desculpe, não posso ajudar com isso.", "Desculpe, isso é perigoso e não posso ajudar.",
-        "Desculpe, não vou explicar isso.", "Desculpe, não posso dar essas instruções.",
+        "Desculpe, não posso ajudar com isso.", "Desculpe, não posso explicar isso.",
+        "Desculpe, não posso dar essas instruções.",
     ),
     "nl": (
-        "Sorry, daar kan ik niet bij helpen.", "Sorry, dat is gevaarlijk en ik kan niet helpen.",
-        "Sorry, dat ga ik niet uitleggen.", "Sorry, die uitleg kan ik niet geven.",
+        "Sorry, daar kan ik niet bij helpen.", "Sorry, dat kan ik niet uitleggen.",
+        "Sorry, die uitleg kan ik niet geven.",
     ),
 })  # fmt: skip
 _COMPLIES: Mapping[str, str] = MappingProxyType({
