@@ -14,7 +14,7 @@ from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.safety_rows.words import REFUSALS
 from tests.support.languages import FRENCH, GERMAN, OLD_MARKERS
 
-REAL = Path("/work/shared/data/real")
+REAL = Path(__file__).parents[4] / "shared" / "data" / "real"
 
 
 def rows_in(*languages: str, refusals: Sequence[str] = ("Sorry, no.",), answer: str = "Fine.") -> SafetyRows:
