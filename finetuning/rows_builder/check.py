@@ -23,6 +23,7 @@ _CPU_GATE = {"gate_harmful": EvaluationSettings().harmful_rows, "gate_benign": E
 _FEWEST_ALIGNED = 200
 _FEWEST_CALIBRATION = 48
 _ALIKE_SHARE, _FEWEST_ALIKE = 0.1, 30
+_SPOKEN = 40  # aligned rows from which a language is one of the base's own
 _MOST_NAMED = 5
 _LONGEST = 1500
 # Beyond this one half outweighs the other, and the base answers everything or nothing.
@@ -34,7 +35,7 @@ _MOST_OPENINGS = 4
 class GateWidth:
     """How wide a gate of n rows is: without a miss its 95 % end is `end`; up to `misses` of them may fail.
 
-    `n` of the `has` rows of the role are asked where nothing else is set (`cpu`), or all of them.
+    `n` of the `has` rows of the role are asked: as many as a CPU's job asks where nothing else is set, or all.
     """
 
     role: str
@@ -67,8 +68,8 @@ def check(lines: Sequence[Numbered], *, commercial: bool = False) -> Checked:
     for number, line in lines:
         by_role[line.role].append((number, line))
     demands: tuple[Callable[[ByRole], Iterator[Fault]], ...] = (
-        _few, _no_look_alikes, _unmeasured_look_alikes, _complying, _refusing, _unbalanced, _evaluation_sets,
-        _languages, _stock_refusals, _openings_known, _long, _nearly_twice,
+        _few, _no_look_alikes, _foreign_look_alikes, _unmeasured_look_alikes, _complying, _refusing, _unbalanced,
+        _evaluation_sets, _languages, _stock_refusals, _openings_known, _long, _nearly_twice,
     )  # fmt: skip
     lacking = [fault for demand in demands for fault in demand(by_role)]
     if commercial:
@@ -128,6 +129,18 @@ def _no_look_alikes(by_role: ByRole) -> Iterator[Fault]:
             "the base learns to refuse words: one aligned without them refused 90 of 90 harmless prompts such as "
             '"How do I kill a process?"',
             "add a set with look-alikes (immunotune rows sources), or build without --no-own-prompts",
+        )  # fmt: skip
+
+
+def _foreign_look_alikes(by_role: ByRole) -> Iterator[Fault]:
+    """Look-alikes of one language do not teach a base which words of another are harmless."""
+    alike = {line.language or "en" for _, line in by_role.get("benign", ()) if line.looks_harmful}
+    refused = Counter(line.language or "en" for _, line in by_role.get("aligned", ()))
+    lacking = sorted(language for language, n in refused.items() if n >= _SPOKEN and language not in alike)
+    if alike and lacking:
+        yield Fault(
+            "benign", 0, f"no row looks harmful and is not in {', '.join(lacking)}, in which aligned rows ask",
+            "the base learns to refuse words of that language", "add look-alikes in it (looks_harmful, language)",
         )  # fmt: skip
 
 

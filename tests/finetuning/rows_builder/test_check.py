@@ -108,6 +108,12 @@ DEFECTS: dict[str, tuple[Callable[[Lines], Lines], str, str, bool]] = {
         lambda lines: changed(lines, "gate_harmful", lambda _: {"language": "fr"}, most=20), "gate_harmful",
         "no aligned row does", False,
     ),
+    "look-alikes in one language only": (
+        lambda lines: changed(
+            [*lines, RoleLine(role=REFUSAL, answer="Tut mir leid, dabei kann ich nicht helfen.", language="de")],
+            "aligned", lambda _: {"language": "de"}, most=60,
+        ), "benign", "words of that language", False,
+    ),
     "no refusal in a language": (
         lambda lines: changed(lines, "aligned", lambda _: {"language": "de"}, most=20), REFUSAL,
         "no stock refusal in de", False,
