@@ -47,9 +47,9 @@ _FINAL: dict[type[Exception], str] = {
 }
 # Whom a service trusts to judge is not for its clients: they get one sentence, the operator the traceback.
 _OF_THE_JUDGE = (BadGuard, JudgeFailed)
-# So are the safety rows that a service holds.
-_NO_ROWS = "The safety rows of this service could not be used, so nothing was released. Ask the operator."
 _NO_JUDGE = "The judge of this service could not be used, so nothing was released. Ask the operator."
+# So are the safety rows that a service holds; an align job is the operator's own.
+_NO_ROWS = "The safety rows of this service could not be used, so nothing was released. Ask the operator."
 _OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
 
 
@@ -59,7 +59,7 @@ def run(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     Faults that a retry may fix (a lost device, a full disk, a judge that cannot be reached) are raised.
     """
     make_deterministic(order.threads)
-    yield from _reported(_stages(order, scratch))
+    yield from _reported(_stages(order, scratch), is_operators=order.recipe.kind is JobKind.ALIGN)
 
 
 def certify(scratch: Path) -> Iterator[Progress]:
@@ -80,7 +80,7 @@ def _parity(scratch: Path) -> Iterator[Progress]:
     yield Finished(released=certificate.passed, reasons=certificate.reasons, trained_tokens=0)
 
 
-def _reported(stages: Iterator[Progress]) -> Iterator[Progress]:
+def _reported(stages: Iterator[Progress], *, is_operators: bool = False) -> Iterator[Progress]:
     """The stages, and their end as Failed where no retry can fix it."""
     try:
         yield from stages
@@ -88,15 +88,15 @@ def _reported(stages: Iterator[Progress]) -> Iterator[Progress]:
         param = "training_file" if isinstance(error, _OF_THE_FILE) else None
         if isinstance(error, (*_OF_THE_JUDGE, BadOperatorRows)):
             traceback.print_exception(error)
-        message = _told(error)
+        message = _told(error, is_operators=is_operators)
         yield Failed(code=_FINAL[type(error)], message=message, param=param)
 
 
-def _told(error: Exception) -> str:
-    """What a client may read of it."""
+def _told(error: Exception, *, is_operators: bool) -> str:
+    """What whoever asked for the job may read of it."""
     if isinstance(error, _OF_THE_JUDGE):
         return _NO_JUDGE
-    return _NO_ROWS if isinstance(error, BadOperatorRows) else str(error)
+    return _NO_ROWS if isinstance(error, BadOperatorRows) and not is_operators else str(error)
 
 
 def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
