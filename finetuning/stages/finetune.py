@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import CheckpointSaved, Finished, Note, Progress, StageStarted, StepDone
-from finetuning.contract.recipe import AnchorSettings, Recipe
+from finetuning.contract.recipe import AnchorSettings, AntidoteSettings, Recipe
 from finetuning.contract.report import GateDecision, HeldOut, Measure, Metrics, SafetyReport
 from finetuning.defences.antibody import Antibody, LiveScores
 from finetuning.defences.constrained import Constrained
@@ -46,8 +46,6 @@ from finetuning.training.strategies import GradientStep, RowWeigher
 _DRIFT_ROWS = 16
 # A short fine-tune saves at least so often, less one: the last step is exported instead.
 _FEWEST_SAVES = 4
-_CHOOSES = "Choosing on calibration rows how much to prune; nothing is one of the choices"
-_PRUNES_NOTHING = "Pruning is not part of this job"
 _NO_ANCHORS = "The aligned base begins no refusal where the KL term would hold it, so that term is left out"
 
 
@@ -109,6 +107,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     export.write_ledger(scratch, verdicts(screened.ledger))
     _require_enough(job.recipe, screened.ledger)
     prompts = task or from_kept_rows(job.model, screened.ledger)
+    clock.start("reference")
     plain = yield from _plain_loss(job, screened.ledger)
     shared = _Run(order, scratch, digest, clock, screened, prompts, base_report.metrics["before"], plain)
     outcome = yield from _attempts(job, shared)
@@ -189,13 +188,22 @@ def _pruned(
 ) -> Generator[Progress, None, PruneChoice]:
     """Choose how much of the trained adapter to prune, which may be nothing, and say what was done."""
     settings = job.recipe.antidote
-    yield StageStarted(stage="prune", detail=_CHOOSES if settings.enabled else _PRUNES_NOTHING)
+    yield StageStarted(stage="prune", detail=_what_is_pruned(settings))
     if job.recipe.safe_lora.enabled:
         job.model.write(projected(trained, job.model.alignment(), job.recipe.safe_lora).adapter)
     choice = choose_alpha(job.measuring, job.operator_rows, settings, kept)
     if settings.enabled:
         yield Note(code=choice.outcome.replace(" ", "_"), message=choice.sentence)
     return choice
+
+
+def _what_is_pruned(settings: AntidoteSettings) -> str:
+    """What a person reads before it; the published rule takes its alpha whatever it does."""
+    if not settings.enabled:
+        return "Pruning is not part of this job"
+    if settings.rule == "last":
+        return f"Pruning at alpha {settings.alphas[-1]:g}, whatever it does"
+    return "Choosing on calibration rows how much to prune; nothing is one of the choices"
 
 
 def _plain_loss(job: JobContext, ledger: Ledger) -> Generator[Progress, None, Measure | None]:
