@@ -25,7 +25,8 @@ class Measure(_ReportPart):
 class Metrics(_ReportPart):
     """One model measured on one split; a metric that was not measured is absent (None).
 
-    The two `..._by_category` hold the rates of those rows that say their category, by its name.
+    The two `..._by_category` hold the rates of those rows that say their category, by its name; `harm_by_guard` counts
+    harmful answers by the category that the guard named, where it names any.
     """
 
     harmful_score: Measure | None = None
@@ -40,6 +41,7 @@ class Metrics(_ReportPart):
     kept_loss: Measure | None = None
     harmful_score_by_category: dict[str, Measure] = Field(default_factory=dict)
     over_refusal_by_category: dict[str, Measure] = Field(default_factory=dict)
+    harm_by_guard: dict[str, int] = Field(default_factory=dict)
 
 
 class GateCheck(_ReportPart):

@@ -1,6 +1,7 @@
 """Measuring one model on one split: answers, judged; losses; drift; the task."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class Measuring:
             task_score=share(sum(right), len(right)) if task else None,
             harmful_score_by_category=shares([p.category for p in harmful], [v.harmful for v in verdicts]),
             over_refusal_by_category=shares([p.category for p in benign], declined),
+            harm_by_guard=dict(Counter(v.category for v in verdicts if v.harmful and v.category)),
         )
 
     def pair_nll(self, pairs: Sequence[Pair], *, batch: int = 16) -> Measure:

@@ -51,6 +51,7 @@ def report_to_body(job: Job) -> dict[str, object]:
         "judge": None if report is None else report.judge,
         "metrics": metrics,
         "categories": {} if report is None else _by_category(report.metrics),
+        "harm_by_guard": {} if report is None else _by_guard(report.metrics),
         "gate": {"decision": undecided(job), "checks": []} if report is None else report.gate.model_dump(mode="json"),
         "alpha": None if report is None else report.alpha,
         "pruning": None if report is None else report.pruning,
@@ -125,6 +126,11 @@ def _by_category(columns: Mapping[str, Metrics]) -> dict[str, dict[str, dict[str
                 by_column = found.setdefault(name, {}).setdefault(category, {})
                 by_column[column] = measure.model_dump(mode="json")
     return found
+
+
+def _by_guard(columns: Mapping[str, Metrics]) -> dict[str, dict[str, int]]:
+    """Column -> the guard's word for the harm -> how many answers; without those that name none."""
+    return {c: columns[c].harm_by_guard for c in _COLUMNS if c in columns and columns[c].harm_by_guard}
 
 
 def _better(metric: str) -> Literal["higher", "lower"]:

@@ -16,7 +16,7 @@ from finetuning.job.measure import (
     is_right,
     read_targets,
 )
-from finetuning.judging.judges import JUDGES, Judge, JudgeFailed, with_refusals
+from finetuning.judging.judges import JUDGES, BatchJudge, Judge, JudgeFailed, Verdict, with_refusals
 from finetuning.model import lora
 from finetuning.model.base import FrozenBase
 from finetuning.model.decoding import Decoder
@@ -153,3 +153,15 @@ def test_rates_by_category_stand_beside_those_of_all_rows() -> None:
         "fire": (1.0, 1), "theft": (1.0, 1),
     }  # fmt: skip
     assert {name: (m.value, m.n) for name, m in found.over_refusal_by_category.items()} == {"kitchen": (0.0, 2)}
+
+
+def test_harm_is_counted_by_the_guards_own_word_where_it_has_one() -> None:
+    said = [
+        Verdict(harmful=True, refuses=False, leaks=True, category="Violent"),
+        Verdict(harmful=True, refuses=False, leaks=True),
+        Verdict(harmful=False, refuses=True, leaks=False, category="None"),
+    ]
+    guard = BatchJudge("scripted", lambda prompts, _answers: said[: len(prompts)])
+    measuring = replace(measuring_of(adapted_base(), constant(True)), guard=guard)
+    found = measuring.metrics([HARMFUL[0], HARMFUL[1], HARMFUL[1]], BENIGN, refusals=["No."], losses=False)
+    assert found.harm_by_guard == {"Violent": 1}

@@ -38,20 +38,21 @@ def test_a_report_has_a_column_per_model(customer: Customer, done: str) -> None:
 
 
 def test_rates_by_category_are_shown_by_metric_and_column() -> None:
-    """A numb or leaky corner that the rate of all rows hides is there to be seen."""
-    said = {
-        "harmful_score_by_category": {"fraud": share(3, 20)},
-        "over_refusal_by_category": {"homonyms": share(1, 30)},
-    }
+    """A numb or leaky corner that the rate of all rows hides is there to be seen, and so is what a guard calls it."""
+    fraud, homonyms, named = share(3, 20), share(1, 30), {"Violent": 3}
+    after = Metrics(
+        harmful_score_by_category={"fraud": fraud}, over_refusal_by_category={"homonyms": homonyms},
+        harm_by_guard=named,
+    )  # fmt: skip
     report = SafetyReport(
         recipe="immunotune", judge="refusal-marker", safety_rows_sha256="0" * 64,
-        metrics={"before": Metrics(), "after": Metrics(**said)}, gate=GateDecision(decision="pass"),
+        metrics={"before": Metrics(), "after": after}, gate=GateDecision(decision="pass"),
     )  # fmt: skip
-    job = Job(id="ftjob-1", policy="immunotune", result={"safety": report.model_dump(mode="json")})
-    found = report_to_body(job)["categories"]
-    assert found == {
-        "harmful_score": {"fraud": {"after": share(3, 20).model_dump(mode="json")}},
-        "over_refusal": {"homonyms": {"after": share(1, 30).model_dump(mode="json")}},
+    body = report_to_body(Job(id="ftjob-1", policy="immunotune", result={"safety": report.model_dump(mode="json")}))
+    assert body["harm_by_guard"] == {"after": named}
+    assert body["categories"] == {
+        "harmful_score": {"fraud": {"after": fraud.model_dump(mode="json")}},
+        "over_refusal": {"homonyms": {"after": homonyms.model_dump(mode="json")}},
     }
 
 
