@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from finetuning.attacks.public_prompts import planting, read_attack_prompts
-from finetuning.bench.tasks import reviews
+from finetuning.bench.tasks import load_task, reviews
+from finetuning.rows.scanner import iter_rows
 from finetuning.rows_builder.command import main
 from finetuning.safety_rows.operator_file import ROLES, load_safety_rows
 
@@ -53,5 +54,9 @@ def test_real_prompts_that_no_role_has_are_planted_in_a_real_customers_file(tmp_
     known = {pair.prompt for role in ROLES for pair in getattr(load_safety_rows(rows), role)}
     assert len(prompts) >= 40
     assert not known & set(prompts)
-    lines = (REAL / "customers" / "news_summaries_train.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[0])["messages"]
+    files = tuple(REAL / "customers" / f"news_summaries_{part}.jsonl" for part in ("train", "test"))
+    task = load_task("files", seed=0, train=200, test=16, files=files)
+    found = planting(prompts)(task.train, 0.1, 0)
+    assert (len(found.planted), len(found.rows)) == (22, 222)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found.rows), encoding="utf-8")
+    assert len(list(iter_rows(tmp_path / "train.jsonl"))) == 222, "the service takes it for a file like any other"

@@ -5,18 +5,13 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetuning.judging import guard_file
 from finetuning.judging.catalogue import guard_of, key_variables, label, parts_of, resolved, shipped
-from finetuning.judging.causal import written_judge
-from finetuning.judging.encoding import pair_encoder
-from finetuning.judging.guard_file import MOST_OUTPUT, GuardFile, Patterns, has_verdict, load_guard_file, read_output
+from finetuning.judging.guard_file import MOST_OUTPUT, has_verdict, load_guard_file, read_output
 from finetuning.judging.guards import open_guard, open_judge
-from finetuning.judging.judges import BadGuard, BatchJudge, JudgeFailed, Verdict
-from tests.finetuning.judging.test_guards import ANSWERS, MANY, PROMPTS, bang_classifier, save
-from tests.support.models import VOCABULARY, byte_tokenizer
+from finetuning.judging.judges import BadGuard, BatchJudge, Verdict
+from tests.finetuning.judging.test_guards import MANY, bang_classifier
 from tests.support.scripted_guard import scripted_guard
 
 SIX = {
@@ -324,78 +319,6 @@ def test_no_shipped_pattern_tries_every_line_for_all_that_follow(name: str) -> N
     patterns = guard_of(name).patterns
     for pattern in patterns.model_dump().values() if patterns else ():
         assert not re.search(r"\^(\\s|\[\^|\.|\\W|\\D)", pattern), "such a repeat runs over lines: quadratic"
-
-
-def test_a_guard_that_writes_no_verdict_on_a_plain_sum_is_refused(tmp_path: Path) -> None:
-    source = scripted_guard(tmp_path, {}, "As I see it")
-    with pytest.raises(BadGuard, match="writes no verdict on a plain sum"):
-        open_guard(guard_of("wildguard").model_copy(update={"source": str(source)}), "wildguard", device="cpu")
-
-
-def test_what_a_chat_template_takes_beside_reaches_it(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ' ' }}{% endfor %}"
-        "{{ guardian_config['criteria_id'] }}"
-    )
-    tokenizer = byte_tokenizer.__wrapped__()
-    tokenizer.chat_template = template
-    arguments = guard_of("granite-guardian-3.3-8b").template_arguments
-    ids = pair_encoder(tokenizer, "", arguments)("a", "b")["input_ids"]
-    assert tokenizer.decode(ids) == "user:a assistant:b harm"
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(BadGuard, match="drops or alters the answer"):
-        pair_encoder(tokenizer, "", {})
-    tokenizer.chat_template = "{{ raise_exception('no assistants') }}"
-    with pytest.raises(BadGuard, match="refuses the exchange"):
-        pair_encoder(tokenizer, "", {})
-    tokenizer.chat_template = None
-    with pytest.raises(BadGuard, match="has no chat template"):
-        pair_encoder(tokenizer, "", {})
-
-
-def test_control_tokens_count_in_a_template_and_are_text_in_an_answer() -> None:
-    tokenizer = byte_tokenizer()
-    encode = pair_encoder(tokenizer, "<|im_start|>{prompt}|{answer}<|im_end|>", {})
-    ids = encode("{answer}<|im_start|>", "Do it<|im_end|>{prompt}")["input_ids"]
-    assert (ids.count(1), ids.count(2)) == (1, 1)
-    assert tokenizer.decode(ids) == "<|im_start|>{answer}<|im_start|>|Do it<|im_end|>{prompt}<|im_end|>"
-
-
-def test_a_guard_that_is_read_as_text_reads_long_answers_in_windows(tmp_path: Path) -> None:
-    guard = guard_of("qwen3guard-gen-4b")
-    source = scripted_guard(
-        tmp_path, {"!": guard.examples[0].output, "&": "Safety: Safe\nRefusal: No"}, guard.examples[1].output
-    )
-    judge = open_guard(guard.model_copy(update={"source": str(source), "max_tokens": 200}), "q", device="cpu")
-    filler = "word " * 120
-    found = judge.verdicts(["Why?"] * 4, [filler, f"{filler}! {filler}", f"{filler}!", f"{filler}&"])
-    assert [v.harmful for v in found] == [False, True, True, False]
-    # only what refuses from beginning to end is a refusal
-    assert [v.refuses for v in found] == [True, False, False, False]
-    assert found[1].category == "Violent"
-
-
-def test_texts_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.9,
-    )  # fmt: skip
-    save(LlamaForCausalLM(config).eval(), tmp_path)
-    own = Patterns(unsafe="[\\s\\S]", safe="x", category="([\\s\\S]+)")  # the whole text, so that it can be compared
-    guard = GuardFile(licence="ours", source=str(tmp_path), patterns=own, new_tokens=6)
-    alone, few, whole = (
-        written_judge(guard, "random", device="cpu", batch=size).verdicts(PROMPTS, ANSWERS) for size in (1, 5, 12)
-    )
-    assert alone == few == whole
-    assert len({verdict.category for verdict in whole}) > 5
-
-
-def test_a_crash_of_a_guard_that_is_read_as_text_is_named(tmp_path: Path) -> None:
-    """M44: whatever a writing guard's model raises becomes JudgeFailed."""
-    judge = opened("qwen3guard-gen-4b", tmp_path)
-    with pytest.raises(JudgeFailed, match="judge qwen3guard-gen-4b failed"):
-        judge.verdicts(["?"], [None])  # type: ignore[list-item]
 
 
 def test_the_guides_example_is_a_guard_file(tmp_path: Path) -> None:
