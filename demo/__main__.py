@@ -147,7 +147,7 @@ def _count_verdicts(client: OpenAI, customer: CustomerFile, immune: FinishedJob,
     findings.facts["verdicts"] = counts = steps.count_verdicts(client, immune.job.id, customer.planted_lines)
     steps.print_verdicts(counts)
     steps.print_methods(immune.job)
-    findings.facts |= {"pruning": immune.report.get("pruning"), "alpha": immune.report.get("alpha")}
+    findings.facts |= {"pruning": immune.report.get("pruning"), "mu": immune.report.get("mu")}
 
 
 def _use_model(

@@ -170,8 +170,9 @@ def print_methods(job: FineTuningJob) -> None:
     screen, antibody, antidote = safety["screen"], safety["antibody"], safety["antidote"]
     by = ["the screen"] * screen["enabled"] + [f"Antibody's score ({antibody['score']})"] * antibody["enabled"]
     weighed = f"by {by[0]} alone" if len(by) == 1 else f"by {' and '.join(by)}" if by else "all alike"
-    alpha = "" if antidote["density"] is None else f" (alpha {antidote['density']:g})"
-    say(f"  rows weighed: {weighed}; pruning: {antidote['outcome']}{alpha}")
+    name, value = ("mu", antidote["mu"]) if antidote["score"] == "spectral" else ("alpha", antidote["density"])
+    strength = "" if value is None else f" ({name} {value:g})"
+    say(f"  rows weighed: {weighed}; pruning: {antidote['outcome']}{strength}")
 
 
 def why_no_model(job: FineTuningJob) -> str:

@@ -223,7 +223,7 @@ def figures(report: SafetyReport) -> dict[str, Any]:
         "drift": _value(gate.drift), "kept_loss": _value(gate.kept_loss),
         "plain_kept_loss": _value(report.plain_kept_loss),
         "unpruned_kept_loss": _value(report.metrics["tuned"].kept_loss), "released": report.gate.decision != "fail",
-        "reasons": list(report.gate.reasons), "attempts": report.gate.attempts, "alpha": report.alpha,
+        "reasons": list(report.gate.reasons), "attempts": report.gate.attempts, "alpha": report.alpha, "mu": report.mu,
         "stage_seconds": report.seconds,
     }  # fmt: skip
 

@@ -137,18 +137,23 @@ class SafeLoraSettings(_RecipePart):
 
 
 class AntidoteSettings(_RecipePart):
-    """Pruning of the task adapter (arXiv:2408.09600); `alphas` are tried in order, 0 first.
+    """Pruning of the task adapter (arXiv:2408.09600).
 
-    `rule` chooses the first alpha that keeps what the aligned base has, or `last`: the last one, whatever it does.
+    `spectral` is ours (defences/antidote_spectral.py) and takes a strength mu of `mus`, the others zero a share alpha
+    of `alphas`; 0 is not pruned. `rule` `measured` chooses by what is measured: of mus the largest that costs the kept
+    rows nothing, of alphas the first that keeps what the aligned base has. `last` takes the last one, whatever it does.
     """
 
     enabled: bool = True
     rule: Literal["measured", "last"] = "measured"
     gauge: Literal["trained", "canonical"] = "trained"
-    score: Literal["published", "contrast"] = "contrast"
+    score: Literal["spectral", "published", "contrast"] = "spectral"
     unit: Literal["row", "matrix"] = "row"
     rounding: Literal["floor", "official"] = "floor"
     alphas: tuple[Share, ...] = (0.0, 0.05, 0.1, 0.2)
+    mus: tuple[Strength, ...] = Field(
+        default=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0), description="in rising order; 0 comes before"
+    )
     calibration_rows: int = Field(default=48, ge=1)
 
 

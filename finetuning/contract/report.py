@@ -65,21 +65,34 @@ class GateDecision(_ReportPart):
 
 def _pruning_of_report(fields: dict[str, Any]) -> Pruning | None:
     alpha = fields.get("alpha")
-    return None if alpha is None else "pruned" if alpha > 0 else "not pruned"
+    return None if alpha is None else "pruned" if alpha > 0 or (fields.get("mu") or 0) > 0 else "not pruned"
 
 
 class PruneTrial(_ReportPart):
-    """One alpha that was tried (0: not pruned): what it pruned and what it did on the calibration rows."""
+    """One alpha or mu that was tried (both 0: not pruned): what it pruned and what it did.
 
-    alpha: float
-    pruned: int
-    total: int
-    refusal_rate: float
-    leak: float
-    harmful_nll: float
+    `refusal_rate`, `leak` and `harmful_nll` are of the calibration rows, and absent where only the kept rows chose.
+    """
+
+    alpha: float = 0.0
+    mu: float = 0.0
+    pruned: int = 0
+    total: int = 0
+    refusal_rate: float | None = None
+    leak: float | None = None
+    harmful_nll: float | None = None
     kept_rows_nll: float
     kept_rows_known: float = Field(default=0.0, description="share of kept rows whose every target token comes first")
     accepted: bool
+
+
+class PrunedLayer(_ReportPart):
+    """Of one decoder layer: share of the adapter's output energy that pruning left on harmful inputs, and the share of
+    it that changed on inputs of kept rows."""
+
+    layer: int
+    harmful_left: float
+    kept_changed: float
 
 
 class HeldOut(_ReportPart):
@@ -104,8 +117,10 @@ class SafetyReport(_ReportPart):
     metrics: dict[str, Metrics] = Field(default_factory=dict)
     held_out: HeldOut | None = None
     prune: tuple[PruneTrial, ...] = ()
-    alpha: float | None = Field(default=None, description="the pruned share of a row's entries; 0: not pruned")
-    # Absent from reports of earlier releases; alpha says it.
+    alpha: float | None = Field(default=None, description="the pruned share of a row's entries; 0: no entry")
+    mu: float | None = Field(default=None, description="the strength of spectral pruning; 0: not pruned by it")
+    pruned_layers: tuple[PrunedLayer, ...] = Field(default=(), description="what spectral pruning removed")
+    # Absent from reports of earlier releases; alpha, which was all they had, says it.
     pruning: Pruning | None = Field(default_factory=_pruning_of_report)
     plain_kept_loss: Measure | None = None
     gate: GateDecision

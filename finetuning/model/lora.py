@@ -227,10 +227,12 @@ def rotate(adapter: Mapping[str, Factors], *, secret: str) -> Adapter:
     return out
 
 
-def save(adapter: Mapping[str, Factors], folder: Path, *, base_id: str, antidote_alpha: float | None = None) -> str:
+def save(
+    adapter: Mapping[str, Factors], folder: Path, *, base_id: str, marks: Mapping[str, float] | None = None
+) -> str:
     """Write a stock peft adapter folder; returns the sha256 of the weights file. `base_id` is a name, never a path.
 
-    A pruned adapter (alpha above 0) is marked with its alpha, so that nobody prunes it twice.
+    `marks` above 0 stand in the file's header: a pruned adapter says how it was, so that nobody prunes it twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -244,8 +246,8 @@ def save(adapter: Mapping[str, Factors], folder: Path, *, base_id: str, antidote
         "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, **_where(adapter),
     }  # fmt: skip
-    marks = {"format": "pt"} | ({"antidote_alpha": str(antidote_alpha)} if antidote_alpha else {})
-    save_file(tensors, str(folder / WEIGHTS_FILE), metadata=marks)
+    told = {name: str(value) for name, value in (marks or {}).items() if value}
+    save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt", **told})
     _sort_marks(folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()

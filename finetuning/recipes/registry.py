@@ -106,6 +106,12 @@ _ALL = (
         "antidote", "sft", "arXiv:2408.09600, alpha 0.1, under our settings", {**_OFF, "antidote": _PUBLISHED_PRUNING}
     ),
     Defence(
+        "antidote_spectral",
+        "sft",
+        "ours after arXiv:2408.09600: pruned in the basis of the data, by as much as the kept rows do not notice",
+        {**_OFF, "antidote": AntidoteSettings()},
+    ),
+    Defence(
         "antibody",
         "antibody",
         "arXiv:2603.00498, under our settings",
@@ -184,10 +190,16 @@ _ABLATIONS = (
         {**_DEFENDED, "antidote": _PUBLISHED_PRUNING},
     ),
     Defence(
+        "immunotune_contrast_pruning",
+        "vaccine",
+        "pruned by our contrast score at the first alpha that keeps refusals, the default's rule until 0.2",
+        {**_DEFENDED, "antidote": AntidoteSettings(score="contrast")},
+    ),
+    Defence(
         "immunotune_canonical",
         "vaccine",
         "pruned at alpha 0.1 by our contrast score, in the canonical gauge",
-        {**_DEFENDED, "antidote": AntidoteSettings(rule="last", alphas=(0.1,), gauge="canonical")},
+        {**_DEFENDED, "antidote": AntidoteSettings(score="contrast", rule="last", alphas=(0.1,), gauge="canonical")},
     ),
     Defence(
         "immunotune_contrast",

@@ -36,10 +36,11 @@ def write_results(job: JobContext, scratch: Path, report: SafetyReport, choice: 
     alignment = job.model.alignment()
     single = job.recipe.task_adapter == "single"  # it holds the alignment already
     below = job.recipe.base if single else f"{job.recipe.base}-aligned"
-    lora.save(task, result / "adapter", base_id=below, antidote_alpha=choice.alpha)
+    marks = {"antidote_alpha": choice.alpha, "antidote_mu": choice.mu}
+    lora.save(task, result / "adapter", base_id=below, marks=marks)
     parts = task if single else lora.concat(alignment, task)
     joined = lora.rotate(parts, secret=job.hidden_draw("rotation"))
-    lora.save(joined, result / "adapter_stock", base_id=job.recipe.base, antidote_alpha=choice.alpha)
+    lora.save(joined, result / "adapter_stock", base_id=job.recipe.base, marks=marks)
     template = job.model.tokenizer.chat_template
     # What travels with the weights says nothing of the run's clock: equal jobs then make equal archives, byte for byte.
     timeless = report.model_copy(update={"seconds": {}}).model_dump_json(indent=2)
@@ -53,7 +54,10 @@ def write_results(job: JobContext, scratch: Path, report: SafetyReport, choice: 
     }
     save_file(masks, str(result / "mask.safetensors"))
     (result / "reports" / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
-    pruned = {"alpha": choice.alpha, "pruned": choice.pruned.pruned, "total": choice.pruned.total}
+    pruned = {
+        "alpha": choice.alpha, "mu": choice.mu, "pruned": choice.pruned.pruned, "total": choice.pruned.total,
+        "layers": [layer.model_dump() for layer in choice.layers],
+    }  # fmt: skip
     trials = [trial.model_dump() for trial in choice.trials]
     (result / "reports" / "prune.json").write_text(json.dumps({**pruned, "trials": trials}, indent=2), encoding="utf-8")
     write_reference(job, scratch)

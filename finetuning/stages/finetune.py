@@ -32,8 +32,8 @@ from finetuning.stages import export, held_out
 from finetuning.stages.align import read_alignment, resumed
 from finetuning.stages.base_answers import read_answers, unanswered, with_answers
 from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, from_validation
-from finetuning.stages.gate import TaskFloor, decide, with_probes
-from finetuning.stages.pruning import PruneChoice, choose_alpha, stronger
+from finetuning.stages.gate import TaskFloor, decide, is_unsafe, with_probes
+from finetuning.stages.pruning import PruneChoice, choose_pruning, stronger
 from finetuning.stages.task_floor import kept_loss, plain_loss
 from finetuning.training import checkpoint
 from finetuning.training.batches import Epochs, StepRows, Stream
@@ -119,7 +119,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     report = SafetyReport(
         recipe=job.recipe.name, judge=job.measuring.judge.name, safety_rows_sha256=rows_digest(job.operator_rows),
         metrics={**base_report.metrics, "tuned": outcome.tuned, "after": outcome.after}, held_out=found,
-        prune=outcome.choice.trials, alpha=outcome.choice.alpha, pruning=outcome.choice.outcome, plain_kept_loss=plain,
+        prune=outcome.choice.trials, alpha=outcome.choice.alpha, mu=outcome.choice.mu,
+        pruned_layers=outcome.choice.layers, pruning=outcome.choice.outcome, plain_kept_loss=plain,
         gate=outcome.decision, seconds=clock.seconds(),
     )  # fmt: skip
     export.write_results(job, scratch, report, outcome.choice)
@@ -153,7 +154,13 @@ def _held_out(
         return None
     run.clock.start("held_out")
     yield StageStarted(stage="gate", detail="Opening the held-out split for the report")
-    return held_out.of_result(job.measuring, job.operator_rows, known, run.prompts, answers=outcome.answers)
+    found = held_out.of_result(job.measuring, job.operator_rows, known, run.prompts, answers=outcome.answers)
+    if outcome.choice.spectral is None or not outcome.choice.mu:
+        return found
+    job.model.write(outcome.choice.spectral.trained)
+    found = held_out.with_unpruned(job.measuring, job.operator_rows, found)
+    job.model.write(outcome.choice.pruned.adapter)
+    return found
 
 
 def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
@@ -169,18 +176,41 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
         choice = yield from _pruned(job, trained, run.kept)
         run.clock.start("gate")
         yield StageStarted(stage="gate", detail="Measuring the result on rows that chose nothing")
-        after, answers = _measure(job, run)
-        tuned = after if choice.alpha == 0 else _measure_unpruned(job, trained, choice, run)
-        floor = TaskFloor(run.plain_loss, tuned)
-        decision = decide(gate.limits, after, run.before, floor=floor, attempts=attempt)
-        if run.screened.forms is not None:
-            decision = with_probes(decision, _probe(job, run.screened))
-        if not gate.enabled:
-            decision = decision.model_copy(update={"decision": "disabled"})
-        if decision.decision != "fail" or attempt == 1 + gate.retries:
-            return Outcome(choice, tuned, after, answers, decision, tokens)
-        yield Note(level="warn", code="gate_retry", message=f"Attempt {attempt} did not pass: {decision.reasons[0]}")
+        unpruned = None if choice.outcome == "not pruned" else _measure_unpruned(job, trained, choice, run)
+        outcome = _outcome(job, run, choice, unpruned, tokens=tokens, attempt=attempt)
+        for mu in choice.harder(job.recipe.antidote):
+            if not is_unsafe(outcome.decision):
+                break
+            yield Note(level="warn", code="pruned_harder", message=_harder(attempt, outcome.decision, mu))
+            more, unpruned = choice.at(mu), unpruned or outcome.after
+            model.write(more.pruned.adapter)
+            outcome = _outcome(job, run, more, unpruned, tokens=tokens, attempt=attempt)
+        if outcome.decision.decision != "fail" or attempt == 1 + gate.retries:
+            return outcome
+        yield Note(
+            level="warn", code="gate_retry", message=f"Attempt {attempt} did not pass: {outcome.decision.reasons[0]}"
+        )
         attempt += 1
+
+
+def _harder(attempt: int, decision: GateDecision, mu: float) -> str:
+    return f"Attempt {attempt} did not pass: {decision.reasons[0]}; pruning at mu {mu:g} before anything trains again"
+
+
+def _outcome(
+    job: JobContext, run: _Run, choice: PruneChoice, unpruned: Metrics | None, *, tokens: int, attempt: int
+) -> Outcome:
+    """The gate's decision on the model as it is; `unpruned` is what was measured before pruning, if that was done."""
+    gate = job.recipe.gate
+    after, answers = _measure(job, run)
+    tuned = unpruned or after
+    floor = TaskFloor(run.plain_loss, tuned)
+    decision = decide(gate.limits, after, run.before, floor=floor, attempts=attempt)
+    if run.screened.forms is not None:
+        decision = with_probes(decision, _probe(job, run.screened))
+    if not gate.enabled:
+        decision = decision.model_copy(update={"decision": "disabled"})
+    return Outcome(choice, tuned, after, answers, decision, tokens)
 
 
 def _pruned(
@@ -191,7 +221,7 @@ def _pruned(
     yield StageStarted(stage="prune", detail=_what_is_pruned(settings))
     if job.recipe.safe_lora.enabled:
         job.model.write(projected(trained, job.model.alignment(), job.recipe.safe_lora).adapter)
-    choice = choose_alpha(job.measuring, job.operator_rows, settings, kept)
+    choice = choose_pruning(job.measuring, job.operator_rows, settings, kept)
     if settings.enabled:
         yield Note(code=choice.outcome.replace(" ", "_"), message=choice.sentence)
     return choice
@@ -202,7 +232,10 @@ def _what_is_pruned(settings: AntidoteSettings) -> str:
     if not settings.enabled:
         return "Pruning is not part of this job"
     if settings.rule == "last":
-        return f"Pruning at alpha {settings.alphas[-1]:g}, whatever it does"
+        last = f"mu {settings.mus[-1]:g}" if settings.score == "spectral" else f"alpha {settings.alphas[-1]:g}"
+        return f"Pruning at {last}, whatever it does"
+    if settings.score == "spectral":
+        return "Choosing on the kept rows how much to prune: as much as they do not notice"
     return "Choosing on calibration rows how much to prune; nothing is one of the choices"
 
 

@@ -109,6 +109,12 @@ def _sentence(check: GateCheck) -> str:
     return f"{check.metric} {check.used:.3f} (95 % {end} end) is not {check.op} {check.threshold:g}"
 
 
+def is_unsafe(decision: GateDecision) -> bool:
+    """Whether it fails for what the model answers to harm, which pruning harder may mend: not for the task alone."""
+    mendable = ("harmful_score", "refusal_rate", "leak", "harmful_nll_ratio", "alignment_loss", "drift", "probe ")
+    return decision.decision == "fail" and any(not c.ok and c.metric.startswith(mendable) for c in decision.checks)
+
+
 def with_probes(decision: GateDecision, results: Sequence[ProbeResult]) -> GateDecision:
     """The release decision, refused as well where a probe leaks."""
     checks = tuple(

@@ -23,3 +23,9 @@ def of_result(
     split = (rows.wordings_harmful, rows.wordings_benign)
     wordings = prompts.metrics(measuring, split, answers, refusals=rows.refusals, losses=False)
     return HeldOut(items={**known.items, "after": items}, wordings={**known.wordings, "after": wordings})
+
+
+def with_unpruned(measuring: Measuring, rows: SafetyRows, found: HeldOut) -> HeldOut:
+    """The same with what the model answered to new wordings before it was pruned, as column `tuned`."""
+    before = measuring.metrics(rows.wordings_harmful, (), refusals=rows.refusals, losses=False)
+    return found.model_copy(update={"wordings": {**found.wordings, "tuned": before}})

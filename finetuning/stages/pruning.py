@@ -1,11 +1,11 @@
-"""How much to prune, if anything, chosen on calibration rows and the customer's kept rows; what a retry changes."""
+"""How much to prune, if anything: by entries or by moments (spectral_pruning.py), and what a retry changes."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetuning.contract.recipe import AnchorSettings, AntidoteSettings, OptimiserSettings
-from finetuning.contract.report import Metrics, PruneTrial, Pruning
+from finetuning.contract.report import Metrics, PrunedLayer, PruneTrial, Pruning
 from finetuning.defences.antidote import Pruned, Scores, contrast_scores, input_squares, prune, published_scores
 from finetuning.job.measure import Measuring, read_targets
 from finetuning.model.adapted import AdaptedBase
@@ -13,6 +13,7 @@ from finetuning.model.lora import Adapter
 from finetuning.model.lora_coordinates import canonical
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.safety_rows.roles import Pair, SafetyRows
+from finetuning.stages.spectral_pruning import SpectralPruning, choose_mu, measure_moments
 
 # An alpha is accepted if it keeps what the aligned base has; the slack lets one of 48 rows differ.
 _REFUSAL_SLACK = 0.03
@@ -22,24 +23,41 @@ _MIN_NLL_RATIO = 0.5
 # hardly moves the mean loss.
 _MAX_TASK_RISE = (2.0, 0.02)
 _MOST_UNLEARNT = 0.03
+# Looks at the gate that pruning harder may take before the job trains again.
+_MOST_HARDER = 2
 
 
 @dataclass(frozen=True)
 class PruneChoice:
-    """The chosen pruning (alpha 0: not pruned) and every trial that led to it."""
+    """The chosen pruning (alpha and mu 0: not pruned) and every trial that led to it.
+
+    `spectral` can prune the same adapter at another mu; absent where entries were pruned, or nothing was tried.
+    """
 
     alpha: float
     pruned: Pruned
     trials: tuple[PruneTrial, ...]
+    mu: float = 0.0
+    spectral: SpectralPruning | None = None
 
     @property
     def outcome(self) -> Pruning:
         """In the words of every report: an alpha that took no entry pruned nothing."""
-        return "pruned" if self.pruned.pruned else "not pruned"
+        return "pruned" if self.mu or self.pruned.pruned else "not pruned"
+
+    @property
+    def layers(self) -> tuple[PrunedLayer, ...]:
+        """What spectral pruning removed, by decoder layer."""
+        return self.spectral.layers(self.pruned.adapter) if self.spectral is not None and self.mu else ()
 
     @property
     def sentence(self) -> str:
         """What was done, for a person."""
+        if self.mu:
+            left = max(layer.harmful_left for layer in self.layers)
+            return f"Pruned at mu {self.mu:g}: at most {left:.0%} of what a layer did on harmful inputs is left"
+        if self.spectral is not None:
+            return "Not pruned (mu 0): every mu that was tried costs the kept rows something"
         if self.pruned.pruned:
             return f"Pruned {self.pruned.pruned} of the adapter's {self.pruned.total} entries (alpha {self.alpha:g})"
         if self.alpha:
@@ -47,6 +65,18 @@ class PruneChoice:
         if self.trials and not any(trial.accepted for trial in self.trials):
             return "Not pruned (alpha 0): no alpha was accepted, and the adapter goes to the gate as it is"
         return "Not pruned (alpha 0): the adapter keeps what the aligned base has without it"
+
+    def at(self, mu: float) -> "PruneChoice":
+        """The same adapter pruned at another mu. Raises ValueError where it was pruned by entries."""
+        if self.spectral is None:
+            raise ValueError("this adapter was not pruned by its moments")
+        return replace(self, mu=mu, pruned=_unpruned(self.spectral.at(mu)))
+
+    def harder(self, settings: AntidoteSettings) -> tuple[float, ...]:
+        """The mus above the chosen one that a gate which refuses the result may ask for, in rising order."""
+        if self.spectral is None or settings.rule == "last":
+            return ()
+        return tuple(mu for mu in settings.mus if mu > self.mu)[:_MOST_HARDER]
 
 
 @dataclass(frozen=True)
@@ -56,6 +86,20 @@ class _Sample:
     harmful: Sequence[Pair]
     refusals: Sequence[str]
     kept: Sequence[EncodedRow]
+
+
+def choose_pruning(
+    measuring: Measuring, operator_rows: SafetyRows, settings: AntidoteSettings, kept: Sequence[EncodedRow]
+) -> PruneChoice:
+    """How much to prune by the settings' score, which may be nothing; leaves the chosen adapter in place."""
+    if settings.score != "spectral" or not settings.enabled or not kept:
+        return choose_alpha(measuring, operator_rows, settings, kept)
+    model = measuring.model
+    found = measure_moments(model, operator_rows, kept)
+    mu, trials = choose_mu(model, found, settings, kept)
+    choice = PruneChoice(0.0, _unpruned(found.at(mu)), trials, mu=mu, spectral=found)
+    model.write(choice.pruned.adapter)
+    return choice
 
 
 def choose_alpha(

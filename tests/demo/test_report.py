@@ -48,27 +48,33 @@ def test_the_report_file_holds_what_the_table_shows(tmp_path: Path, capsys: pyte
     assert body["table"][0]["task"] == pytest.approx(0.95)
 
 
+def pruning(score: str, outcome: str, strength: float | None) -> dict[str, object]:
+    """What a job says of its pruning: mu of spectral pruning, or the share of zeroed entries."""
+    mu, density = (strength, strength and 0.0) if score == "spectral" else (0.0, strength)
+    return {"score": score, "mu": mu, "density": density, "outcome": outcome}
+
+
 @pytest.mark.parametrize(
     ("screen", "antibody", "antidote", "said"),
     [
         (
-            True, {"enabled": False, "score": "none"}, {"density": 0.0, "outcome": "not pruned"},
-            "  rows weighed: by the screen alone; pruning: not pruned (alpha 0)",
+            True, {"enabled": False, "score": "none"}, pruning("spectral", "pruned", 0.3),
+            "  rows weighed: by the screen alone; pruning: pruned (mu 0.3)",
         ),
         (
-            True, {"enabled": True, "score": "reference"}, {"density": 0.1, "outcome": "pruned"},
+            True, {"enabled": True, "score": "reference"}, pruning("published", "pruned", 0.1),
             "  rows weighed: by the screen and Antibody's score (reference); pruning: pruned (alpha 0.1)",
         ),
         (
-            True, {"enabled": False, "score": "none"}, {"density": None, "outcome": "not reached"},
+            True, {"enabled": False, "score": "none"}, pruning("spectral", "not reached", None),
             "  rows weighed: by the screen alone; pruning: not reached",
         ),
         (
-            False, {"enabled": True, "score": "current"}, {"density": 0.1, "outcome": "pruned"},
+            False, {"enabled": True, "score": "current"}, pruning("published", "pruned", 0.1),
             "  rows weighed: by Antibody's score (current) alone; pruning: pruned (alpha 0.1)",
         ),
         (
-            False, {"enabled": False, "score": "none"}, {"density": None, "outcome": "off"},
+            False, {"enabled": False, "score": "none"}, pruning("spectral", "off", None),
             "  rows weighed: all alike; pruning: off",
         ),
     ],

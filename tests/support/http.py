@@ -148,7 +148,8 @@ def safety_report(*, passed: bool) -> SafetyReport:
         safety_rows_sha256="7a" * 32,
         metrics={"before": Metrics(harmful_score=share(0, 60)), "after": after},
         held_out=HeldOut(items={"after": after}),
-        alpha=0.05,
+        alpha=0.0,
+        mu=0.3,
         gate=GateDecision(decision="pass" if passed else "fail", checks=(check,), reasons=reasons),
     )
 

@@ -158,13 +158,15 @@ def _anchor(recipe: Recipe) -> dict[str, object]:
 
 
 def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
-    """Whether pruning is tried, and what came of it: `alpha` is the pruned share, 0 is `not pruned`; `density` is the
-    contract's name for it."""
+    """Whether pruning is tried, by which score, and what came of it: `mu` is the strength of spectral pruning, `alpha`
+    the share of zeroed entries; both 0 is `not pruned`. `density` is the contract's name for alpha."""
     read = SafetyReport.model_validate(report) if report else None
     is_on = recipe.antidote.enabled
-    alpha = None if read is None or not is_on else read.alpha
+    alpha, mu = (None, None) if read is None or not is_on else (read.alpha, read.mu)
     outcome = "off" if not is_on else undecided(job) if read is None else read.pruning
-    return {"enabled": is_on, "target": "adapter", "alpha": alpha, "density": alpha, "outcome": outcome}
+    score = recipe.antidote.score if is_on else None
+    told = {"enabled": is_on, "target": "adapter", "score": score, "mu": mu, "alpha": alpha, "density": alpha}
+    return {**told, "outcome": outcome}
 
 
 def _artifact(item: JobResult) -> dict[str, object]:

@@ -54,6 +54,8 @@ def report_to_body(job: Job) -> dict[str, object]:
         "harm_by_guard": {} if report is None else _by_guard(report.metrics),
         "gate": {"decision": undecided(job), "checks": []} if report is None else report.gate.model_dump(mode="json"),
         "alpha": None if report is None else report.alpha,
+        "mu": None if report is None else report.mu,
+        "pruned_layers": [] if report is None else [layer.model_dump() for layer in report.pruned_layers],
         "pruning": None if report is None else report.pruning,
         "held_out": None if report is None else _held_out(report),
     }

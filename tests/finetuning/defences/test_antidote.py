@@ -70,7 +70,7 @@ def test_pruning_nothing_changes_no_byte(tmp_path: Path) -> None:
     """M35: alpha 0 gives a bitwise identical adapter file."""
     found, scores = scored()
     lora.save(found, tmp_path / "before", base_id="tiny")
-    lora.save(prune(found, scores, 0.0).adapter, tmp_path / "after", base_id="tiny", antidote_alpha=0.0)
+    lora.save(prune(found, scores, 0.0).adapter, tmp_path / "after", base_id="tiny", marks={"antidote_alpha": 0.0})
     first, second = (tmp_path / name / WEIGHTS_FILE for name in ("before", "after"))
     assert first.read_bytes() == second.read_bytes()
 
@@ -114,8 +114,8 @@ def test_ties_are_pruned_in_their_order() -> None:
 def test_a_pruned_file_says_so_in_its_header(tmp_path: Path) -> None:
     """M36: with its alpha, so that nobody prunes it twice; an unpruned one, also by alpha 0, has no such mark."""
     found, scores = scored()
-    lora.save(prune(found, scores, 0.1).adapter, tmp_path / "pruned", base_id="tiny", antidote_alpha=0.1)
-    lora.save(found, tmp_path / "whole", base_id="tiny", antidote_alpha=0.0)
+    lora.save(prune(found, scores, 0.1).adapter, tmp_path / "pruned", base_id="tiny", marks={"antidote_alpha": 0.1})
+    lora.save(found, tmp_path / "whole", base_id="tiny", marks={"antidote_alpha": 0.0})
     marks = [_header(tmp_path / name / lora.WEIGHTS_FILE).get("antidote_alpha") for name in ("pruned", "whole")]
     assert marks == ["0.1", None]
 

@@ -163,7 +163,7 @@ def test_a_saved_adapter_comes_back_bitwise(tmp_path: Path) -> None:
 def test_a_saved_adapter_tells_nothing_but_its_factors(tmp_path: Path) -> None:
     """M43: no key of the secret data, no path of this machine."""
     _, _, task = stacked()
-    lora.save(task, tmp_path, base_id="tiny", antidote_alpha=0.1)
+    lora.save(task, tmp_path, base_id="tiny", marks={"antidote_alpha": 0.1})
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     with safe_open(str(tmp_path / WEIGHTS_FILE), framework="pt") as file:
         assert set(file.metadata()) <= {"format", "antidote_alpha"}
@@ -176,15 +176,15 @@ def test_a_saved_adapter_tells_nothing_but_its_factors(tmp_path: Path) -> None:
 def test_the_same_adapter_gives_the_same_file_in_every_process(tmp_path: Path) -> None:
     """M45: identical bytes, the marks in the header included."""
     _, _, task = stacked()
-    lora.save(task, tmp_path / "kept", base_id="tiny", antidote_alpha=0.1)
+    lora.save(task, tmp_path / "kept", base_id="tiny", marks={"antidote_alpha": 0.1})
     program = (
         "import sys; from pathlib import Path; from finetuning.model import lora; f = Path(sys.argv[1]);"
-        "print(lora.save(lora.load(f / 'kept'), f / 'again', base_id='tiny', antidote_alpha=0.1))"
+        "print(lora.save(lora.load(f / 'kept'), f / 'again', base_id='tiny', marks={'antidote_alpha': 0.1}))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    mine = [lora.save(task, tmp_path / f"{i}", base_id="tiny", antidote_alpha=0.1) for i in range(8)]
+    mine = [lora.save(task, tmp_path / f"{i}", base_id="tiny", marks={"antidote_alpha": 0.1}) for i in range(8)]
     assert {run.stdout.strip(), *mine} == {hashlib.sha256((tmp_path / "kept" / WEIGHTS_FILE).read_bytes()).hexdigest()}
 
 

@@ -126,7 +126,9 @@ def assert_no_name_claims_more_than_was_done(lines: list[Progress], scratch: Pat
     assert left.keys() >= {"rows.json", "safety.json", "prune.json"}
     assert "antibody" not in (told + "".join(left.values())).lower()
     report = report_of(scratch)
-    assert report.pruning == ("pruned" if report.alpha else "not pruned")
+    assert report.alpha == 0.0
+    assert report.pruning == ("pruned" if report.mu else "not pruned")
+    assert bool(report.pruned_layers) == bool(report.mu)
     notes = [line for line in lines if isinstance(line, Note) and line.code in ("pruned", "not_pruned")]
     assert notes[-1].message.lower().startswith(str(report.pruning))
 

@@ -61,9 +61,11 @@ def test_a_learned_task_passes_and_one_that_was_pruned_away_does_not(
     checks = of_the_task(learned)
     assert checks["kept_loss_ratio"].ok, checks
     assert checks["task_kept"].used == 1
-    pruned = report_of(scratch, tiny_base, tmp_path / "pruned", AntidoteSettings(rule="last", alphas=(0.9,)))
+    pruned = report_of(
+        scratch, tiny_base, tmp_path / "pruned", AntidoteSettings(score="contrast", rule="last", alphas=(0.9,))
+    )
     assert pruned.plain_kept_loss == learned.plain_kept_loss
-    assert pruned.metrics["tuned"].kept_loss == learned.metrics["after"].kept_loss
+    assert pruned.metrics["tuned"].kept_loss == learned.metrics["tuned"].kept_loss
     missed = {name for name, check in of_the_task(pruned).items() if not check.ok}
     assert {"kept_loss_ratio", "task_kept"} <= missed
     assert pruned.gate.decision == "fail"

@@ -108,10 +108,11 @@ def test_the_job_says_what_of_ours_is_on(customer: Customer, done: str) -> None:
 
 def test_pruning_is_told_by_what_came_of_it(customer: Customer, done: str) -> None:
     shown = customer.http.get(done).json()["safety"]["antidote"]
-    assert shown == {"enabled": True, "target": "adapter", "alpha": 0.05, "density": 0.05, "outcome": "pruned"}
+    told = {"enabled": True, "target": "adapter", "score": "spectral"}
+    assert shown == {**told, "mu": 0.3, "alpha": 0.0, "density": 0.0, "outcome": "pruned"}
     assert customer.http.get(f"{done}/safety").json()["pruning"] == "pruned"
     waiting = customer.create().json()["safety"]["antidote"]
-    assert waiting == {"enabled": True, "target": "adapter", "alpha": None, "density": None, "outcome": "pending"}
+    assert waiting == {**told, "mu": None, "alpha": None, "density": None, "outcome": "pending"}
 
 
 @pytest.mark.parametrize(
@@ -123,12 +124,14 @@ def test_alpha_0_is_not_pruned_and_a_job_without_pruning_says_off(
 ) -> None:
     job = customer.job()
     job.policy, job.recipe = name, tune_recipe("tiny", name, epochs=1).model_dump(mode="json")
-    report = safety_report(passed=True).model_dump(mode="json", exclude={"pruning"}) | {"alpha": alpha}
+    report = safety_report(passed=True).model_dump(mode="json", exclude={"pruning"}) | {"alpha": alpha, "mu": None}
     job.result = {"safety": report}
     shown = job_to_body(job, JobFrame("org-1"))["safety"]
     assert isinstance(shown, dict)
+    score = "spectral" if name == "immunotune" else None
     assert shown["antidote"] == {
-        "enabled": name == "immunotune", "target": "adapter", "alpha": density, "density": density, "outcome": outcome
+        "enabled": name == "immunotune", "target": "adapter", "score": score, "mu": None, "alpha": density,
+        "density": density, "outcome": outcome,
     }  # fmt: skip
 
 
