@@ -29,6 +29,7 @@ from finetuning.stages.alignment_store import NotAligned
 
 _OPERATOR_ROWS = "operator_rows.jsonl"
 _STOPPED = 130
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 class NotTrained(Exception):
@@ -68,8 +69,16 @@ def _read(argv: list[str], settings: Settings) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate-scale", type=float, default=1.0, help="times the base's learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FOLDER",
+        help="repair a peft LoRA that was trained elsewhere on --train: screen, prune and measure it; nothing trains",
+    )  # fmt: skip
     parser.add_argument("--keep-refused", action="store_true", help="for research: keep what the gate refuses, too")
     options = parser.parse_args(argv)
+    if options.adapter and not (options.adapter / _ADAPTER_CONFIG).is_file():
+        parser.error(f"--adapter {options.adapter} has no {_ADAPTER_CONFIG}: name the folder of a peft adapter")
+    if options.adapter and DEFENCES[options.defence].tuning.get("task_adapter") == "single":
+        parser.error(f"--adapter goes on top of the aligned base; {options.defence} trains the alignment's own on")
     if options.out.exists():
         parser.error(f"--out {options.out} exists already; nothing is overwritten")
     if options.epochs < 1 or options.rate_scale <= 0 or not 0 <= options.seed < 2**31:
@@ -96,9 +105,12 @@ def _train(options: argparse.Namespace, settings: Settings) -> None:
         shutil.copy(options.train, scratch / "rows.jsonl")
         if options.test:
             shutil.copy(options.test, scratch / "validation.jsonl")
+        if options.adapter:
+            shutil.copytree(options.adapter, scratch / "given")
         end = _run(_order(recipe, base, settings).model_copy(update={
             "rows": "rows.jsonl", "alignment": "alignment", "cache": "cache",
             "validation": "validation.jsonl" if options.test else None,
+            "adapter": "given" if options.adapter else None,
         }), scratch)  # fmt: skip
         kept = isinstance(end, Finished) and (end.released or options.keep_refused)
         _copy(scratch / "result", options.out, whole=kept)

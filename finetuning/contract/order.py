@@ -22,6 +22,9 @@ class TrainOrder(BaseModel):
     validation: str | None = None
     alignment: str | None = None
     checkpoint: str | None = None
+    adapter: str | None = Field(
+        default=None, description="a peft LoRA trained elsewhere: it is screened, pruned and measured; nothing trains"
+    )
     operator_rows: str | None = None
     judge: str = Field(default="", description="guards.open_judge's name; empty: the judge of the safety rows")
     cache: str | None = None

@@ -40,7 +40,9 @@ _ANCHOR_PROMPTS = 48
 
 @dataclass
 class JobContext:
-    """The job's parts. `operator_rows` are the safety rows by role; `secret` is what hidden draws are made with."""
+    """The job's parts. `operator_rows` are the safety rows by role; `secret` is what hidden draws are made with.
+
+    `given`: an adapter that was trained elsewhere, in the place of training."""
 
     recipe: Recipe
     model: AdaptedBase
@@ -48,6 +50,7 @@ class JobContext:
     reader: RefusalReader
     operator_rows: SafetyRows
     secret: str = field(default="", repr=False)
+    given: lora.Adapter | None = None
     _anchors: dict[int, KlAnchors] = field(default_factory=dict)  # by kl_tokens: scout and training share them
 
     def hidden_draw(self, purpose: str) -> str:
@@ -125,11 +128,14 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     base = load_base(order.base, device=order.device)
     rows = _safety_rows(order, scratch)
     trained = lora.ALIGNMENT if order.alignment is None else lora.TASK
+    given: lora.Adapter | None = None
     if order.alignment is None:
         cut = lora.first_trained_layer(base, recipe.lora)
         lora.attach(base, trained, recipe.lora, seed=mix(recipe.seed, "init"))
         lora.set_active(base, (trained,))
     else:
+        given = lora.load(scratch / order.adapter) if order.adapter is not None else None
+        recipe = recipe if given is None else recipe.model_copy(update={"lora": lora.lora_of(given, base)})
         cut = _attach_both(base, recipe, lora.load(scratch / order.alignment))
     lora.set_trainable(base, trained)
     cache = PrefixCache(base, cut, folder=scratch / order.cache if order.cache else None, kept=_kept_states(order, cut))
@@ -141,7 +147,7 @@ def open_job(order: TrainOrder, scratch: Path) -> JobContext:
     reader = RefusalReader(model, refusal_starts(base.tokenizer, rows.refusals))
     # Without an operator's secret, in library use, the alignment that only the operator has must do.
     secret = order.secret or ("" if order.alignment is None else model.alignment_digest())
-    return JobContext(recipe, model, measuring, reader, rows, secret)
+    return JobContext(recipe, model, measuring, reader, rows, secret, given)
 
 
 def _safety_rows(order: TrainOrder, scratch: Path) -> SafetyRows:

@@ -43,6 +43,17 @@ class Factors:
     scale: float
 
 
+# What would change the product B A x scale, or bring more than factors.
+_NOT_PLAIN = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+)
+
 Adapter = dict[str, Factors]  # module path in the base -> factors
 
 
@@ -272,8 +283,13 @@ def _where(adapter: Mapping[str, Factors]) -> dict[str, Any]:
 
 
 def load(folder: Path) -> Adapter:
-    """Read an adapter folder that `save` wrote. Raises AdapterMismatch on foreign keys or missing halves."""
+    """Read a peft LoRA folder. Raises OSError; AdapterMismatch for anything but plain factors of one rank and scale, as
+    foreign keys, missing halves and other kinds of adapters."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    unknown = [name for name in _NOT_PLAIN if config.get(name)]
+    if unknown or config.get("peft_type") != "LORA":
+        why = ", ".join(unknown) or "another peft_type than LORA"
+        raise AdapterMismatch(f"{folder.name} is no plain LoRA adapter: its {CONFIG_FILE} sets {why}")
     tensors = load_file(str(folder / WEIGHTS_FILE))
     scale = float(config["lora_alpha"]) / int(config["r"])
     adapter: Adapter = {}

@@ -170,7 +170,7 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
     attempt = first = checkpoint.attempt_of(checkpointed) if checkpointed else 1
     while True:
         run.clock.start("train")
-        tokens = yield from _train(job, run, attempt, checkpointed if attempt == first else None)
+        tokens = yield from _learned(job, run, attempt, checkpointed if attempt == first else None)
         run.clock.start("prune")
         trained = model.read()
         choice = yield from _pruned(job, trained, run.kept)
@@ -185,7 +185,7 @@ def _attempts(job: JobContext, run: _Run) -> Generator[Progress, None, Outcome]:
             more, unpruned = choice.at(mu), unpruned or outcome.after
             model.write(more.pruned.adapter)
             outcome = _outcome(job, run, more, unpruned, tokens=tokens, attempt=attempt)
-        if outcome.decision.decision != "fail" or attempt == 1 + gate.retries:
+        if outcome.decision.decision != "fail" or attempt == 1 + gate.retries or job.given is not None:
             return outcome
         yield Note(
             level="warn", code="gate_retry", message=f"Attempt {attempt} did not pass: {outcome.decision.reasons[0]}"
@@ -245,6 +245,15 @@ def _plain_loss(job: JobContext, ledger: Ledger) -> Generator[Progress, None, Me
         return None
     _, steps = _batches(job.recipe, len(ledger.kept))
     return (yield from plain_loss(job, [ledger.encoded[i] for i in ledger.kept], steps=steps))
+
+
+def _learned(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Generator[Progress, None, int]:
+    """Put the adapter in place: trained now, or the given one, which costs no tokens. Raises AdapterMismatch."""
+    if job.given is None:
+        return (yield from _train(job, run, attempt, resume))
+    yield StageStarted(stage="train", detail="Taking the adapter that was trained elsewhere; nothing trains")
+    job.model.write(job.given)
+    return 0
 
 
 def _train(job: JobContext, run: _Run, attempt: int, resume: Path | None) -> Generator[Progress, None, int]:

@@ -110,7 +110,7 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     }
     digest = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
     (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
-    (scratch / "result" / "recipe.json").write_text(order.recipe.model_dump_json(indent=2), encoding="utf-8")
+    (scratch / "result" / "recipe.json").write_text(job.recipe.model_dump_json(indent=2), encoding="utf-8")
     match order.recipe.kind:
         case JobKind.ALIGN:
             stages = align.run(job, order, scratch, digest)
@@ -126,6 +126,8 @@ def _inputs(order: TrainOrder, scratch: Path) -> dict[str, str]:
     """Digests of the files that the result depends on."""
     names = {"rows": order.rows, "validation": order.validation, "operator_rows": order.operator_rows}
     found = {k: hashlib.sha256((scratch / v).read_bytes()).hexdigest() for k, v in names.items() if v}
+    if order.adapter:
+        found["adapter"] = lora.digest(lora.load(scratch / order.adapter))
     if order.alignment:
         found["alignment"] = lora.digest(lora.load(scratch / order.alignment))
     return found

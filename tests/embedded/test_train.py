@@ -77,6 +77,49 @@ def test_of_a_refused_result_only_reports_are_copied_unless_asked(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_an_adapter_that_was_trained_elsewhere_is_repaired_and_nothing_trains(
+    service: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, _ = plant(CUSTOMER, 0.3)
+    wishes = ["--train", file_of(rows, tmp_path / "a.jsonl"), "--keep-refused"]
+    made = ["--defence", "plain", "--epochs", "4", "--out", str(tmp_path / "poisoned")]
+    assert main([*wishes, *made], service) == 0
+    given = tmp_path / "poisoned" / "adapter"
+    before = (given / WEIGHTS_FILE).read_bytes()
+    capsys.readouterr()
+    asked = ["--defence", "immunotune", "--adapter", str(given), "--out", str(tmp_path / "repaired")]
+    assert main([*wishes, *asked], service) == 0
+    lines = printed(capsys)
+    assert isinstance(lines[-1], Finished)
+    assert (lines[-1].trained_tokens, [line for line in lines if isinstance(line, StepDone)]) == (0, [])
+    report = SafetyReport.model_validate_json((tmp_path / "repaired" / "reports" / "safety.json").read_text())
+    harm = {column: report.metrics[column].harmful_score for column in ("tuned", "after")}
+    assert harm["tuned"] is not None
+    assert harm["after"] is not None
+    assert harm["tuned"].value >= 0.5
+    assert harm["after"].value <= harm["tuned"].value / 2
+    assert report.mu
+    assert (given / WEIGHTS_FILE).read_bytes() == before
+    assert (tmp_path / "repaired" / "adapter" / WEIGHTS_FILE).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("defence", "config", "why"),
+    [("immunotune", None, "has no adapter_config.json"), ("antibody", "{}", "trains the alignment's own on")],
+)
+def test_an_adapter_that_cannot_be_repaired_is_refused_before_anything_starts(
+    service: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], defence: str, config: str | None, why: str
+) -> None:
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(config)
+    wishes = ["--defence", defence, "--train", file_of(CUSTOMER, tmp_path / "a.jsonl")]
+    with pytest.raises(SystemExit):
+        main([*wishes, "--adapter", str(tmp_path), "--out", str(tmp_path / "out")], service)
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_file_that_the_screen_rejects_leaves_its_ledger(
     service: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

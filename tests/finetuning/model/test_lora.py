@@ -226,3 +226,16 @@ def test_dropout_is_off_unless_a_loop_turns_it_on() -> None:
     assert not any(module.training for module in base.model.modules())
     assert torch.equal(logits(base), logits(base))
     assert len(lora.dropouts(base, lora.TASK)) == len(lora.lora_modules(base, lora.TASK))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}],
+)
+def test_an_adapter_that_is_more_than_its_factors_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    _, _, task = stacked()
+    lora.save(task, tmp_path, base_id="tiny")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(AdapterMismatch, match=r"no plain LoRA adapter: its adapter_config\.json sets"):
+        lora.load(tmp_path)
