@@ -83,6 +83,7 @@ class PruneTrial(_ReportPart):
     harmful_nll: float | None = None
     kept_rows_nll: float
     kept_rows_known: float = Field(default=0.0, description="share of kept rows whose every target token comes first")
+    kept_changed: float | None = Field(default=None, description="share of the adapter's energy on them that changed")
     accepted: bool
 
 

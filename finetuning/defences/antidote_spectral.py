@@ -171,18 +171,30 @@ def _ridged(kept: Tensor) -> Tensor:
 
 def by_layer(before: Adapter, after: Adapter, kept: Moments, harmful: Moments) -> list[LayerShare]:
     """What `after` has left of `before`, by decoder layer in order."""
-    sums: dict[int, list[float]] = {}
+    sums: dict[int, list[Tensor]] = {}
+    for path, energies in _energies(before, after, kept, harmful).items():
+        sums.setdefault(next(int(part) for part in path.split(".") if part.isdigit()), []).append(energies)
+    return [LayerShare(layer, *_shares(parts)) for layer, parts in sorted(sums.items())]
+
+
+def kept_changed(before: Adapter, after: Adapter, kept: Moments) -> float:
+    """Share of the adapter's output energy on kept inputs that changed, over all of its matrices."""
+    return _shares(list(_energies(before, after, kept, kept).values()))[1]
+
+
+def _energies(before: Adapter, after: Adapter, kept: Moments, harmful: Moments) -> dict[str, Tensor]:
+    """By matrix: E ||B A x||^2 of before and after on harmful inputs, of before and of the change on kept ones."""
+    found: dict[str, Tensor] = {}
     for path, f in before.items():
-        layer = next(int(part) for part in path.split(".") if part.isdigit())
-        was, now, moved = f.a.double(), after[path].a.double(), after[path].a.double() - f.a.double()
+        was, now = f.a.double(), after[path].a.double()
         gram = f.scale**2 * (f.b.double().T @ f.b.double())
-        found = (_energy(gram, was, harmful[path]), _energy(gram, now, harmful[path]),
-                 _energy(gram, was, kept[path]), _energy(gram, moved, kept[path]))  # fmt: skip
-        sums[layer] = [x + y for x, y in zip(sums.get(layer, [0.0] * 4), found, strict=True)]
-    tiny = torch.finfo(torch.float64).tiny
-    return [LayerShare(n, h1 / max(h0, tiny), k1 / max(k0, tiny)) for n, (h0, h1, k0, k1) in sorted(sums.items())]
+        on_harmful, on_kept = harmful[path], kept[path]
+        pairs = ((was, on_harmful), (now, on_harmful), (was, on_kept), (now - was, on_kept))
+        found[path] = torch.stack([(gram * (a @ moment @ a.T)).sum() for a, moment in pairs])
+    return found
 
 
-def _energy(gram: Tensor, a: Tensor, moment: Tensor) -> float:
-    """E ||B a x||^2 = tr(B^T B a C a^T), with gram = B^T B."""
-    return float((gram * (a @ moment @ a.T)).sum())
+def _shares(energies: Sequence[Tensor]) -> tuple[float, float]:
+    """What is left on harmful inputs, and what changed on kept ones; 1 and 0 of an adapter that did nothing."""
+    was, now, kept, changed = torch.stack(list(energies)).sum(0).tolist()
+    return now / was if was else 1.0, changed / kept if kept else 0.0

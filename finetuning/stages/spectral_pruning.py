@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from finetuning.contract.recipe import AntidoteSettings
 from finetuning.contract.report import PrunedLayer, PruneTrial
-from finetuning.defences.antidote_spectral import Moments, by_layer, input_moments, prune
+from finetuning.defences.antidote_spectral import Moments, by_layer, input_moments, kept_changed, prune
 from finetuning.job.measure import read_targets
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.lora import Adapter
@@ -17,10 +17,12 @@ from finetuning.safety_rows.roles import SafetyRows
 
 _MOMENT_ROWS = 96
 _JUDGED_ROWS = 48
-# Free is what costs the rows a fiftieth of their loss and three thousandths of a nat a token, and no row its answer:
-# seen on SmolLM2, whose task score did not move there.
+# Free is what costs the rows a fiftieth of their loss and three thousandths of a nat a token, no row its answer, and
+# leaves what the adapter does on their inputs as it was but for a fiftieth of its energy: rows that are known by heart
+# hardly notice what others of their kind lose (ADR 0018).
 _MAX_RISE = 1.02
 _SLACK = 0.003
+_MOST_CHANGED = 0.02
 _FEWEST_TO_PART = 32
 
 
@@ -59,17 +61,26 @@ def choose_mu(
     chosen = 0.0
     trials: list[PruneTrial] = []
     for mu in (0.0, *settings.mus):
-        model.write(found.at(mu))
+        pruned = found.at(mu)
+        model.write(pruned)
         nll, known = read_targets(model.base, model.cache, judged)
-        cost = sum(nll) / len(nll), sum(known) / len(known)
-        free = not trials or (
-            cost[0] <= _MAX_RISE * trials[0].kept_rows_nll + _SLACK and cost[1] >= trials[0].kept_rows_known
-        )
-        trials.append(PruneTrial(mu=mu, kept_rows_nll=cost[0], kept_rows_known=cost[1], accepted=free))
-        if not free and settings.rule == "measured":
+        trial = PruneTrial(
+            mu=mu, kept_rows_nll=sum(nll) / len(nll), kept_rows_known=sum(known) / len(known),
+            kept_changed=kept_changed(found.trained, pruned, found.kept), accepted=True,
+        )  # fmt: skip
+        trials.append(trial.model_copy(update={"accepted": _is_free(trial, (trials or [trial])[0])}))
+        if not trials[-1].accepted and settings.rule == "measured":
             break
         chosen = mu
     return chosen, tuple(trials)
+
+
+def _is_free(trial: PruneTrial, unpruned: PruneTrial) -> bool:
+    return (
+        trial.kept_rows_nll <= _MAX_RISE * unpruned.kept_rows_nll + _SLACK
+        and trial.kept_rows_known >= unpruned.kept_rows_known
+        and (trial.kept_changed or 0.0) <= _MOST_CHANGED
+    )
 
 
 def parted(kept: Sequence[EncodedRow]) -> tuple[list[EncodedRow], list[EncodedRow]]:
