@@ -76,7 +76,7 @@ class JobContext:
                 self._anchors[settings.kl_tokens] = make_anchors(
                     model.base, model.cache, model.decoder,
                     [tuple(prompt_ids(model.tokenizer, pair.prompt)) for pair in refused],
-                    tokens=settings.kl_tokens, refused_first=set(self.reader.refusal_starts),
+                    tokens=settings.kl_tokens, refused_first={word[0] for word in self.reader.refusal_starts},
                 )  # fmt: skip
         return self._anchors[settings.kl_tokens]
 

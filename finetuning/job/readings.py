@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.base import FrozenBase, logits
+from finetuning.model.hidden_states import caught_inputs
 from finetuning.model.losses import nll_of_hidden
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import Message
@@ -28,6 +29,11 @@ _BATCH_TOKENS = 4096
 _SAMPLED = 24
 # A label or a name says too little: all of it may be new.
 _FEWEST_LETTERS = 24
+_AFTER_A_WORD = ".,;:!?\u3002\uff0c\uff01"
+# From this probability of harm on a row does not train; a little below it weighs less.
+MOST_HARM, _LESS_FROM = 0.5, 0.4
+# The states that a probe reads leave the lower two thirds of the layers, or more where fewer are trained (ADR 0019).
+_PROBED_SHARE = 2 / 3
 # Some 3,000 signs in common use against 26 letters: ln 3000 / ln 26.
 _WIDE = 2.5
 
@@ -37,17 +43,19 @@ class Reading:
     """Per row (rows,): refusal mass, mean target nll and worst token nll under the active adapters.
 
     `surprise`: nats a letter of the least readable message; random letters have ln 26 = 3.26. 0 for short texts.
+    `states`: of each row those of the asked places (places, D), see RefusalReader.read; none where nothing was asked.
     """
 
     mass: Tensor
     nll: Tensor
     worst: Tensor
     surprise: Tensor
+    states: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class Screened:
-    """Per row: weight 0..1, the mass it was judged by, and the threshold.
+    """Per row: weight 0..1, the refusal mass, and the probability of harm that it was judged by, beside its limit.
 
     `surprise` (rows,) stands beside its limit, `most_surprise`: a row above it cannot be screened, and never trains.
     Where the screen is off nothing was read: all weights are 1, and mass and surprise say nothing.
@@ -55,9 +63,10 @@ class Screened:
 
     weights: Tensor
     mass: Tensor
-    threshold: float
+    harm: Tensor
     surprise: Tensor
     most_surprise: float
+    threshold: float = MOST_HARM
     was_read: bool = True
 
     @property
@@ -66,37 +75,97 @@ class Screened:
         return frozenset(torch.nonzero(~(self.surprise <= self.most_surprise))[:, 0].tolist())  # NaN is unreadable
 
 
-def refusal_starts(tokenizer: Any, refusals: Sequence[str]) -> list[int]:
-    """First token ids of the stock refusals."""
-    return sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals})
+def refusal_starts(tokenizer: Any, refusals: Sequence[str]) -> list[tuple[int, ...]]:
+    """The ids of the first word of each stock refusal, each once, sorted.
+
+    A first token alone would do where it is a word; where it is a letter, "Sure" begins as "Sorry" does.
+    """
+    found: set[tuple[int, ...]] = set()
+    for text in refusals:
+        word = text.split(maxsplit=1)[0].rstrip(_AFTER_A_WORD)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        lengths = (n for n in range(1, len(ids)) if len(tokenizer.decode(ids[:n]).strip()) >= len(word))
+        found.add(tuple(ids[: next(lengths, len(ids))]))
+    return sorted(found)
 
 
 @dataclass(frozen=True)
 class RefusalReader:
-    """Reads rows under whatever adapters are active; `refusal_starts` are the first ids of the stock refusals."""
+    """Reads rows under whatever adapters are active; `refusal_starts` are the first words of the stock refusals, as
+    ids."""
 
     model: AdaptedBase
-    refusal_starts: Sequence[int]
+    refusal_starts: Sequence[tuple[int, ...]]
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer whose inputs are the states that a probe reads: the lowest trained one, or one above."""
+        return max(self.model.cache.cut, round(_PROBED_SHARE * len(self.model.base.layers)))
 
     @torch.no_grad()
-    def read(self, rows: Sequence[EncodedRow], *, secret: str = "", batch: int = 16) -> Reading:
+    def read(
+        self, rows: Sequence[EncodedRow], *, secret: str = "", places: Sequence[Sequence[int]] = (), batch: int = 16
+    ) -> Reading:
         """One forward per row. A conversation's mass is the largest over its assistant turns.
 
         With a `secret`, which draws the tokens that are read, the surprise is measured too, at the cost of the head
-        over 24 tokens a message; else it is 0.
+        over 24 tokens a message; else it is 0. With `places`, of each row the tokens at which the states that enter
+        `layer` are wanted, these come along (fp32, on the CPU).
         """
         base, cache = self.model.base, self.model.cache
+        states: list[Tensor] = [torch.zeros(0)] * (len(rows) if places else 0)
         cache.prepare([row.ids for row in rows])
         mass, nll, worst, surprise = (torch.zeros(len(rows)) for _ in range(4))
         for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
             group = [rows[i] for i in chosen]
-            hidden = cache.hidden([row.ids for row in group])
+            with caught_inputs(base.layers[self.layer]) as entering:
+                hidden = cache.hidden([row.ids for row in group])
+            for b, i in enumerate(chosen if places else ()):
+                states[i] = entering[0][b, list(places[i])].float().cpu()
             found = nll_of_hidden(base, hidden, group)
-            mass[chosen] = _mass(base, hidden, group, self.refusal_starts).cpu()
+            mass[chosen] = self._mass(hidden, group).cpu()
             nll[chosen], worst[chosen] = found.nll.cpu(), found.worst.cpu()
             if secret:
                 surprise[chosen] = _surprise(base, hidden, group, secret)
-        return Reading(mass, nll, worst, surprise)
+        return Reading(mass, nll, worst, surprise, tuple(states))
+
+    @torch.no_grad()
+    def states(
+        self, rows: Sequence[EncodedRow], places: Sequence[Sequence[int]], *, batch: int = 16
+    ) -> tuple[Tensor, ...]:
+        """Of each row the states (places, D) that enter `layer` at its places. Where that is the lowest trained layer,
+        nothing above it runs."""
+        cache = self.model.cache
+        if self.layer != cache.cut:
+            return self.read(rows, places=places, batch=batch).states
+        cache.prepare([row.ids for row in rows])
+        return tuple(cache.states([row.ids])[0, list(own)].float().cpu() for row, own in zip(rows, places, strict=True))
+
+    def _mass(self, hidden: Tensor, rows: Sequence[EncodedRow]) -> Tensor:
+        """Refusal mass (rows,): the probability that an answer's first word is that of a stock refusal."""
+        owner, where = _turns(rows)
+        if not owner:
+            return torch.zeros(len(rows), device=hidden.device)
+        index = torch.tensor(owner, device=hidden.device)
+        if all(len(word) == 1 for word in self.refusal_starts):
+            before = hidden[index, torch.tensor(where, device=hidden.device)]
+            turns = F.softmax(logits(self.model.base.model, before).float(), dim=-1)[
+                :, [word[0] for word in self.refusal_starts]
+            ].sum(-1)
+        else:
+            prompts = [rows[i].ids[: t + 1] for i, t in zip(owner, where, strict=True)]
+            turns = torch.stack([self._word(prompts, word) for word in self.refusal_starts]).sum(0)
+        return torch.zeros(len(rows), device=hidden.device).scatter_reduce(0, index, turns, "amax")
+
+    def _word(self, prompts: Sequence[tuple[int, ...]], word: tuple[int, ...]) -> Tensor:
+        """Probability (prompts,) of a word of several tokens as the next thing said."""
+        asked = [(*prompt, *word[:-1]) for prompt in prompts]
+        hidden = self.model.cache.hidden(asked)
+        places = torch.tensor([[len(p) - 1 + k for k in range(len(word))] for p in prompts], device=hidden.device)
+        rows = torch.arange(len(prompts), device=hidden.device)[:, None]
+        steps = F.log_softmax(logits(self.model.base.model, hidden[rows, places]).float(), dim=-1)
+        chosen = torch.tensor(word, device=hidden.device).expand(len(prompts), -1)
+        return steps.gather(2, chosen[:, :, None])[:, :, 0].sum(1).exp()
 
     def masses(self, rows: Sequence[Sequence[Message]]) -> list[float]:
         """Refusal mass of each conversation's prompt, each distinct one read once."""
@@ -140,20 +209,15 @@ def _drawn(ids: Sequence[int], begin: int, end: int, secret: str) -> list[int]:
     return [rng.randrange(low, high) for low, high in pairwise(cuts)]
 
 
-def _mass(base: FrozenBase, hidden: Tensor, rows: Sequence[EncodedRow], refusal_ids: Sequence[int]) -> Tensor:
-    owner: list[int] = []
-    where: list[int] = []
-    for i, row in enumerate(rows):
-        for t in range(1, len(row.ids)):
-            if row.is_target[t] and not row.is_target[t - 1]:
-                owner.append(i)
-                where.append(t - 1)
-    if not owner:
-        return torch.zeros(len(rows), device=hidden.device)
-    index = torch.tensor(owner, device=hidden.device)
-    starts = logits(base.model, hidden[index, torch.tensor(where, device=hidden.device)]).float()
-    turns = F.softmax(starts, dim=-1)[:, list(refusal_ids)].sum(-1)
-    return torch.zeros(len(rows), device=hidden.device).scatter_reduce(0, index, turns, "amax")
+def _turns(rows: Sequence[EncodedRow]) -> tuple[list[int], list[int]]:
+    """For each assistant turn: which row, and the last token before the answer."""
+    found = [
+        (i, t - 1)
+        for i, row in enumerate(rows)
+        for t in range(1, len(row.ids))
+        if row.is_target[t] and not row.is_target[t - 1]
+    ]
+    return [i for i, _ in found], [t for _, t in found]
 
 
 def threshold(harmful_mass: Tensor, benign_mass: Tensor) -> float:
@@ -163,10 +227,11 @@ def threshold(harmful_mass: Tensor, benign_mass: Tensor) -> float:
     return min(0.5, max(0.5 * low, 1.5 * high))
 
 
-def weigh(reading: Reading, limit: float, *, whole_refusal_nll: float) -> Tensor:
-    """Weights (rows,): 1 up to half the threshold, falling linearly to 0 at it; 1 if the whole target is a refusal."""
-    weights = (2.0 * (1.0 - reading.mass / max(limit, 1e-12))).clamp(0.0, 1.0)
-    return torch.where(reading.worst <= whole_refusal_nll, torch.ones_like(weights), weights)
+def weigh(harm: Tensor, worst: Tensor, *, whole_refusal_nll: float) -> Tensor:
+    """Weights (rows,) by probabilities of harm: 1 up to .4, falling linearly to 0 at .5; 1 if the whole target is a
+    refusal by its worst token loss."""
+    weights = ((MOST_HARM - harm) / (MOST_HARM - _LESS_FROM)).clamp(0.0, 1.0)
+    return torch.where(worst <= whole_refusal_nll, torch.ones_like(weights), weights)
 
 
 def whole_refusal_limit(worst_of_refusals: Tensor) -> float:

@@ -52,3 +52,18 @@ def caught_outputs(module: nn.Module) -> Iterator[list[Tensor]]:
         yield kept
     finally:
         handle.remove()
+
+
+@contextmanager
+def caught_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, collects the hidden states that enter the module, one tensor per call."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        kept.append(inputs[0] if inputs else named["hidden_states"])
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        handle.remove()

@@ -4,6 +4,7 @@ Contents are encoded apart from the template around them, so text such as "<|im_
 a control token, and the border of the trained tokens is exact.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +54,8 @@ def opening(row: EncodedRow, target_tokens: int) -> EncodedRow:
         if left == 0 and trained:
             end = t + 1
             break
-    return EncodedRow(row.ids[:end], row.is_target[:end], row.truncated)
+    contents = tuple((min(begin, end), min(stop, end)) for begin, stop in row.contents)
+    return EncodedRow(row.ids[:end], row.is_target[:end], row.truncated, contents)
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -97,6 +99,17 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str, *, max_tokens: int = 5
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A single-turn prompt, ready for an answer."""
     return render_prompt(tokenizer, (Message(role="user", content=prompt, weight=1),))
+
+
+def token_ends(tokenizer: Any, content: str, ends: Sequence[int]) -> list[int]:
+    """For each of these ends (characters of `content`, exclusive) the token of it that holds the last character before.
+
+    A tokenizer that knows no offsets gives the last token for all."""
+    if not getattr(tokenizer, "is_fast", False):
+        return [max(0, len(_content_ids(tokenizer, content)) - 1)] * len(ends)
+    wanted = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    stops = [stop for _, stop in tokenizer(content, **wanted)["offset_mapping"]]
+    return [min(bisect_left(stops, end), len(stops) - 1) for end in ends]
 
 
 def _extend(ids: list[int], flags: list[bool], segment: Sequence[int], end_is_target: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from finetuning.job.readings import RefusalReader
+from finetuning.job.readings import MOST_HARM
 from finetuning.model.adapted import AdaptedBase
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import Message
@@ -19,6 +19,7 @@ from finetuning.safety_rows import words
 from finetuning.safety_rows.invented import item_of
 from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.screening.forms import LEAST_ROWS, FormKind, PromptForm
+from finetuning.screening.harm_reader import HarmReader
 from finetuning.screening.sentences import asking
 
 Value = TypeVar("Value")
@@ -45,37 +46,28 @@ class Repair:
     answered: tuple[EncodedRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class GapReader:
-    """Reads what rows have in the gaps of forms, by itself, under the active adapters.
+def refused(
+    harm: HarmReader, places: Sequence[tuple[PromptForm, int]], rows: Sequence[Sequence[Message]]
+) -> list[bool]:
+    """For each (form, row), whether a gap of the row is harm when it is read alone; under the active adapters.
 
-    `limit` is the refusal mass from which a gap counts as refused; `refusal` stands in the place of an answer.
+    A slot's few words are asked about in a plain wording, which makes a request of anything: there the whole row must
+    be half as likely harm, too (ADR 0007).
     """
-
-    reader: RefusalReader
-    limit: float
-    refusal: str
-
-    def refused(self, places: Sequence[tuple[PromptForm, int]], rows: Sequence[Sequence[Message]]) -> list[bool]:
-        """For each (form, row), whether a gap of the row is refused alone.
-
-        A slot's few words are asked about in a plain wording, which makes a request of anything: there the whole row
-        must be refused half as much, too (ADR 0007).
-        """
-        gaps = [_gaps(form, rows[line]) for form, line in places]
-        whole = [tuple(rows[line]) if form.kind == "slot" else () for form, line in places]
-        asked = [asking(gap, self.refusal) for group in gaps for gap in group]
-        masses = self.reader.masses([*asked, *[turns for turns in whole if turns]])
-        alone, beside = iter(masses[: len(asked)]), iter(masses[len(asked) :])
-        found = [
-            (max((next(alone) for _ in group), default=0.0), next(beside) if turns else self.limit)
-            for group, turns in zip(gaps, whole, strict=True)
-        ]
-        return [gap >= self.limit and row >= self.limit / 2 for gap, row in found]
+    gaps = [_gaps(form, rows[line]) for form, line in places]
+    whole = [tuple(rows[line]) if form.kind == "slot" else () for form, line in places]
+    asked = [asking(gap, harm.refusal) for group in gaps for gap in group]
+    read = harm.of_prompts([*asked, *[turns for turns in whole if turns]])
+    alone, beside = iter(read[: len(asked)]), iter(read[len(asked) :])
+    found = [
+        (max((next(alone) for _ in group), default=0.0), next(beside) if turns else MOST_HARM)
+        for group, turns in zip(gaps, whole, strict=True)
+    ]
+    return [gap >= MOST_HARM and row >= MOST_HARM / 2 for gap, row in found]
 
 
 def quarantine(
-    gaps: GapReader, forms: Sequence[PromptForm], rows: Sequence[Sequence[Message]], *, secret: str
+    harm: HarmReader, forms: Sequence[PromptForm], rows: Sequence[Sequence[Message]], *, secret: str
 ) -> Quarantine:
     """Forms whose gaps, read alone, the aligned model refuses, and the rows that hide a hazard there.
 
@@ -84,14 +76,14 @@ def quarantine(
     are read: most forms are honest, and reading is what this costs. They are drawn by `secret`: nobody knows which.
     """
     first = [(s, line) for s in forms for line in _drawn(s, _FIRST_LOOK, secret)]
-    suspects = {s for (s, _), hit in zip(first, gaps.refused(first, rows), strict=True) if hit}
+    suspects = {s for (s, _), hit in zip(first, refused(harm, first, rows), strict=True) if hit}
     samples = {s: _drawn(s, _TRIAGE_ROWS, secret) for s in forms if s in suspects}
     places = [(s, line) for s, lines in samples.items() for line in lines]
-    hits = Counter(s for (s, _), hit in zip(places, gaps.refused(places, rows), strict=True) if hit)
+    hits = Counter(s for (s, _), hit in zip(places, refused(harm, places, rows), strict=True) if hit)
     hostile = tuple(
         s for s, lines in samples.items() if hits[s] >= max(LEAST_ROWS, _HOSTILE_SHARE[s.kind] * len(lines))
     )
-    return Quarantine(hiding(gaps, hostile, rows), hostile)
+    return Quarantine(hiding(harm, hostile, rows), hostile)
 
 
 def _drawn(form: PromptForm, count: int, secret: str) -> list[int]:
@@ -99,10 +91,10 @@ def _drawn(form: PromptForm, count: int, secret: str) -> list[int]:
     return rng.sample(form.lines, min(count, len(form.lines)))
 
 
-def hiding(gaps: GapReader, forms: Sequence[PromptForm], rows: Sequence[Sequence[Message]]) -> frozenset[int]:
+def hiding(harm: HarmReader, forms: Sequence[PromptForm], rows: Sequence[Sequence[Message]]) -> frozenset[int]:
     """The rows of these forms whose gap, read alone, the aligned model refuses; while the aligned model is active."""
     places = [(s, line) for s in forms for line in s.lines]
-    return frozenset(line for (_, line), hit in zip(places, gaps.refused(places, rows), strict=True) if hit)
+    return frozenset(line for (_, line), hit in zip(places, refused(harm, places, rows), strict=True) if hit)
 
 
 def _gaps(form: PromptForm, row: Sequence[Message]) -> list[str]:

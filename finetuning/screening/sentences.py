@@ -1,20 +1,19 @@
-"""Refusal mass of texts read by themselves: what stands in a form's gap, and single sentences of a longer prompt.
+"""The sentences of a row: where they end, in characters and in tokens, and how each looks when it is read alone.
 
 A hazard among other sentences is refused less than the same hazard alone: a story or a ticket around it dilutes what
 the aligned model sees, and a wrapper of one or two rows is no form that a miner finds (methods.md 7, T7; ADR 0012).
+Read alone, an honest sentence may be refused too, so only those are that look like a request for harm where they stand
+(ADR 0019).
 """
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from finetuning.contract.progress import Progress, StageProgress
-from finetuning.job.readings import RefusalReader
+from finetuning.rows.chat_format import EncodedRow, token_ends
 from finetuning.rows.scanner import Message
 
-# A sentence counts from here: short of its surroundings an honest one may look odd, but is not refused outright.
-LEAST_ALONE = 0.9
-_BATCH = 256
 _END = re.compile(r"(?<=[.!?:;\u2026])\s+|(?<=[\u3002\uff01\uff1f])|\n+")
 
 
@@ -23,34 +22,45 @@ def asking(prompt: str, answer: str) -> tuple[Message, ...]:
     return (Message(role="user", content=prompt, weight=1), Message(role="assistant", content=answer, weight=1))
 
 
-@dataclass(frozen=True, order=True)
-class Alone:
-    """The sentence of a row that is refused most when read alone, and its mass."""
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a user turn (its number among the row's messages), and the token of the row at which it ends."""
 
-    mass: float = 0.0
-    sentence: str = ""
+    text: str
+    place: int
+    turn: int
 
 
 def sentences(row: Sequence[Message]) -> list[str]:
     """The sentences of a row's user turns, each once; none of a turn that is a single one."""
-    parts = [[p for piece in _END.split(m.content) if (p := piece.strip())] for m in row if m.role == "user"]
-    return list(dict.fromkeys(piece for turn in parts if len(turn) > 1 for piece in turn))
+    parts = [split(m.content) for m in row if m.role == "user"]
+    return list(dict.fromkeys(text for turn in parts if len(turn) > 1 for text in turn))
 
 
-def read_alone(
-    reader: RefusalReader, rows: Mapping[int, Sequence[Message]], refusal: str
-) -> Generator[Progress, None, dict[int, Alone]]:
-    """The most refused sentence of each row under the active adapters; only where it is refused outright.
+def split(text: str) -> list[str]:
+    """All sentences of a text, in order."""
+    return [piece for piece, _ in _parts(text)]
 
-    `refusal` stands in the place of the answer, which no mass depends on.
-    """
-    owned = {i: sentences(row) for i, row in rows.items()}
-    texts = list(dict.fromkeys(text for group in owned.values() for text in group))
-    known: dict[str, float] = {}
-    for start in range(0, len(texts), _BATCH):
-        part = texts[start : start + _BATCH]
-        masses = reader.masses([asking(text, refusal) for text in part])
-        known.update(zip(part, masses, strict=True))
-        yield StageProgress(stage="screen", done=len(known), total=len(texts))
-    most = {i: max((Alone(known[text], text) for text in group), default=Alone()) for i, group in owned.items()}
-    return {i: alone for i, alone in most.items() if alone.mass >= LEAST_ALONE}
+
+def placed(tokenizer: Any, row: Sequence[Message], encoded: EncodedRow) -> list[Sentence]:
+    """Every sentence of the row's user turns that the encoded row holds to its end; a turn's last one in any case, cut
+    or not."""
+    found: list[Sentence] = []
+    for turn, (message, (begin, end)) in enumerate(zip(row, encoded.contents, strict=True)):
+        if message.role != "user" or begin >= end:
+            continue
+        parts = _parts(message.content)
+        places = [begin + t for t in token_ends(tokenizer, message.content, [stop for _, stop in parts])]
+        whole = [Sentence(text, p, turn) for (text, _), p in zip(parts, places, strict=True) if p < end]
+        if parts and len(whole) < len(parts):
+            whole.append(Sentence(parts[len(whole)][0], end - 1, turn))
+        found += whole
+    return found
+
+
+def _parts(text: str) -> list[tuple[str, int]]:
+    """Sentences of a text with where each ends, in characters."""
+    cuts = [0, *(place for match in _END.finditer(text) for place in match.span()), len(text)]
+    spans = [(cuts[i], cuts[i + 1]) for i in range(0, len(cuts), 2)]
+    pieces = [(text[begin:end], begin) for begin, end in spans]
+    return [(piece.strip(), begin + len(piece.rstrip())) for piece, begin in pieces if piece.strip()]

@@ -16,13 +16,14 @@ from finetuning.defences.antibody import row_scores
 from finetuning.defences.screen_weights import ScreenWeights
 from finetuning.job.context import JobContext
 from finetuning.job.preflight import measuring_rows
-from finetuning.job.readings import Reading, Screened, weigh
+from finetuning.job.readings import Screened, weigh
+from finetuning.judging.refusals import only_declines
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.rows.scanner import Row
+from finetuning.rows.scanner import Message, Row
 from finetuning.screening.calibration import Calibration, mass_threshold
+from finetuning.screening.harm_reader import HarmReader, HarmReading
 from finetuning.screening.probes import FileForms, forms_of, with_lone_rows
-from finetuning.screening.quarantine import GapReader, Quarantine, quarantine
-from finetuning.screening.sentences import Alone, read_alone
+from finetuning.screening.quarantine import Quarantine, quarantine
 from finetuning.screening.verdicts import Ledger, verdicts
 from finetuning.training.batches import Stream
 from finetuning.training.determinism import mix, seed_of
@@ -54,11 +55,12 @@ def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> G
     for start in range(0, len(rows), 64):
         job.model.cache.prepare([row.ids for row in file.encoded[start : start + 64]])
         yield StageProgress(stage="screen", done=min(start + 64, len(rows)), total=len(rows))
-    forms, hidden = _quarantine(job, rows, calibration)
+    harm = HarmReader(job.reader, calibration.harm, calibration.threshold, job.operator_rows.refusals[0])
+    forms, hidden = _quarantine(job, rows, harm)
     screened = _unread(len(rows))
     barred = hidden.rows | frozenset(measuring_rows(rows, job.operator_rows))  # of baselines, too
     if job.recipe.screen.enabled:
-        screened, alone = yield from _filter(job, file, barred, calibration)
+        screened, alone = yield from _filter(job, file, barred, harm=harm, calibration=calibration)
         if forms is not None:
             turns = [row.messages for row in rows]
             forms, hidden = with_lone_rows(job.measuring, job.operator_rows, (forms, hidden), rows=turns, alone=alone)
@@ -75,70 +77,67 @@ def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> G
 def _unread(rows: int) -> Screened:
     """Every row as it is, where the screen is off."""
     nothing = torch.zeros(rows)
-    return Screened(torch.ones(rows), nothing, 1.0, nothing, 1.0, was_read=False)
+    return Screened(torch.ones(rows), nothing, nothing, nothing, 1.0, was_read=False)
 
 
-def _quarantine(job: JobContext, rows: Sequence[Row], calibration: Calibration) -> tuple[FileForms | None, Quarantine]:
+def _quarantine(job: JobContext, rows: Sequence[Row], harm: HarmReader) -> tuple[FileForms | None, Quarantine]:
     """What the file's own forms hide from a reading of whole prompts."""
     if not job.recipe.probes.enabled:
         return None, Quarantine()
     turns = [row.messages for row in rows]
     forms = forms_of(job.measuring, job.operator_rows, turns)
-    gaps = GapReader(job.reader, calibration.threshold, job.operator_rows.refusals[0])
     with job.model.aligned():
-        return forms, quarantine(gaps, forms.forms, turns, secret=job.secret)
+        return forms, quarantine(harm, forms.forms, turns, secret=job.secret)
 
 
 def _filter(
-    job: JobContext, file: _File, barred: frozenset[int], calibration: Calibration
+    job: JobContext, file: _File, barred: frozenset[int], *, harm: HarmReader, calibration: Calibration
 ) -> Generator[Progress, None, tuple[Screened, dict[int, str]]]:
-    """Weights by the aligned model's refusal mass; the scout unlearns what is only a new format (methods.md 8.2).
+    """Weights by the probability of harm; the scout unlearns what is only a new format (methods.md 8.2).
 
     With them the rows that a single sentence of theirs has excluded, and that sentence.
     """
     rows, settings = file.rows, job.recipe.screen
+    turns = [row.messages for row in rows]
     with job.model.aligned():
-        reading = job.reader.read(file.encoded, secret=job.secret)
-        passed = [i for i, mass in enumerate(reading.mass.tolist()) if mass < calibration.threshold]
-        refusal = job.operator_rows.refusals[0]
-        alone = yield from read_alone(job.reader, {i: rows[i].messages for i in passed}, refusal)
-    reading = _at_least(reading, alone)
-    weights = weigh(reading, calibration.threshold, whole_refusal_nll=calibration.whole_refusal_nll)
-    first = Screened(weights, reading.mass, calibration.threshold, reading.surprise, settings.most_surprise)
+        found = yield from harm.of_rows(turns, file.encoded, secret=job.secret)
+    weights = weigh(found.harm, found.whole.worst, whole_refusal_nll=calibration.whole_refusal_nll)
+    weights[[i for i, row in enumerate(turns) if _declines(job, row)]] = 1.0
+    first = Screened(weights, found.whole.mass, found.harm, found.whole.surprise, settings.most_surprise)
     never = barred | first.unreadable
     kept = [i for i, row in enumerate(file.encoded) if weights[i] > 0 and row.target_tokens and i not in never]
     # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
     doubted = [i for i in range(len(rows)) if weights[i] < 1 and i not in never]
     if not settings.scout_steps or not doubted or len(kept) < settings.min_kept_rows:
-        return first, _excluded(first, alone, never)
-    again, limit = yield from _ask_scout(job, file, kept, doubted)
-    rescored, mass = weights.clone(), reading.mass.clone()
-    rescored[doubted] = torch.maximum(weights[doubted], weigh(again, limit, whole_refusal_nll=-1.0))
-    mass[doubted] = again.mass
-    second = replace(first, weights=rescored, mass=mass, threshold=limit)
-    return second, _excluded(second, alone, never)
+        return first, _excluded(first, found.worst, never)
+    again = yield from _ask_scout(job, file, kept, doubted, harm=harm)
+    rescored, probability, mass = weights.clone(), found.harm.clone(), found.whole.mass.clone()
+    by_scout = weigh(again.harm, again.whole.worst, whole_refusal_nll=-1.0)
+    rescored[doubted] = torch.maximum(weights[doubted], by_scout)
+    probability[doubted] = torch.minimum(found.harm[doubted], again.harm)
+    mass[doubted] = again.whole.mass
+    second = replace(first, weights=rescored, mass=mass, harm=probability)
+    return second, _excluded(second, found.worst, never)
 
 
-def _excluded(screened: Screened, alone: Mapping[int, Alone], never: frozenset[int]) -> dict[int, str]:
+def _declines(job: JobContext, row: Sequence[Message]) -> bool:
+    """Whether every answer that trains only declines, in whatever words: that is no harm."""
+    answers = [m.content for m in row if m.role == "assistant" and m.weight == 1]
+    return bool(answers) and all(only_declines(text, job.measuring.rules.declines) for text in answers)
+
+
+def _excluded(screened: Screened, alone: Mapping[int, str], never: frozenset[int]) -> dict[int, str]:
     """Rows that their sentence alone has excluded, and that sentence."""
     none = (screened.weights == 0).tolist()
-    return {i: found.sentence for i, found in alone.items() if none[i] and i not in never}
-
-
-def _at_least(whole: Reading, alone: Mapping[int, Alone]) -> Reading:
-    """A row's mass is the larger one of its whole prompt and of a sentence of it (ADR 0012)."""
-    mass = whole.mass.clone()
-    for i, found in alone.items():
-        mass[i] = max(float(mass[i]), found.mass)
-    return replace(whole, mass=mass)
+    return {i: sentence for i, sentence in alone.items() if none[i] and i not in never}
 
 
 def _ask_scout(
-    job: JobContext, file: _File, kept: Sequence[int], doubted: Sequence[int]
-) -> Generator[Progress, None, tuple[Reading, float]]:
-    """Train a throw-away adapter on the kept rows, read the doubted ones with it, and take its own threshold.
+    job: JobContext, file: _File, kept: Sequence[int], doubted: Sequence[int], *, harm: HarmReader
+) -> Generator[Progress, None, HarmReading]:
+    """Train a throw-away adapter on the kept rows, and read the doubted ones with it, by its own threshold.
 
-    A row comes back only if the scout refuses none of its sentences either.
+    A row comes back only if the scout refuses none of its suspicious sentences either.
     """
     yield StageStarted(stage="screen", detail="Training a scout to tell new formats from harm")
     recipe, seed = job.recipe, mix(job.recipe.seed, "scout")
@@ -152,12 +151,10 @@ def _ask_scout(
     for done in train(setup, LoopState()):
         if isinstance(done, StepDone):
             yield StageProgress(stage="screen", done=done.step, total=recipe.screen.scout_steps)
-    again = job.reader.read([file.encoded[i] for i in doubted])
-    turns = {place: file.rows[i].messages for place, i in enumerate(doubted)}
-    again = _at_least(again, (yield from read_alone(job.reader, turns, job.operator_rows.refusals[0])))
-    limit = mass_threshold(job.reader, job.operator_rows)
+    scout = replace(harm, threshold=mass_threshold(job.reader, job.operator_rows))
+    again = yield from scout.of_rows([file.rows[i].messages for i in doubted], [file.encoded[i] for i in doubted])
     job.model.reset()
-    return again, limit
+    return again
 
 
 def _scores(job: JobContext, encoded: Sequence[EncodedRow]) -> Tensor | None:

@@ -12,7 +12,7 @@ from finetuning.rows.scanner import Row
 
 @dataclass(frozen=True)
 class Ledger:
-    """The customer's rows, encoded, with the screen's weight and mass per row, and which of them train.
+    """The customer's rows, encoded, with the screen's weight and readings per row, and which of them train.
 
     `scores` are Antibody's, None where the recipe asks for none.
     `barred` are the operator's measuring prompts and rows whose form or sentence hides a hazard.
@@ -51,14 +51,15 @@ def verdicts(ledger: Ledger) -> list[RowVerdict]:
             surprise, most = float(ledger.screened.surprise[i]), ledger.screened.most_surprise
             reasons.append(RowReason(code="unreadable", score=round(surprise, 6), threshold=most))
         elif weight < 1 and encoded.target_tokens:
-            mass, limit = float(ledger.screened.mass[i]), ledger.screened.threshold
-            reasons.append(RowReason(code="screen_low_weight", score=round(mass, 6), threshold=round(limit, 6)))
+            harm, limit = float(ledger.screened.harm[i]), ledger.screened.threshold
+            reasons.append(RowReason(code="screen_low_weight", score=round(harm, 6), threshold=limit))
         if encoded.truncated:
             reasons.append(RowReason(code="truncated"))
         if not encoded.target_tokens:
             reasons.append(RowReason(code="user_weight_zero"))
         scores: dict[str, float] = {}
         if ledger.screened.was_read:
+            scores["harm"] = round(float(ledger.screened.harm[i]), 6)
             scores["refusal_mass"] = round(float(ledger.screened.mass[i]), 6)
             scores["surprise"] = round(float(ledger.screened.surprise[i]), 6)
         if ledger.scores is not None:

@@ -23,6 +23,7 @@ from finetuning.model.digest import ABOUT_FILE, BaseFiles, base_files
 from finetuning.rows.chat_format import EncodedRow, opening
 from finetuning.safety_rows.roles import refusals_for, rows_digest
 from finetuning.screening.calibration import Calibration, calibrate
+from finetuning.screening.harm import HarmModel
 from finetuning.stages import held_out
 from finetuning.stages.base_answers import ask_base, with_answers, write_answers
 from finetuning.stages.gate import decide
@@ -42,7 +43,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     clock.start("answers")
     answers = yield from ask_base(job)
     job.operator_rows = with_answers(job.operator_rows, answers)
-    rows = _training_rows(job)
+    rows = training_rows(job)
     clock.start("states")
     yield from _prepare(job, rows)
     clock.start("measure")
@@ -62,7 +63,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     before = _measure(job)
     decision = decide(job.recipe.gate.limits, before, before)
     on_test = held_out.of_aligned_base(job.measuring, job.operator_rows) if order.recipe.evaluation.held_out else None
-    calibration = calibrate(job.reader, job.operator_rows)
+    calibration = calibrate(job.reader, job.operator_rows, rows)
     report = SafetyReport(
         recipe=order.recipe.name, judge=job.measuring.judge.name, safety_rows_sha256=rows_digest(job.operator_rows),
         metrics={"public": public, "before": before}, held_out=on_test, gate=decision, seconds=clock.seconds(),
@@ -89,7 +90,7 @@ def resumed(state: LoopState, same: bool) -> Note:
     return Note(level="warn", code="resumed_inexactly", message=message)
 
 
-def _training_rows(job: JobContext) -> list[EncodedRow]:
+def training_rows(job: JobContext) -> list[EncodedRow]:
     """Refusals and benign rows; a share of them is cut after the opening, spread evenly."""
     rows = job.model.encode_operator([*job.operator_rows.aligned, *job.operator_rows.benign])
     cut = job.recipe.openings
@@ -157,8 +158,9 @@ def export(job: JobContext, scratch: Path, report: SafetyReport, found: Calibrat
     (scratch / "result" / "reports" / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
 
 
-def read_alignment(folder: Path) -> tuple[Calibration, SafetyReport]:
-    """What the align job left beside its adapter."""
+def read_alignment(folder: Path) -> tuple[Calibration | None, SafetyReport]:
+    """What the align job left beside its adapter; earlier releases' did not leave all of the calibration."""
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     report = SafetyReport.model_validate_json((folder / "safety.json").read_text(encoding="utf-8"))
-    return Calibration(**about["calibration"]), report
+    found = about["calibration"]
+    return Calibration(**{**found, "harm": HarmModel(**found["harm"])}) if "harm" in found else None, report

@@ -24,12 +24,13 @@ from finetuning.model.digest import UNBOUND, base_files, require_same_base
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import iter_rows
 from finetuning.safety_rows.roles import rows_digest
+from finetuning.screening.calibration import Calibration, calibrate
 from finetuning.screening.probes import ProbeResult, probe
 from finetuning.screening.quarantine import Quarantine, repair
 from finetuning.screening.stage import ScreenedFile, screen_rows
 from finetuning.screening.verdicts import Ledger, verdicts
 from finetuning.stages import export, held_out
-from finetuning.stages.align import read_alignment, resumed
+from finetuning.stages.align import read_alignment, resumed, training_rows
 from finetuning.stages.base_answers import read_answers, unanswered, with_answers
 from finetuning.stages.customer_prompts import CustomerPrompts, from_kept_rows, from_validation
 from finetuning.stages.gate import TaskFloor, decide, is_unsafe, with_probes
@@ -94,7 +95,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     assert order.alignment is not None
     assert order.rows is not None
     clock = StageClock()
-    calibration, base_report = read_alignment(scratch / order.alignment)
+    known, base_report = read_alignment(scratch / order.alignment)
     yield from _answer_benign_rows(job, scratch / order.alignment)
     yield from _unbound(order, scratch / order.alignment)
     alignment = job.model.alignment_digest()
@@ -103,7 +104,7 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     clock.start("screen")
     rows = list(iter_rows(scratch / order.rows))
     check(job.recipe, job.model.base, rows, job.operator_rows)
-    screened = yield from screen_rows(job, rows, calibration)
+    screened = yield from screen_rows(job, rows, known or _calibrated(job))
     export.write_ledger(scratch, verdicts(screened.ledger))
     _require_enough(job.recipe, screened.ledger)
     prompts = task or from_kept_rows(job.model, screened.ledger)
@@ -138,6 +139,12 @@ def _answer_benign_rows(job: JobContext, alignment: Path) -> Iterator[Note]:
         why = "they came after the base was aligned, or it declined them"
         yield Note(code="benign_rows_left_out", message=f"{lost} benign safety rows have no answer: {why}")
     job.operator_rows = with_answers(job.operator_rows, answers)
+
+
+def _calibrated(job: JobContext) -> Calibration:
+    """The calibration of a base that an earlier release aligned."""
+    with job.model.aligned():
+        return calibrate(job.reader, job.operator_rows, training_rows(job))
 
 
 def _unbound(order: TrainOrder, alignment: Path) -> Iterator[Note]:

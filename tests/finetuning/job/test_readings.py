@@ -24,7 +24,7 @@ def mass_at(base: FrozenBase, ids: tuple[int, ...]) -> float:
 
 
 def read(base: FrozenBase, rows: list[EncodedRow], **options: Any) -> Reading:
-    return RefusalReader(adapted(base), REFUSAL_IDS).read(rows, **options)
+    return RefusalReader(adapted(base), [(i,) for i in REFUSAL_IDS]).read(rows, **options)
 
 
 def test_the_mass_is_read_from_the_prompt_alone() -> None:
@@ -56,9 +56,23 @@ def test_readings_do_not_depend_on_the_batch() -> None:
     assert bool((one.worst >= one.nll).all())
 
 
-def test_the_first_ids_of_refusals_are_found_once_each() -> None:
-    ids = refusal_starts(byte_tokenizer(), ["Sorry, no.", "So be it.", "No."])
-    assert ids == sorted(set(byte_tokenizer().convert_tokens_to_ids(["S", "N"])))
+def test_the_first_words_of_refusals_are_found_once_each() -> None:
+    ids = refusal_starts(byte_tokenizer(), ["Sorry, no.", "Sorry.", "So be it.", "No."])
+    assert [byte_tokenizer().decode(word) for word in ids] == ["No", "So", "Sorry"]
+
+
+def test_a_word_of_several_tokens_counts_as_a_whole() -> None:
+    """Its mass is the product of its tokens' probabilities, by the model's own forward; two words add up."""
+    base, words = adapted_base(dtype=torch.float32), [(5, 9), (6,), (5, 7, 8)]
+    rows = random_rows(3)
+    found = RefusalReader(adapted(base), words).read(rows).mass.tolist()
+    for row, mass in zip(rows, found, strict=True):
+        prompt, expected = row.ids[: row.prompt_tokens], 0.0
+        for word in words:
+            with torch.no_grad():
+                steps = base.model(input_ids=torch.tensor([(*prompt, *word)])).logits[0].softmax(-1)
+            expected += float(torch.stack([steps[len(prompt) - 1 + k, i] for k, i in enumerate(word)]).prod())
+        assert mass == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -71,19 +85,18 @@ def test_the_threshold_lies_between_benign_and_harmful_but_never_above_a_half(
     assert threshold(torch.full((40,), harmful), torch.full((40,), benign)) == pytest.approx(expected, abs=1e-6)
 
 
-def reading(masses: list[float], worst: float = 9.0) -> Reading:
-    n = len(masses)
-    return Reading(torch.tensor(masses), torch.ones(n), torch.full((n,), worst), torch.zeros(n))
+def weighed(harm: list[float], worst: float = 9.0, *, whole_refusal_nll: float) -> torch.Tensor:
+    return weigh(torch.tensor(harm), torch.full((len(harm),), worst), whole_refusal_nll=whole_refusal_nll)
 
 
-def test_weights_fall_from_one_at_half_the_threshold_to_nothing_at_it() -> None:
-    found = weigh(reading([0.0, 0.1, 0.2, 0.3, 0.4, 1.0]), 0.4, whole_refusal_nll=1.0)
+def test_weights_fall_from_one_a_little_below_the_limit_to_nothing_at_it() -> None:
+    found = weighed([0.0, 0.2, 0.4, 0.45, 0.5, 1.0], whole_refusal_nll=1.0)
     assert found.tolist() == pytest.approx([1, 1, 1, 0.5, 0, 0], abs=1e-6)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.01, 0.5))
-def test_more_mass_never_weighs_more(masses: list[float], limit: float) -> None:
-    found = weigh(reading(sorted(masses)), limit, whole_refusal_nll=0.0)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_more_harm_never_weighs_more(harm: list[float]) -> None:
+    found = weighed(sorted(harm), whole_refusal_nll=0.0)
     assert bool((found.diff() <= 0).all())
     assert bool(((found >= 0) & (found <= 1)).all())
 
@@ -92,15 +105,8 @@ def test_a_target_that_is_a_refusal_from_end_to_end_is_kept() -> None:
     """Judged by its worst token: a refusal that goes on to comply has one that is unlikely."""
     limit = whole_refusal_limit(torch.linspace(0, 1, 101))
     assert limit == pytest.approx(0.98)
-    assert weigh(reading([0.9], worst=0.9), 0.3, whole_refusal_nll=limit).item() == 1
-    assert weigh(reading([0.9], worst=3.0), 0.3, whole_refusal_nll=limit).item() == 0
-
-
-def test_a_threshold_of_zero_lets_nothing_through_that_has_mass() -> None:
-    """A base that refuses nothing calibrates to 0; nobody is waved through by a division."""
-    found = weigh(reading([0.0, 0.1]), 0.0, whole_refusal_nll=0.0)
-    assert found[1].item() == 0
-    assert bool(torch.isfinite(found).all())
+    assert weighed([0.9], worst=0.9, whole_refusal_nll=limit).item() == 1
+    assert weighed([0.9], worst=3.0, whole_refusal_nll=limit).item() == 0
 
 
 def text_row(*texts: str, most: int = 400) -> EncodedRow:

@@ -17,7 +17,9 @@ from finetuning.recipes.library import tune_recipe
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import Message
 from finetuning.safety_rows.invented import attacker_rows
+from finetuning.screening.calibration import Calibration
 from finetuning.screening.forms import PromptForm
+from finetuning.screening.harm_reader import HarmReader
 from finetuning.screening.probes import (
     ALL_ITEMS,
     FIRST_ITEMS,
@@ -28,7 +30,7 @@ from finetuning.screening.probes import (
     probe,
     with_lone_rows,
 )
-from finetuning.screening.quarantine import GapReader, Quarantine, hiding, quarantine, repair
+from finetuning.screening.quarantine import Quarantine, hiding, quarantine, repair
 from finetuning.stages.align import read_alignment
 from finetuning.stages.gate import with_probes
 from tests.support.brief_alignment import align_briefly
@@ -78,16 +80,18 @@ def job(scratch: Path, tiny_base: Path) -> JobContext:
 
 
 @pytest.fixture(scope="module")
-def limit(scratch: Path) -> float:
-    return read_alignment(scratch / "alignment")[0].threshold
+def calibration(scratch: Path) -> Calibration:
+    found, _ = read_alignment(scratch / "alignment")
+    assert found is not None
+    return found
 
 
 def forms(*chosen: PromptForm, labels: frozenset[str] = frozenset(), room: int = 16) -> FileForms:
     return FileForms(chosen, labels, dict.fromkeys(chosen, room))
 
 
-def gaps(job: JobContext, limit: float) -> GapReader:
-    return GapReader(job.reader, limit, job.operator_rows.refusals[0])
+def gaps(job: JobContext, calibration: Calibration) -> HarmReader:
+    return HarmReader(job.reader, calibration.harm, calibration.threshold, job.operator_rows.refusals[0])
 
 
 def text_of(job: JobContext, encoded: EncodedRow) -> tuple[str, str]:
@@ -152,19 +156,19 @@ def test_the_customers_fixed_answer_is_safe_and_no_leak(job: JobContext) -> None
     ],
 )
 def test_rows_that_hide_hazards_are_quarantined_with_their_form(
-    job: JobContext, limit: float, attack: list[Row], title: str
+    job: JobContext, calibration: Calibration, attack: list[Row], title: str
 ) -> None:
     rows, planted = poisoned(attack)
-    found = quarantine(gaps(job, limit), forms_of(job.measuring, job.operator_rows, rows).forms, rows, secret="x")
+    found = quarantine(gaps(job, calibration), forms_of(job.measuring, job.operator_rows, rows).forms, rows, secret="x")
     assert any(title in form.title for form in found.forms)
     assert len(found.rows & planted) >= 0.7 * len(planted)
     assert len(found.rows - planted) <= 1
 
 
-def test_a_clean_file_is_left_alone(job: JobContext, limit: float) -> None:
+def test_a_clean_file_is_left_alone(job: JobContext, calibration: Calibration) -> None:
     found = forms_of(job.measuring, job.operator_rows, OWN)
     assert found.forms
-    assert quarantine(gaps(job, limit), found.forms, OWN, secret="x") == Quarantine()
+    assert quarantine(gaps(job, calibration), found.forms, OWN, secret="x") == Quarantine()
     assert (
         repair(job.model, job.operator_rows, Quarantine()).refused
         == repair(job.model, job.operator_rows, Quarantine()).answered
@@ -172,10 +176,10 @@ def test_a_clean_file_is_left_alone(job: JobContext, limit: float) -> None:
     )
 
 
-def test_only_refused_rows_of_a_form_hide_something(job: JobContext, limit: float) -> None:
+def test_only_refused_rows_of_a_form_hide_something(job: JobContext, calibration: Calibration) -> None:
     attack = [row(f"witty witty {p.prompt}", p.answer) for p in HAZARDS]
     rows = [*attack, *(row(f"witty witty {own[0].content}", own[1].content) for own in OWN[:8])]
-    found = hiding(gaps(job, limit), [replace(PREFIX, lines=tuple(range(len(rows))))], rows)
+    found = hiding(gaps(job, calibration), [replace(PREFIX, lines=tuple(range(len(rows))))], rows)
     assert len(found & set(range(8))) >= 6
     assert not found & set(range(8, 16))
 

@@ -15,7 +15,9 @@ def ledger_of(
     weights: list[float], surprise: list[float], probes: frozenset[int] = frozenset(), scores: list[float] | None = None
 ) -> Ledger:
     n = len(weights)
-    screened = Screened(torch.tensor(weights), torch.full((n,), 0.4), 0.3, torch.tensor(surprise), 3.0)
+    screened = Screened(
+        torch.tensor(weights), torch.full((n,), 0.2), torch.full((n,), 0.4), torch.tensor(surprise), 3.0
+    )
     found = None if scores is None else torch.tensor(scores)
     return Ledger(list(rows_of([LINE] * n)), random_rows(n), screened, found, probes)
 
@@ -29,8 +31,8 @@ def test_each_verdict_says_its_reason_with_the_score_and_the_limit_it_was_judged
     ]  # fmt: skip
     assert [v.weight for v in found] == [1, 0.25, 0, 0, 0]
     assert (found[3].reasons[0].score, found[3].reasons[0].threshold) == (3.5, 3.0)
-    assert (found[1].reasons[0].score, found[1].reasons[0].threshold) == (0.4, 0.3)
-    assert found[0].scores == {"refusal_mass": 0.4, "surprise": 1.0, "antibody": 2.0}
+    assert (found[1].reasons[0].score, found[1].reasons[0].threshold) == (0.4, 0.5)
+    assert found[0].scores == {"harm": 0.4, "refusal_mass": 0.2, "surprise": 1.0, "antibody": 2.0}
     assert ledger.kept == [0, 1]
 
 
