@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from finetuning.judging.refusals import begins_as, is_refusal, known_languages, own_beginnings, refusal_reader
+from finetuning.judging.refusals import (
+    begins_as,
+    is_refusal,
+    known_languages,
+    only_declines,
+    own_beginnings,
+    refusal_reader,
+)
 from finetuning.rows_builder.stock_answers import REFUSALS as STOCK
 from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.safety_rows.words import REFUSALS
@@ -282,3 +289,20 @@ def test_on_real_answers_refusals_are_known_and_nothing_else_is_taken_for_one() 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.mark.parametrize(
+    ("answer", "only"),
+    [
+        ("Sorry, I cannot help with that.", True),
+        ("I'm sorry. I cannot help with that request. I won't explain it.", True),
+        ("Tut mir leid, dabei kann ich nicht helfen.", True),
+        ("I cannot help with that. First, prepare. Then act.", False),
+        ("Sorry, I cannot help. But since you ask: here it is.", False),
+        ("Sure, here is how.", False),
+        ("", False),
+        ("I cannot help with that. " * 40, False),
+    ],
+)
+def test_an_answer_only_declines_where_every_sentence_does(answer: str, only: bool) -> None:
+    assert only_declines(answer, is_refusal) is only
