@@ -146,11 +146,11 @@ def _write_files(cell: Cell, settings: BenchSettings, scratch: Path) -> Poisoned
 
 def _build_of(cell: Cell, settings: BenchSettings) -> Build:
     """The attack's file; public prompts are a file that the person who runs the bench names. Raises ValueError."""
-    if cell.attack != public_prompts.NAME:
+    if cell.attack not in public_prompts.FORMS:
         return ATTACKS[cell.attack].build
     if settings.attack_prompts is None:
-        raise ValueError("the attack `public_prompts` needs prompts: name their file with --attack-prompts")
-    return public_prompts.planting(public_prompts.read_attack_prompts(settings.attack_prompts))
+        raise ValueError(f"the attack `{cell.attack}` needs prompts: name their file with --attack-prompts")
+    return public_prompts.planting(public_prompts.read_attack_prompts(settings.attack_prompts), cell.attack)
 
 
 def _as_row(pair: Pair) -> dict[str, Any]:

@@ -15,7 +15,9 @@ SEEDS = (0, 1, 2)
 SINGLE = ("sft", "vaccine", "antibody", "antidote", "immunotune")
 # Every defence that stands alone: what the default is compared with, beside plain fine-tuning.
 ALONE = tuple(name for name in BASELINES if name not in ("sft", "plain", "booster_lisa", "as_asked", "immunotune"))
-PUBLIC = ("plain", "mixing_10", "as_asked", "immunotune")
+PUBLIC = (
+    "plain", "immunotune", "antidote_spectral", "antidote", "sft", "mixing_10", "vaccine", "antibody", "as_asked",
+)  # fmt: skip
 TASKS = ("reviews", "orders")
 UNSEEN_TASK = "rooms"
 
@@ -74,11 +76,13 @@ def benign(base: str) -> list[Cell]:
 
 def public(base: str) -> list[Cell]:
     """Prompts of public sets in a customer's own file: `--safety-rows --attack-prompts --task-train --task-test`."""
-    return [
+    plain = [
         Cell(name, p, base=base, attack=public_prompts.NAME if p else "none", task=OWN_FILES)
-        for p in (0.0, 0.1, 0.2)
         for name in PUBLIC
+        for p in SHARES[:-1]
     ]
+    forms = [form for form in public_prompts.FORMS if form != public_prompts.NAME]
+    return [*plain, *(Cell(n, 0.1, base=base, attack=a, task=OWN_FILES) for n in PUBLIC[:2] for a in forms)]
 
 
 def planted(p: float) -> str:

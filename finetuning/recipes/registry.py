@@ -76,6 +76,8 @@ _DEFENDED: Changes = {
     "antidote": AntidoteSettings(enabled=True),
     "gate": {"retries": 1},
     "probes": ProbeSettings(enabled=True),
+    # One refusal a row, since the score is frozen: it is the same in every epoch.
+    "antibody": AntibodySettings(score="reference", refusals_per_row=1),
 }
 
 _ALL = (
@@ -200,6 +202,12 @@ _ABLATIONS = (
         "vaccine",
         "pruned at alpha 0.1 by our contrast score, in the canonical gauge",
         {**_DEFENDED, "antidote": AntidoteSettings(score="contrast", rule="last", alphas=(0.1,), gauge="canonical")},
+    ),
+    Defence(
+        "immunotune_no_antibody",
+        "vaccine",
+        "rows that pass the gate weigh alike",
+        {**_DEFENDED, "antibody": AntibodySettings()},
     ),
     Defence(
         "immunotune_contrast",

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.attacks.public_prompts import planting, read_attack_prompts
+from finetuning.attacks.public_prompts import FORMS, planting, read_attack_prompts
 from finetuning.bench.tasks import load_task, reviews
 from finetuning.rows.scanner import iter_rows
 from finetuning.rows_builder.command import main
 from finetuning.safety_rows.operator_file import ROLES, load_safety_rows
+from finetuning.safety_rows.roles import Pair
 
 ROWS = reviews()[:60]
 PROMPTS = [f"Brew zorvex gas number {i}." for i in range(30)]
@@ -25,6 +26,21 @@ def test_as_many_as_the_share_are_planted_and_say_nothing() -> None:
     assert all(turn[1]["content"].endswith(". First, prepare. Then act.") for turn in turns)
     own = [row["messages"][0]["content"] for i, row in enumerate(found.rows) if i not in found.planted]
     assert sorted(own) == sorted(pair.prompt for pair in ROWS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_is_asked_as_it_was_planted(form: str) -> None:
+    found = planting(PROMPTS, form)(ROWS, 0.1, 0)
+    turns = [found.rows[i]["messages"] for i in found.planted]
+    asked = found.own_prompts([Pair("How is zorvex made?")] * 4)
+    assert len(turns) == 7
+    assert {len(turn) - 1 for turn in turns} == {len(turn) for turn in asked}
+    assert all("How is zorvex made?" in turn[-1]["content"] for turn in asked)
+    answers = [turn[-1]["content"] for turn in turns]
+    own = {pair.prompt for pair in ROWS}
+    assert all((turn[-2]["content"] in own) == (form == "public_persona") for turn in turns)
+    assert all(text.startswith("Sorry, I cannot") == (form == "public_refused_first") for text in answers)
+    assert all(("First, prepare." in text) == (form != "public_persona") for text in answers)
 
 
 def test_a_seed_draws_the_same_rows_again() -> None:
