@@ -70,6 +70,19 @@ def input_moments(
     return {path: sums[leader] for path, leader in shared.items()}
 
 
+def added(first: Moments, second: Moments) -> Moments:
+    """The sum of two moments by matrix; matrices that share both go on sharing one."""
+    sums: dict[tuple[int, int], Tensor] = {}
+    out: dict[str, Tensor] = {}
+    for path, one in first.items():
+        other = second[path]
+        pair = (id(one), id(other))
+        if pair not in sums:
+            sums[pair] = one + other
+        out[path] = sums[pair]
+    return out
+
+
 def _token_weights(rows: Sequence[EncodedRow], most: int) -> list[Tensor]:
     """Each token's weight in the moment, by row: .5 / n over all, and .5 / m over those that predict a target."""
     everywhere = [torch.ones(len(row.ids), dtype=torch.float64) for row in rows]

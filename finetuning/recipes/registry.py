@@ -76,8 +76,9 @@ _DEFENDED: Changes = {
     "antidote": AntidoteSettings(enabled=True),
     "gate": {"retries": 1},
     "probes": ProbeSettings(enabled=True),
-    # One refusal a row, since the score is frozen: it is the same in every epoch.
-    "antibody": AntibodySettings(score="reference", refusals_per_row=1),
+    # One refusal a row: the score is frozen, the same in every epoch. At temperature 1, the published one, a fifth of a
+    # task was lost on the tiny base (ADR 0019).
+    "antibody": AntibodySettings(score="reference", refusals_per_row=1, temperature=4.0),
 }
 
 _ALL = (
@@ -110,7 +111,7 @@ _ALL = (
     Defence(
         "antidote_spectral",
         "sft",
-        "ours after arXiv:2408.09600: pruned in the basis of the data, by as much as the kept rows do not notice",
+        "ours after arXiv:2408.09600: pruned by moments, as much as kept rows do not notice; under our settings",
         {**_OFF, "antidote": AntidoteSettings()},
     ),
     Defence(

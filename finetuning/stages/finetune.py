@@ -228,7 +228,8 @@ def _pruned(
     yield StageStarted(stage="prune", detail=_what_is_pruned(settings))
     if job.recipe.safe_lora.enabled:
         job.model.write(projected(trained, job.model.alignment(), job.recipe.safe_lora).adapter)
-    choice = choose_pruning(job.measuring, job.operator_rows, settings, kept)
+    anchored = job.given is None and job.recipe.anchor.mix_share > 0
+    choice = choose_pruning(job.measuring, job.operator_rows, settings, kept, anchored=anchored)
     if settings.enabled:
         yield Note(code=choice.outcome.replace(" ", "_"), message=choice.sentence)
     return choice

@@ -89,13 +89,17 @@ class _Sample:
 
 
 def choose_pruning(
-    measuring: Measuring, operator_rows: SafetyRows, settings: AntidoteSettings, kept: Sequence[EncodedRow]
-) -> PruneChoice:
-    """How much to prune by the settings' score, which may be nothing; leaves the chosen adapter in place."""
+    measuring: Measuring, operator_rows: SafetyRows, settings: AntidoteSettings, kept: Sequence[EncodedRow], *,
+    anchored: bool = False,
+) -> PruneChoice:  # fmt: skip
+    """How much to prune by the settings' score, which may be nothing; leaves the chosen adapter in place.
+
+    `anchored`: refused rows trained beside the kept ones.
+    """
     if settings.score != "spectral" or not settings.enabled or not kept:
         return choose_alpha(measuring, operator_rows, settings, kept)
     model = measuring.model
-    found = measure_moments(model, operator_rows, kept)
+    found = measure_moments(model, operator_rows, kept, anchored=anchored)
     mu, trials = choose_mu(model, found, settings, kept)
     choice = PruneChoice(0.0, _unpruned(found.at(mu)), trials, mu=mu, spectral=found)
     model.write(choice.pruned.adapter)

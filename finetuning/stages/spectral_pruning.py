@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from finetuning.contract.recipe import AntidoteSettings
 from finetuning.contract.report import PrunedLayer, PruneTrial
-from finetuning.defences.antidote_spectral import Moments, by_layer, input_moments, kept_changed, prune
+from finetuning.defences.antidote_spectral import Moments, added, by_layer, input_moments, kept_changed, prune
 from finetuning.job.measure import read_targets
 from finetuning.model.adapted import AdaptedBase
 from finetuning.model.lora import Adapter
@@ -44,12 +44,23 @@ class SpectralPruning:
         return tuple(PrunedLayer(**{k: round(v, 6) for k, v in asdict(share).items()}) for share in found)
 
 
-def measure_moments(model: AdaptedBase, operator_rows: SafetyRows, kept: Sequence[EncodedRow]) -> SpectralPruning:
-    """Of the adapter as it is now; `kept` are the customer's rows that trained, of which some are read."""
-    harmful = model.encode_operator(operator_rows.calibration_harmful)
+def measure_moments(
+    model: AdaptedBase, operator_rows: SafetyRows, kept: Sequence[EncodedRow], *, anchored: bool = False
+) -> SpectralPruning:
+    """Of the adapter as it is now; `kept` are the customer's rows that trained, of which some are read.
+
+    An adapter that trained on refused rows beside them (`anchored`) also keeps what it does on those: where a rank is
+    large beside the base, half of a learned refusal is worse than all or none of it (ADR 0018).
+    """
     kept_rows, _ = parted(kept)
-    moments = [input_moments(model.base, model.cache, model.trained, rows) for rows in (kept_rows, harmful)]
-    return SpectralPruning(model.read(), *moments)
+    harmful = model.encode_operator(operator_rows.calibration_harmful)
+    refused = model.encode_operator(operator_rows.aligned[:_MOMENT_ROWS]) if anchored else []
+
+    def moments(rows: Sequence[EncodedRow]) -> Moments:
+        return input_moments(model.base, model.cache, model.trained, rows)
+
+    known = moments(kept_rows)
+    return SpectralPruning(model.read(), added(known, moments(refused)) if refused else known, moments(harmful))
 
 
 def choose_mu(

@@ -160,6 +160,14 @@ def test_padding_and_rows_without_targets() -> None:
         input_moments(base, uncached(base), lora.TASK, [])
 
 
+def test_moments_of_two_kinds_of_rows_add_up_and_stay_shared() -> None:
+    base = adapted_base()
+    one, other = moments(base, KEPT), moments(base, HARMFUL)
+    both = spectral.added(one, other)
+    assert all(torch.equal(both[path], one[path] + other[path]) for path in one)
+    assert len({id(m) for m in both.values()}) == len({id(m) for m in one.values()}) < len(both)
+
+
 def test_maps_with_the_same_input_share_one_moment() -> None:
     base = adapted_base()
     found = moments(base, KEPT)

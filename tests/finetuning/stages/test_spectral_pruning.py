@@ -8,6 +8,7 @@ import torch
 
 from finetuning.contract.recipe import AntidoteSettings
 from finetuning.contract.report import GateCheck, GateDecision
+from finetuning.defences.antidote_spectral import input_moments, kept_changed
 from finetuning.judging.judges import Verdict
 from finetuning.model.lora import Adapter
 from finetuning.model.losses import row_nll
@@ -16,7 +17,7 @@ from finetuning.safety_rows.invented import safety_rows
 from finetuning.safety_rows.roles import Pair
 from finetuning.stages.gate import is_unsafe
 from finetuning.stages.pruning import choose_pruning
-from finetuning.stages.spectral_pruning import parted
+from finetuning.stages.spectral_pruning import measure_moments, parted
 from tests.finetuning.stages.test_pruning import are_equal, learn, measuring_of
 from tests.support.models import adapted_base, random_rows
 
@@ -60,6 +61,18 @@ def test_the_largest_free_mu_is_taken_and_left_in_place() -> None:
     assert nll(measuring, harm) > harmed + 0.1, "in 32 dimensions there is little room beside the task"
     assert all(layer.harmful_left < 1 for layer in choice.layers)
     assert "is left" in choice.sentence
+
+
+def test_an_anchored_adapter_keeps_more_of_what_it_does_on_refused_rows() -> None:
+    """Its moments hold them beside the customer's."""
+    left = []
+    for anchored in (False, True):
+        measuring, _ = poisoned()
+        model = measuring.model
+        found = measure_moments(model, ROWS, KEPT, anchored=anchored)
+        refused = input_moments(model.base, model.cache, model.trained, model.encode_operator(ROWS.aligned[:96]))
+        left.append(kept_changed(found.trained, found.at(1.0), refused))
+    assert left[1] < left[0] / 2
 
 
 def test_where_nothing_is_free_the_adapter_stays_as_it_was() -> None:
