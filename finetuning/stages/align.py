@@ -26,6 +26,7 @@ from finetuning.screening.calibration import Calibration, calibrate
 from finetuning.stages import held_out
 from finetuning.stages.base_answers import ask_base, with_answers, write_answers
 from finetuning.stages.gate import decide
+from finetuning.stages.own_answers import likely, own_answers, told
 from finetuning.training import checkpoint
 from finetuning.training.batches import Stream
 from finetuning.training.loop import train
@@ -48,6 +49,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     clock.start("measure")
     with job.model.public():
         public = _measure(job, part=3)  # the public base complies with everything: fewer rows tell as much
+        own = own_answers(job)
+        public = likely(job, public, own)
     clock.start("align")
     batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
     setup = job.training(rows, _step(job), Even(), batches=batches, steps=steps_of(job.recipe, len(rows)))
@@ -59,7 +62,8 @@ def run(job: JobContext, order: TrainOrder, scratch: Path, digest: str) -> Itera
     yield from train(setup, state)
     clock.start("measure")
     yield StageStarted(stage="gate", detail="Measuring the aligned base")
-    before = _measure(job)
+    before = likely(job, _measure(job), own)
+    yield from told(public.own_answers_nll, before.own_answers_nll)
     decision = decide(job.recipe.gate.limits, before, before)
     on_test = held_out.of_aligned_base(job.measuring, job.operator_rows) if order.recipe.evaluation.held_out else None
     calibration = calibrate(job.reader, job.operator_rows)
