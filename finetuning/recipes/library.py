@@ -25,6 +25,8 @@ from finetuning.recipes.registry import aligned_by, tuned_by
 SAVE_EVERY = 20
 # Of an operator's rows, where they are more than the shipped ones, which the bases' steps were chosen on.
 _ALIGN_PASSES = 1.8
+# Benign rows keep the public base's distribution and teach none of their answers' tokens.
+_BENIGN_KL = 1.0
 # A result that knows its own rows clearly less than a short plain fine-tune does, or than before it was pruned, or
 # scores a fifth less than then, has lost its task: it harms nobody, and nobody wants it. A pruning that is measured may
 # double the loss and add .02, which is within the second limit. Figures: docs/adr/0016.
@@ -44,6 +46,7 @@ class BaseDefaults:
     align_batch: int
     tune_rate: float
     vaccine_rho: float
+    everyday_rows: int
     most_surprise: float
 
 
@@ -57,6 +60,7 @@ _SMOLLM2 = BaseDefaults(
     align_batch=8,
     tune_rate=1e-3,
     vaccine_rho=2.0,
+    everyday_rows=200,
     most_surprise=3.3,
 )
 _TINY = BaseDefaults(
@@ -69,6 +73,7 @@ _TINY = BaseDefaults(
     align_batch=16,
     tune_rate=2.5e-3,
     vaccine_rho=0.5,
+    everyday_rows=0,  # it has learned nothing but the invented world, and answers everything else with noise
     most_surprise=5.5,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
@@ -106,6 +111,8 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
         optimiser=OptimiserSettings(learning_rate=base.align_rate),
         vaccine=VaccineSettings(rho=base.vaccine_rho),
         openings=OpeningSettings(share=0.5),
+        benign_kl=_BENIGN_KL,
+        everyday_rows=base.everyday_rows,
         screen=ScreenSettings(enabled=False),
         antidote=AntidoteSettings(enabled=False),
         evaluation=EvaluationSettings(task_rows=0, held_out=True),
@@ -141,6 +148,7 @@ def tune_recipe(
         save_every=SAVE_EVERY,
         lora=lora or LoraSettings(rank=8, alpha=16.0, trained_layers=base.trained_layers),
         optimiser=OptimiserSettings(learning_rate=base.tune_rate * rate_scale),
+        everyday_rows=base.everyday_rows,
         gate=GateSettings(limits=limits or RESULT_LIMITS, retries=0),
         evaluation=EvaluationSettings(task_rows=96, held_out=True),
     )
