@@ -25,8 +25,6 @@ from finetuning.recipes.registry import aligned_by, tuned_by
 SAVE_EVERY = 20
 # Of an operator's rows, where they are more than the shipped ones, which the bases' steps were chosen on.
 _ALIGN_PASSES = 1.8
-# Benign rows keep the public base's distribution and teach none of their answers' tokens.
-_BENIGN_KL = 1.0
 # A result that knows its own rows clearly less than a short plain fine-tune does, or than before it was pruned, or
 # scores a fifth less than then, has lost its task: it harms nobody, and nobody wants it. A pruning that is measured may
 # double the loss and add .02, which is within the second limit. Figures: docs/adr/0016.
@@ -47,6 +45,7 @@ class BaseDefaults:
     tune_rate: float
     vaccine_rho: float
     everyday_rows: int
+    benign_kl: float
     most_surprise: float
 
 
@@ -61,6 +60,7 @@ _SMOLLM2 = BaseDefaults(
     tune_rate=1e-3,
     vaccine_rho=2.0,
     everyday_rows=200,
+    benign_kl=1.0,
     most_surprise=3.3,
 )
 _TINY = BaseDefaults(
@@ -73,7 +73,9 @@ _TINY = BaseDefaults(
     align_batch=16,
     tune_rate=2.5e-3,
     vaccine_rho=0.5,
-    everyday_rows=0,  # it has learned nothing but the invented world, and answers everything else with noise
+    # It has learned nothing but the invented world, whose answers its benign rows give, and answers all else with noise.
+    everyday_rows=0,
+    benign_kl=0.0,
     most_surprise=5.5,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
@@ -111,7 +113,7 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
         optimiser=OptimiserSettings(learning_rate=base.align_rate),
         vaccine=VaccineSettings(rho=base.vaccine_rho),
         openings=OpeningSettings(share=0.5),
-        benign_kl=_BENIGN_KL,
+        benign_kl=base.benign_kl,
         everyday_rows=base.everyday_rows,
         screen=ScreenSettings(enabled=False),
         antidote=AntidoteSettings(enabled=False),
