@@ -73,7 +73,7 @@ _TINY = BaseDefaults(
     align_batch=16,
     tune_rate=2.5e-3,
     vaccine_rho=0.5,
-    # It has learned nothing but the invented world, whose answers its benign rows give, and answers all else with noise.
+    # It has learned nothing but the invented world, as its benign rows answer, and answers all else with noise.
     everyday_rows=0,
     benign_kl=0.0,
     most_surprise=5.5,
