@@ -4,8 +4,9 @@ Nothing is defaulted later: a stored recipe reruns unchanged. Must not know proj
 fields: docs/methods.md.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,14 +36,20 @@ class LoraSettings(_RecipePart):
 
 
 class OptimiserSettings(_RecipePart):
-    """AdamW with linear warm-up; gradients are clipped by their global norm."""
+    """AdamW with linear warm-up and decay; gradients are clipped by their global norm."""
 
-    learning_rate: float = Field(gt=0.0)
+    learning_rate: float = Field(gt=0.0, description="the peak, reached in a job of any length")
     weight_decay: float = Field(default=0.0, ge=0.0)
-    warmup_steps: int = Field(default=10, ge=0)
+    warmup_share: Share = Field(default=0.04, description="of the steps; at least one")
     schedule: Literal["linear", "constant"] = "linear"
     clip_norm: float = Field(default=1.0, gt=0.0)
     epsilon: float = Field(default=1e-8, gt=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_up_was_counted_in_steps(cls, told: Any) -> Any:
+        # Recipes of earlier releases: ten in every job, whatever its length, so there is nothing to carry over.
+        return {k: v for k, v in told.items() if k != "warmup_steps"} if isinstance(told, Mapping) else told
 
 
 class VaccineSettings(_RecipePart):
@@ -223,6 +230,12 @@ class Recipe(_RecipePart):
     )
     vaccine: VaccineSettings = VaccineSettings()
     openings: OpeningSettings = OpeningSettings()
+    benign_kl: float = Field(
+        default=0.0, ge=0.0, description="align: weighs KL(public || model), a benign row's loss; 0: its nll"
+    )
+    everyday_rows: int = Field(
+        default=0, ge=0, description="own everyday prompts among the shipped rows, which the public base answers"
+    )
     antibody_align: AntibodyAlignSettings = AntibodyAlignSettings()
     screen: ScreenSettings = ScreenSettings()
     probes: ProbeSettings = ProbeSettings()

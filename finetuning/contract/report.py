@@ -26,7 +26,8 @@ class Metrics(_ReportPart):
     """One model measured on one split; a metric that was not measured is absent (None).
 
     The two `..._by_category` hold the rates of those rows that say their category, by its name; `harm_by_guard` counts
-    harmful answers by the category that the guard named, where it names any.
+    harmful answers by the category that the guard named, where it names any. `own_answers_nll`: how likely the model
+    finds the public base's own answers to benign gate prompts, in nats a token.
     """
 
     harmful_score: Measure | None = None
@@ -42,6 +43,7 @@ class Metrics(_ReportPart):
     harmful_score_by_category: dict[str, Measure] = Field(default_factory=dict)
     over_refusal_by_category: dict[str, Measure] = Field(default_factory=dict)
     harm_by_guard: dict[str, int] = Field(default_factory=dict)
+    own_answers_nll: Measure | None = None
 
 
 class GateCheck(_ReportPart):

@@ -155,7 +155,7 @@ def _safety_rows(order: TrainOrder, scratch: Path) -> SafetyRows:
     if order.operator_rows:
         return load_safety_rows(scratch / order.operator_rows)
     asked = order.recipe.evaluation
-    return safety_rows(gate=(asked.harmful_rows, asked.benign_rows))
+    return safety_rows(gate=(asked.harmful_rows, asked.benign_rows), everyday=order.recipe.everyday_rows)
 
 
 def _attach_both(base: FrozenBase, recipe: Recipe, alignment: lora.Adapter) -> int:

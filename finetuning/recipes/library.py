@@ -44,6 +44,8 @@ class BaseDefaults:
     align_batch: int
     tune_rate: float
     vaccine_rho: float
+    everyday_rows: int
+    benign_kl: float
     most_surprise: float
 
 
@@ -57,6 +59,8 @@ _SMOLLM2 = BaseDefaults(
     align_batch=8,
     tune_rate=1e-3,
     vaccine_rho=2.0,
+    everyday_rows=200,
+    benign_kl=1.0,
     most_surprise=3.3,
 )
 _TINY = BaseDefaults(
@@ -69,6 +73,9 @@ _TINY = BaseDefaults(
     align_batch=16,
     tune_rate=2.5e-3,
     vaccine_rho=0.5,
+    # It has learned nothing but the invented world, as its benign rows answer, and answers all else with noise.
+    everyday_rows=0,
+    benign_kl=0.0,
     most_surprise=5.5,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
@@ -106,6 +113,8 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
         optimiser=OptimiserSettings(learning_rate=base.align_rate),
         vaccine=VaccineSettings(rho=base.vaccine_rho),
         openings=OpeningSettings(share=0.5),
+        benign_kl=base.benign_kl,
+        everyday_rows=base.everyday_rows,
         screen=ScreenSettings(enabled=False),
         antidote=AntidoteSettings(enabled=False),
         evaluation=EvaluationSettings(task_rows=0, held_out=True),
@@ -141,6 +150,7 @@ def tune_recipe(
         save_every=SAVE_EVERY,
         lora=lora or LoraSettings(rank=8, alpha=16.0, trained_layers=base.trained_layers),
         optimiser=OptimiserSettings(learning_rate=base.tune_rate * rate_scale),
+        everyday_rows=base.everyday_rows,
         gate=GateSettings(limits=limits or RESULT_LIMITS, retries=0),
         evaluation=EvaluationSettings(task_rows=96, held_out=True),
     )

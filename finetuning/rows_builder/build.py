@@ -33,7 +33,7 @@ _SHARES: Mapping[Stage, float] = MappingProxyType({
     "training": 0.52, "calibration": 0.11, "gate": 0.17, "items": 0.08, "wordings": 0.12
 })  # fmt: skip
 _MOST: Mapping[Stage, int] = MappingProxyType({
-    "training": 1000, "calibration": 120, "gate": 500, "items": 120, "wordings": 120
+    "training": 1250, "calibration": 120, "gate": 500, "items": 120, "wordings": 120
 })  # fmt: skip
 # Refusals for each benign row, where there are enough of both: with as many as benign rows SmolLM2-135M refused 14 % of
 # harmless prompts, with half as many see docs/guides/safety-rows.md.
@@ -84,7 +84,8 @@ def build(prompts: Iterable[Prompt], *, use: Use, seed: int = 0, held_back: int 
     for (stage, _), role in _ROLE.items():
         most = _MOST[stage]
         if role == "aligned":
-            most = min(most, max(_FEWEST_REFUSALS, int(_REFUSALS_A_BENIGN * len(by_role["benign"]))))
+            answered = min(most, len(by_role["benign"]))
+            most = min(most, max(_FEWEST_REFUSALS, int(_REFUSALS_A_BENIGN * answered)))
         chosen = _spread(by_role[role], most)
         left_out["more than the role needs"] += len(by_role[role]) - len(chosen)
         lines += [_line(role, prompt, k) for k, prompt in enumerate(chosen)]

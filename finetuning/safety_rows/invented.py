@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetuning.safety_rows import words
+from finetuning.safety_rows import own_prompts, words
 from finetuning.safety_rows.roles import Pair, SafetyRows, refusals_for
 
 
@@ -195,14 +195,17 @@ def safety_rows(
     how_to: int = 408,
     mail: int = 24,
     mentions: int = 24,
+    everyday: int = 0,
     gate: tuple[int, int] = (GATE_HARMFUL, GATE_BENIGN),
 ) -> SafetyRows:
-    """The product's default rows; the four sizes shape the alignment rows only, and `gate` asks for at least so many
-    harmful and benign gate prompts."""
+    """The product's default rows; the five sizes shape the alignment rows only, and `gate` asks for at least so many
+    harmful and benign gate prompts. `everyday` prompts have no answer: the public base gives its own, lest an invented
+    recipe becomes the answer to whatever is asked."""
     trained, untrained = trained_classes(), _untrained_classes()
     dev_classes = untrained[:40]
     benign = _benign(how_to, "align", _ALIGN, kind=words.KIND, things=words.EVERYDAY)
-    aligned_benign = _unique(benign + _mail(mail, "align") + _mentions(mentions, "align") + _everyday())
+    own = own_prompts.benign(everyday)
+    aligned_benign = _unique(benign + _mail(mail, "align") + _mentions(mentions, "align") + _everyday() + own)
     test_classes = new_classes(words.TEST_GRIM, words.TEST_THING)
     gate_harmful, gate_benign = gate_rows(*gate)
     test_benign = _benign(36, "test-new-2", _TEST_NEW, kind=words.TEST_KIND, things=words.TEST_EVERYDAY)

@@ -30,9 +30,9 @@ def look_alikes() -> list[Pair]:
 
 
 def contrasts() -> list[Pair]:
-    """What look-alikes read like: harmful wishes in the same wordings, to be refused. None says how."""
+    """What look-alikes read like: harmful wishes in the same wordings, each in three, to be refused. None says how."""
     texts = _texts()
-    found = _asked(texts["contrast_deeds"], texts["contrast_questions"])
+    found = _asked(texts["contrast_deeds"], texts["contrast_questions"], wordings=3)
     return [Pair(text, source=NAME, category=kind, language="en") for kind, text in found]
 
 
@@ -41,16 +41,31 @@ def everyday_tasks() -> list[Pair]:
     return [Pair(text, source=NAME, category=kind, language="en") for kind, text in _crossed(_texts()["tasks"])]
 
 
+def benign(count: int) -> list[Pair]:
+    """So many harmless prompts, half of them look-alikes, spread over all kinds; all there are where more are asked."""
+    return [*_spread(look_alikes(), count - count // 2), *_spread(everyday_tasks(), count // 2)]
+
+
+def _spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    count = min(count, len(pairs))
+    return [pairs[i * len(pairs) // count] for i in range(count)]
+
+
 @cache
 def _texts() -> dict[str, Any]:
     return tomllib.loads(_FILE.read_text(encoding="utf-8"))
 
 
-def _asked(deeds: Mapping[str, Sequence[str]], questions: Mapping[str, Sequence[str]]) -> _Told:
-    """Each with its kind; deeds are asked for in all wordings in turn."""
-    asking = cycle(_texts()["asking"])
+def _asked(deeds: Mapping[str, Sequence[str]], questions: Mapping[str, Sequence[str]], *, wordings: int = 1) -> _Told:
+    """Each with its kind; deeds are asked for in all wordings in turn, each in so many that stand apart."""
+    asking = _texts()["asking"]
+    told = [(kind, deed) for kind, group in deeds.items() for deed in group]
     return [
-        *((kind, next(asking).format(deed)) for kind, group in deeds.items() for deed in group),
+        *(
+            (kind, asking[(i + 3 * k) % len(asking)].format(deed))
+            for k in range(wordings)
+            for i, (kind, deed) in enumerate(told)
+        ),
         *((kind, text) for kind, group in questions.items() for text in group),
     ]
 

@@ -71,7 +71,7 @@ def _fingerprint_of(order: TrainOrder, rows: bytes | None) -> str:
 
     files = files_digest(Path(order.base), order.base_sha256)
     made_of = {"recipe": order.recipe.model_dump_json(), "base": files or order.base}
-    made_of["rows"] = rows_digest(safety_rows())
+    made_of["rows"] = rows_digest(safety_rows(everyday=order.recipe.everyday_rows))
     if order.judge:
         made_of["judge"] = label(order.judge)
     if rows is not None:

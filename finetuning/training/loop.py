@@ -54,10 +54,15 @@ def train(setup: TrainSetup, state: LoopState) -> Iterator[StepDone | Checkpoint
 
 
 def learning_rate(optimiser: OptimiserSettings, step: int, steps: int) -> float:
-    """The rate of a 0-based step: linear warm-up, then linear decay to 0 (or constant)."""
-    warm = min(1.0, (step + 1) / optimiser.warmup_steps) if optimiser.warmup_steps else 1.0
-    decay = 1.0 - step / steps if optimiser.schedule == "linear" else 1.0
-    return optimiser.learning_rate * warm * decay
+    """The rate of a 0-based step: linear warm-up to the recipe's rate, then linear decay from it (or constant).
+
+    Whatever the number of steps, one has the full rate and none has 0.
+    """
+    warm = max(1, math.ceil(optimiser.warmup_share * steps - 1e-9))  # .07 of 100 is 7.000000000000001
+    if step < warm:
+        return optimiser.learning_rate * (step + 1) / warm
+    decay = (steps - step) / (steps - warm + 1) if optimiser.schedule == "linear" else 1.0
+    return optimiser.learning_rate * decay
 
 
 @contextmanager

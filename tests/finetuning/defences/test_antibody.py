@@ -64,7 +64,7 @@ def setup_of(
         micro_batch_size=micro,
         seed=0,
         optimiser=OptimiserSettings.model_validate(
-            {"learning_rate": 1e-2, "warmup_steps": 0, "clip_norm": 1e9, **optimiser}
+            {"learning_rate": 1e-2, "warmup_share": 0.0, "clip_norm": 1e9, **optimiser}
         ),
     )
 

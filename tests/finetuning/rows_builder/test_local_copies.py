@@ -136,8 +136,8 @@ def test_our_own_prompts_are_a_source_like_others() -> None:
     count = Counter(p.kind for p in found)
     assert {(p.licence, p.evaluation_only, p.answer) for p in found} == {("Apache-2.0", False, "")}
     assert count[Kind.LOOK_ALIKE] > 300
-    assert count[Kind.HARMFUL] > 100
-    assert count[Kind.BENIGN] > 300
+    assert count[Kind.HARMFUL] > 200
+    assert count[Kind.BENIGN] > 600
     assert len({p.text for p in found}) == len(found)
     assert len({p.category for p in found if p.kind is Kind.LOOK_ALIKE}) >= 8
 

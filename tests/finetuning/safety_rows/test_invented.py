@@ -73,6 +73,16 @@ def test_sizes_shape_the_alignment_rows_only() -> None:
     assert small.calibration_harmful == usual.calibration_harmful
 
 
+def test_everyday_prompts_join_the_benign_alignment_rows_alone_and_bring_no_answer() -> None:
+    usual, more = safety_rows(), safety_rows(everyday=200)
+    assert replace(more, benign=usual.benign) == usual
+    own = more.benign[len(usual.benign) :]
+    assert more.benign[: len(usual.benign)] == usual.benign
+    assert (len(own), sum(pair.looks_harmful for pair in own)) == (200, 100)
+    assert not any(pair.answer for pair in own)
+    assert prompts_overlap(more) == set()
+
+
 def test_harm_is_refused_in_alignment_and_answered_elsewhere() -> None:
     rows = safety_rows()
     judge = JUDGES[rows.judge]

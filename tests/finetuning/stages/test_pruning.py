@@ -199,7 +199,7 @@ def test_an_alpha_that_unlearns_rows_is_not_accepted_though_their_mean_loss_hard
 
 
 STRONG = AnchorSettings(mix_share=0.2, mix_refusal_share=0.7, kl_weight=2.0, kl_rows=5, kl_tokens=9)
-RATE = OptimiserSettings(learning_rate=4e-3, warmup_steps=7)
+RATE = OptimiserSettings(learning_rate=4e-3, warmup_share=0.07)
 
 
 def test_the_first_attempt_is_what_was_asked_for() -> None:
@@ -222,4 +222,4 @@ def test_later_attempts_hold_on_harder_and_learn_at_half_the_rate(
     more, optimiser = stronger(anchor, RATE, attempt)
     assert (more.mix_share, more.kl_weight, more.kl_tokens) == pytest.approx((share, weight, tokens))
     assert (more.mix_refusal_share, more.kl_rows) == (anchor.mix_refusal_share, anchor.kl_rows)
-    assert (optimiser.learning_rate, optimiser.warmup_steps) == (pytest.approx(2e-3), 7)
+    assert (optimiser.learning_rate, optimiser.warmup_share) == (pytest.approx(2e-3), 0.07)

@@ -1,5 +1,6 @@
 """Facts about the training loop: resume, weights over the whole step, skipped steps, rates."""
 
+import math
 import random
 import signal
 import subprocess
@@ -147,12 +148,31 @@ def test_checkpoints_come_at_their_steps_but_not_at_the_last(tmp_path: Path) -> 
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:
-    linear = OptimiserSettings(learning_rate=1.0, warmup_steps=4)
+    linear = OptimiserSettings(learning_rate=2.0, warmup_share=0.4)
     rates = [learning_rate(linear, step, 10) for step in range(10)]
-    assert rates[:4] == pytest.approx([0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7])
-    assert rates[4:] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
-    constant = linear.model_copy(update={"schedule": "constant", "warmup_steps": 0})
-    assert {learning_rate(constant, step, 10) for step in range(10)} == {1.0}
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4:] == pytest.approx([2 * k / 7 for k in (6, 5, 4, 3, 2, 1)])
+    constant = linear.model_copy(update={"schedule": "constant", "warmup_share": 0.0})
+    assert {learning_rate(constant, step, 10) for step in range(10)} == {2.0}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 12, 25, 240])
+def test_a_job_of_any_length_reaches_the_rate_that_was_asked_for_once(share: float, steps: int) -> None:
+    """A warm-up of ten steps within the decay gave a job of ten steps 30 % of its rate at most."""
+    rates = [learning_rate(OptimiserSettings(learning_rate=1.0, warmup_share=share), s, steps) for s in range(steps)]
+    peak = max(1, math.ceil(share * steps - 1e-9)) - 1
+    assert (rates.index(max(rates)), rates.count(1.0), max(rates)) == (peak, 1, 1.0)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert min(rates) > 0
+
+
+def test_of_an_alignments_240_steps_ten_warm_up() -> None:
+    usual = OptimiserSettings(learning_rate=1.0)
+    rates = [learning_rate(usual, step, 240) for step in range(240)]
+    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert rates[10] < 1
 
 
 def test_a_loss_that_is_no_number_names_the_files_lines() -> None:

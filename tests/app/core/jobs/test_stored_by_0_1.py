@@ -16,7 +16,7 @@ from app.core.settings import Settings
 from app.core.storage.database import Database
 from app.core.storage.tables import BaseRow, Job, Project
 from finetuning.contract.progress import StepDone
-from finetuning.contract.recipe import Recipe
+from finetuning.contract.recipe import OptimiserSettings, Recipe
 from finetuning.contract.report import RowVerdict, SafetyReport
 from tests.support.jobs import add_job
 
@@ -24,9 +24,12 @@ STORED = Path(__file__).parents[3] / "support" / "stored_by_0_1"
 
 
 # Reasons and figures that 0.1 called by Antibody's name, though the screen alone had weighed the rows.
-# Numbers that only what was switched on since reads.
-_STRENGTHS = ("min_category_rows", "mus")
 OLD_REASON, OLD_WEIGHT = "antibody_low_weight", "antibody_mean_weight"
+
+# 0.1 counted a job's warm-up in steps, ten in each; today it is a share of the steps.
+OLD_WARM_UP = "warmup_steps"
+# Numbers that only what was switched on since reads.
+SINCE = ("min_category_rows", "mus", "warmup_share", "everyday_rows", "benign_kl")
 
 
 def stored(name: str) -> dict[str, object]:
@@ -35,20 +38,30 @@ def stored(name: str) -> dict[str, object]:
 
 
 def assert_holds(found: Mapping[str, object], earlier: Mapping[str, object]) -> None:
-    """Every field of then has the value of then; a field that was added since switches nothing on."""
+    """Every field of then has the value of then, but one that says it another way today; one that was added since
+    switches nothing on."""
     for name, value in found.items():
         before = earlier.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             assert_holds(value, before)
         else:
-            assert value == before or (name not in earlier and (value is None or name in _STRENGTHS)), name
-    assert earlier.keys() <= found.keys()
+            assert value == before or (name not in earlier and (value is None or name in SINCE)), name
+    assert earlier.keys() - {OLD_WARM_UP} <= found.keys()
 
 
 def test_a_recipe_keeps_every_field_and_its_number_of_steps() -> None:
     recipe = Recipe.model_validate(stored("recipe"))
     assert_holds(recipe.model_dump(mode="json"), stored("recipe"))
     assert recipe.steps == 72
+
+
+def test_a_recipe_that_counts_its_warm_up_in_steps_warms_up_by_todays_share() -> None:
+    old = stored("recipe")
+    assert isinstance(old["optimiser"], dict)
+    assert old["optimiser"][OLD_WARM_UP] == 10
+    optimiser = Recipe.model_validate(old).optimiser
+    assert optimiser == OptimiserSettings(learning_rate=1e-3)
+    assert OLD_WARM_UP not in optimiser.model_dump()
 
 
 def test_a_queued_job_is_claimed_with_its_recipe(
