@@ -33,8 +33,9 @@ _LEGEND = (
 _PAPERS = (
     f"A paper's method stands here {UNDER_OURS}: our code, base, rows, rates, steps, loss and judge (docs/papers.md "
     "says where they differ). No figure compares with one of a paper. `immunotune` is the product's default job: our "
-    "screen, scout, anchor, probes and gate over a base aligned by Vaccine; Antibody's score weighs none of its rows, "
-    "and it is pruned only where a pruning alpha above 0 was chosen from data.\n"
+    "screen, scout, anchor, probes and gate over a base aligned by Vaccine; in lines before docs/adr/0018 and 0019 "
+    "Antibody's score weighs none of its rows and no entry of its adapter was pruned; since then its frozen score "
+    "weighs the rows that pass, and the adapter is pruned by moments.\n"
 )
 
 

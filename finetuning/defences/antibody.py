@@ -1,6 +1,6 @@
 """Antibody row weights: how much safer is it to learn a row's answer than to refuse its prompt?
 
-Not part of a default job, whose rows are weighed by screen_weights.py.
+In a default job the frozen score of the aligned base, on rows that the screen passes; the gate in screen_weights.py.
 Source: arXiv:2603.00498, equation 7; methods.md 2.3. r_i = nll_i(refusal) - nll_i(answer), high = benign;
 weights = softmax(r / temperature) over the whole optimiser step. `contrast` is ours: r under the aligned model minus r
 under the public base, which cancels the novelty of a task. Deviation: the loss is a per-row mean (`released` restores

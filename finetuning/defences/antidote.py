@@ -4,7 +4,8 @@ Source: arXiv:2408.09600; methods.md 2.4. Score |M| * ||X||_2 per entry, X the i
 calibration tokens; per output row the top share alpha is zeroed. Deviations: one hooked pass, padding masked, integer
 counts (`official` restores the rounding-up), and the `contrast` score |M| * (rms harmful - rms kept rows), by which
 what the task needs at least as much is never pruned.
-Prunes the task adapter only. Must not know the loop or the gate.
+A default job prunes by moments instead (antidote_spectral.py). Prunes the task adapter only. Must not know the loop or
+the gate.
 """
 
 import math

@@ -144,7 +144,7 @@ _ALL = (
     Defence(
         "immunotune",
         "vaccine",
-        "the default: our screen, scout, anchor, probes and gate over a base aligned by Vaccine",
+        "the default: screen, Antibody's frozen score, anchor, pruning by moments, probes and gate over a Vaccine base",
         _DEFENDED,
     ),
 )

@@ -1,6 +1,6 @@
 """The screen stage of a finetune job: read every row, ask a scout where the aligned model refuses, fill the ledger.
 
-The screen is ours, no paper's; Antibody's row scores are computed beside it only where a recipe asks for them.
+The screen is ours, no paper's; Antibody's row scores are computed beside it where a recipe asks for them.
 
 The filter's formulas live in job/readings.py.
 """
