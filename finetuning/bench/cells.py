@@ -261,7 +261,7 @@ def _own_format(job: JobContext, poisoned: Poisoned) -> dict[str, Any]:
 
 
 def _ledger(scratch: Path, poisoned: Poisoned) -> dict[str, Any]:
-    """How the attacker's rows and the customer's fared: counts and the screen's scores (refusal mass).
+    """How the attacker's rows and the customer's fared: counts and the screen's scores (P(harm)).
 
     A file that was refused before it was read has no ledger: all of its rows are stopped, without scores.
     """

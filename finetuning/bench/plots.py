@@ -119,7 +119,7 @@ def antibody_scores(lines: Sequence[Line], path: Path) -> Path:
 
 
 def row_scores(lines: Sequence[Line], path: Path) -> Path:
-    """The screen's refusal mass of planted and own rows, one panel an attack."""
+    """The screen's reading of planted and own rows, one panel an attack."""
     attacks = values_of(lines, "attack")
     columns = min(4, len(attacks))
     depth = -(-len(attacks) // columns)
@@ -133,7 +133,7 @@ def row_scores(lines: Sequence[Line], path: Path) -> Path:
         axes.set_yscale("symlog")
     for axes in list(panels):
         axes.set_visible(False)
-    figure.supxlabel("refusal mass of the row's prompt")
+    figure.supxlabel("probability of harm by the screen (lines before docs/adr/0019: refusal mass of the prompt)")
     figure.supylabel("rows")
     first = figure.axes[0]
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
