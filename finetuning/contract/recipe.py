@@ -230,6 +230,11 @@ class Recipe(_RecipePart):
     )
     vaccine: VaccineSettings = VaccineSettings()
     openings: OpeningSettings = OpeningSettings()
+    benign_kl: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="align on shipped rows: weighs KL(public || model), a benign row's loss; 0: nll",
+    )
     everyday_rows: int = Field(
         default=0, ge=0, description="own everyday prompts among the shipped rows, which the public base answers"
     )

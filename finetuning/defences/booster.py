@@ -6,13 +6,14 @@ and never zeroed. Written apart from antibody_align.py on purpose: invariant M19
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from finetuning.contract.recipe import AntibodyAlignSettings
 from finetuning.model.base import FrozenBase
-from finetuning.model.losses import row_nll
+from finetuning.model.losses import RowLosses, row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.batches import pick
@@ -21,7 +22,8 @@ from finetuning.training.strategies import Backward, MicroBatch, StepLoss
 
 
 class Booster:
-    """delta = g_A + xi (g_H - g_H'); of the settings only `rho` and `xi` are read."""
+    """delta = g_A + xi (g_H - g_H'); of the settings only `rho` and `xi` are read. `losses`
+    stand in place of the alignment rows' nll."""
 
     def __init__(
         self,
@@ -32,11 +34,13 @@ class Booster:
         parameters: Sequence[nn.Parameter],
         harmful: Sequence[EncodedRow],
         seed: int,
+        losses: RowLosses | None = None,
     ) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
             raise TypeError("Booster needs fp32 adapters: half precision rounds the simulated step away")
         self._base = base
         self._cache = cache
+        self._losses = losses or partial(row_nll, base, cache)
         self._settings = settings
         self._parameters = list(parameters)
         self._harmful = harmful
@@ -47,7 +51,7 @@ class Booster:
         stream = f"harmful:{micro.start}"  # every slice of a step draws its own rows
         chosen = pick(len(self._harmful), len(micro.rows), seed=self._seed, step=micro.step, stream=stream)
         g_h, g_moved = self._two_slopes([self._harmful[i] for i in chosen])
-        found = row_nll(self._base, self._cache, micro.rows)
+        found = self._losses(micro.rows)
         loss = (weights.to(found.nll) * found.nll).sum()
         backward(loss)
         scale = float(weights.sum()) * self._settings.xi

@@ -4,27 +4,27 @@ Source: methods.md 2.3 ("ours": loss = sum_i w_i nll_i with sum w = 1).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from finetuning.model.base import FrozenBase
-from finetuning.model.losses import row_nll
+from finetuning.model.losses import RowLosses, row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.strategies import Backward, MicroBatch, RowWeights, StepLoss
 
 
 class Plain:
-    """loss = sum_i w_i nll_i."""
+    """loss = sum_i w_i nll_i, or of whatever `losses` gives in place of nll."""
 
-    def __init__(self, base: FrozenBase, cache: PrefixCache) -> None:
-        self._base = base
-        self._cache = cache
+    def __init__(self, base: FrozenBase, cache: PrefixCache, losses: RowLosses | None = None) -> None:
+        self._losses = losses or partial(row_nll, base, cache)
 
     def gradients(self, micro: MicroBatch, weights: Tensor, backward: Backward) -> StepLoss:
         """Add the micro-batch's gradient; weights (rows,) sum to 1 over the step."""
-        found = row_nll(self._base, self._cache, micro.rows)
+        found = self._losses(micro.rows)
         loss = (weights.to(found.nll) * found.nll).sum()
         if loss.requires_grad:
             backward(loss)

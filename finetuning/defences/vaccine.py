@@ -8,13 +8,14 @@ only every n-th step (methods.md 2.1, cheaper variants).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from finetuning.model.base import FrozenBase, attention_block
 from finetuning.model.hidden_states import edited_outputs
-from finetuning.model.losses import RowLoss, at_least_fp32, row_nll
+from finetuning.model.losses import RowLoss, RowLosses, at_least_fp32, row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.training.determinism import rng_state, set_rng_state
@@ -32,11 +33,20 @@ class Perturbation:
 
 
 class Vaccine:
-    """min over the adapter of the loss at hidden states moved by rho along their own gradient."""
+    """min over the adapter of the loss at hidden states moved by rho along their own gradient; nll unless `losses`."""
 
-    def __init__(self, base: FrozenBase, cache: PrefixCache, *, rho: float, norm: str, every: int = 1) -> None:
+    def __init__(
+        self,
+        base: FrozenBase,
+        cache: PrefixCache,
+        *,
+        rho: float,
+        norm: str,
+        every: int = 1,
+        losses: RowLosses | None = None,
+    ) -> None:
         self._base = base
-        self._cache = cache
+        self._losses = losses or partial(row_nll, base, cache)
         self._rho = rho
         self._norm = norm
         self._every = every
@@ -59,7 +69,7 @@ class Vaccine:
         Go backward while it is open: a checkpointed layer that is recomputed needs the same perturbation.
         """
         if self._rho == 0 or micro.step % self._every:
-            yield row_nll(self._base, self._cache, micro.rows)
+            yield self._losses(micro.rows)
             return
         state = rng_state()
         found = self.perturb(micro.rows, weights)
@@ -67,7 +77,7 @@ class Vaccine:
             raise NonFiniteLoss(micro.step, micro.indices)
         set_rng_state(state)
         with edited_outputs(self._blocks, lambda i, output: output + found.eps[i]):
-            yield row_nll(self._base, self._cache, micro.rows)
+            yield self._losses(micro.rows)
 
     def perturb(self, rows: Sequence[EncodedRow], weights: Tensor) -> Perturbation:
         """eps_l = rho g_l / ||g||, one norm over all layers (and rows, unless per row); no .grad is touched.
@@ -79,7 +89,7 @@ class Vaccine:
         dtype = next(self._base.model.parameters()).dtype
         leaves = [torch.zeros(shape, device=self._base.device, dtype=dtype, requires_grad=True) for _ in self._blocks]
         with torch.enable_grad(), edited_outputs(self._blocks, lambda i, output: output + leaves[i]):
-            nll = row_nll(self._base, self._cache, rows).nll
+            nll = self._losses(rows).nll
             loss = (weights.to(nll) * nll).sum()
             grads = list(torch.autograd.grad(loss, leaves))
         squares = torch.stack([at_least_fp32(g).square().sum(dim=(1, 2)) for g in grads]).sum(0)  # (B,)

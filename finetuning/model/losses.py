@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ class RowLoss:
     worst: Tensor
 
 
+class RowLosses(Protocol):
+    """The loss of each row under whatever adapters are active, differentiable in `nll`."""
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> RowLoss: ...
+
+
 def row_nll(base: FrozenBase, cache: PrefixCache, rows: Sequence[EncodedRow]) -> RowLoss:
     """Loss of each row under whatever adapters are active; fp32, differentiable in `nll`.
 
@@ -37,10 +44,15 @@ def nll_of_hidden(base: FrozenBase, hidden_BTD: Tensor, rows: Sequence[EncodedRo
     where, labels, owner = target_index(rows, hidden_BTD.device)
     flat = at_least_fp32(logits(base.model, hidden_BTD[owner, where]))
     losses = F.cross_entropy(flat, labels, reduction="none")
-    none = losses.new_zeros(len(rows))
+    return by_row(losses, flat.detach().argmax(-1) == labels, owner, rows=len(rows))
+
+
+def by_row(losses: Tensor, hits: Tensor, owner: Tensor, *, rows: int) -> RowLoss:
+    """Token losses (M,) and argmax hits (M,) gathered into the row that each token belongs to, `owner` (M,)."""
+    none = losses.new_zeros(rows)
     tokens = none.index_add(0, owner, torch.ones_like(losses))
     total = none.index_add(0, owner, losses)
-    correct = none.index_add(0, owner, (flat.detach().argmax(-1) == labels).to(losses))
+    correct = none.index_add(0, owner, hits.to(losses))
     worst = none.scatter_reduce(0, owner, losses.detach(), "amax")
     return RowLoss(total / tokens.clamp(min=1), tokens, correct, worst)
 

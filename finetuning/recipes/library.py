@@ -45,6 +45,7 @@ class BaseDefaults:
     tune_rate: float
     vaccine_rho: float
     everyday_rows: int
+    benign_kl: float
     most_surprise: float
 
 
@@ -59,6 +60,7 @@ _SMOLLM2 = BaseDefaults(
     tune_rate=1e-3,
     vaccine_rho=2.0,
     everyday_rows=200,
+    benign_kl=1.0,
     most_surprise=3.3,
 )
 _TINY = BaseDefaults(
@@ -73,6 +75,7 @@ _TINY = BaseDefaults(
     vaccine_rho=0.5,
     # It has learned nothing but the invented world, as its benign rows answer, and answers all else with noise.
     everyday_rows=0,
+    benign_kl=0.0,
     most_surprise=5.5,
 )
 _KNOWN = {"smollm2": _SMOLLM2, "tiny": _TINY}
@@ -110,6 +113,7 @@ def align_recipe(name: str, alignment: str = "vaccine") -> Recipe:
         optimiser=OptimiserSettings(learning_rate=base.align_rate),
         vaccine=VaccineSettings(rho=base.vaccine_rho),
         openings=OpeningSettings(share=0.5),
+        benign_kl=base.benign_kl,
         everyday_rows=base.everyday_rows,
         screen=ScreenSettings(enabled=False),
         antidote=AntidoteSettings(enabled=False),

@@ -14,12 +14,14 @@ from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import Metrics, SafetyReport
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
+from finetuning.defences.held_to_public import HeldToPublic
 from finetuning.defences.plain import Even, Plain
 from finetuning.defences.vaccine import Vaccine
 from finetuning.job.context import JobContext
 from finetuning.job.preflight import check
 from finetuning.model import lora
 from finetuning.model.digest import ABOUT_FILE, BaseFiles, base_files
+from finetuning.model.losses import RowLosses
 from finetuning.rows.chat_format import EncodedRow, opening
 from finetuning.safety_rows.roles import refusals_for, rows_digest
 from finetuning.screening.calibration import Calibration, calibrate
@@ -92,7 +94,9 @@ def _train(
 ) -> Generator[Progress, None, LoopState]:
     """All steps, from the order's checkpoint on where there is one; checkpoints go to scratch/checkpoints."""
     batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
-    setup = job.training(rows, _step(job), Even(), batches=batches, steps=steps_of(job.recipe, len(rows)))
+    # An operator's benign rows have answers of the base itself and none that is invented: there it mends nothing (ADR 0020).
+    losses = None if order.operator_rows else _losses(job, rows)
+    setup = job.training(rows, _step(job, losses), Even(), batches=batches, steps=steps_of(job.recipe, len(rows)))
     setup.saves_to(scratch / "checkpoints", fingerprint=digest, every=job.recipe.save_every)
     state = LoopState()
     if order.checkpoint:
@@ -125,12 +129,21 @@ def _measure(job: JobContext, *, part: int = 1) -> Metrics:
     return job.measuring.metrics(harmful, benign, refusals=rows.refusals)
 
 
-def _step(job: JobContext) -> GradientStep:
+def _losses(job: JobContext, rows: Sequence[EncodedRow]) -> RowLosses | None:
+    """Benign rows, which stand after the refusals, held to the public base; None for the rows' own nll."""
+    if not job.recipe.benign_kl:
+        return None
+    benign = rows[len(job.operator_rows.aligned) :]
+    with job.model.public():
+        return HeldToPublic(job.model.base, job.model.cache, benign, weight=job.recipe.benign_kl)
+
+
+def _step(job: JobContext, losses: RowLosses | None) -> GradientStep:
     recipe, v = job.recipe, job.recipe.vaccine
-    vaccine = Vaccine(job.model.base, job.model.cache, rho=v.rho, norm=v.norm, every=v.every)
+    vaccine = Vaccine(job.model.base, job.model.cache, rho=v.rho, norm=v.norm, every=v.every, losses=losses)
     match recipe.alignment_step:
         case "plain":
-            return Plain(job.model.base, job.model.cache)
+            return Plain(job.model.base, job.model.cache, losses)
         case "vaccine":
             return vaccine
         case "booster":
@@ -138,15 +151,17 @@ def _step(job: JobContext) -> GradientStep:
                 job.model.base, job.model.cache, recipe.antibody_align,
                 parameters=job.model.parameters,
                 harmful=job.model.encode_operator(job.operator_rows.calibration_harmful), seed=recipe.seed,
+                losses=losses,
             )  # fmt: skip
         case "antibody_align":
-            return _antibody(job, None)
+            # a radius of 0 moves nothing: the rows' plain loss
+            return _antibody(job, Vaccine(job.model.base, job.model.cache, rho=0.0, norm=v.norm, losses=losses))
         case "vaccine_antibody":
             return _antibody(job, vaccine)
 
 
-def _antibody(job: JobContext, vaccine: Vaccine | None) -> AntibodyAlign:
-    """Antibody's alignment on the calibration hazards; with `vaccine`, g_A is taken under its perturbation."""
+def _antibody(job: JobContext, vaccine: Vaccine) -> AntibodyAlign:
+    """Antibody's alignment on the calibration hazards; g_A is taken under the perturbation of `vaccine`."""
     model, harmful = job.model, job.operator_rows.calibration_harmful
     refused = refusals_for(harmful, "antibody", job.operator_rows.refusals)
     return AntibodyAlign(

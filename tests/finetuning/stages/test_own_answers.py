@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 
 from finetuning.contract.order import TrainOrder
-from finetuning.contract.progress import Note
+from finetuning.contract.progress import Note, Progress, StepDone
 from finetuning.contract.report import Metrics, SafetyReport, mean
 from finetuning.job.context import open_job
 from finetuning.job.measure import rows_nll
 from finetuning.recipes.library import align_recipe
 from finetuning.rows.chat_format import prompt_ids
+from finetuning.safety_rows.invented import safety_rows
 from finetuning.stages import pipeline
 from finetuning.stages.own_answers import likely, own_answers, told
+from finetuning.training.batches import Stream
+
+ROWS = safety_rows()
 
 
 @pytest.mark.parametrize(
@@ -49,15 +53,37 @@ def test_the_rows_are_the_public_bases_first_choice_of_every_token(tiny_base: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_align_job_reports_both_losses_and_tells_their_ratio(tiny_base: Path, tmp_path: Path) -> None:
-    recipe = align_recipe("tiny", "sft")
-    evaluation = recipe.evaluation.model_copy(update={"held_out": False, "harmful_rows": 8, "benign_rows": 8})
-    recipe = recipe.model_copy(update={"steps": 8, "min_passes": None, "evaluation": evaluation})
-    lines = list(pipeline.run(TrainOrder(job_id="a", recipe=recipe, base=str(tiny_base), threads=1), tmp_path))
+    lines = aligned(tiny_base, tmp_path, benign_kl=0.0)
     found = json.loads((tmp_path / "result" / "reports" / "safety.json").read_text(encoding="utf-8"))
     metrics = SafetyReport.model_validate(found).metrics
-    public, aligned = metrics["public"].own_answers_nll, metrics["before"].own_answers_nll
+    public, after = metrics["public"].own_answers_nll, metrics["before"].own_answers_nll
     assert public is not None
-    assert aligned is not None
-    assert (public.n, aligned.value > public.value) == (aligned.n, True)
+    assert after is not None
+    assert (public.n, after.value > public.value) == (after.n, True)
     (note,) = [line for line in lines if isinstance(line, Note) and line.code == "own_answers"]
-    assert f"{aligned.value / public.value:.2f} times" in note.message
+    assert f"{after.value / public.value:.2f} times" in note.message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_benign_rows_that_are_held_to_the_public_base_cost_nothing_at_first(tiny_base: Path, tmp_path: Path) -> None:
+    first = []
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        first.append(next(line for line in aligned(tiny_base, folder, benign_kl=weight) if isinstance(line, StepDone)))
+    seen = Stream(len(ROWS.aligned) + len(ROWS.benign), 16, 0).at(0)
+    refusals = sum(i < len(ROWS.aligned) for i in seen)
+    assert 0 < refusals < 16
+    # what is left of the loss are the refusals
+    assert first[1].train_loss < first[0].train_loss
+    assert first[0].tokens == first[1].tokens
+
+
+def aligned(base: Path, scratch: Path, *, benign_kl: float) -> list[Progress]:
+    """A few plain steps and all that follows them."""
+    recipe = align_recipe("tiny", "sft")
+    evaluation = recipe.evaluation.model_copy(update={"held_out": False, "harmful_rows": 8, "benign_rows": 8})
+    short = {"steps": 8, "min_passes": None, "evaluation": evaluation, "benign_kl": benign_kl}
+    order = TrainOrder(job_id="a", recipe=recipe.model_copy(update=short), base=str(base), threads=1)
+    return list(pipeline.run(order, scratch))
