@@ -233,7 +233,7 @@ class Recipe(_RecipePart):
     benign_kl: float = Field(
         default=0.0,
         ge=0.0,
-        description="align on shipped rows: weighs KL(public || model), a benign row's loss; 0: nll",
+        description="align on shipped rows: weighs KL(public || model) of benign ones; 0: nll",
     )
     everyday_rows: int = Field(
         default=0, ge=0, description="own everyday prompts among the shipped rows, which the public base answers"

@@ -94,7 +94,7 @@ def _train(
 ) -> Generator[Progress, None, LoopState]:
     """All steps, from the order's checkpoint on where there is one; checkpoints go to scratch/checkpoints."""
     batches = Stream(len(rows), job.recipe.batch_size, job.recipe.seed)
-    # An operator's benign rows have answers of the base itself and none that is invented: there it mends nothing (ADR 0020).
+    # An operator's benign rows have answers of the base itself, and none that is invented: KL mends nothing there.
     losses = None if order.operator_rows else _losses(job, rows)
     setup = job.training(rows, _step(job, losses), Even(), batches=batches, steps=steps_of(job.recipe, len(rows)))
     setup.saves_to(scratch / "checkpoints", fingerprint=digest, every=job.recipe.save_every)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetuning.contract.order import TrainOrder, write_order
-from finetuning.contract.progress import Failed, Finished, Note, Progress, RowsScreened, StageStarted, StepDone, to_line
+from finetuning.contract.progress import Failed, Finished, Note, Progress, RowsScreened, StageStarted, StepDone
 from finetuning.contract.recipe import AntidoteSettings, GateLimits, GateSettings
 from finetuning.contract.report import ParityCertificate, RowVerdict, SafetyReport
 from finetuning.model.lora import WEIGHTS_FILE
@@ -121,13 +121,12 @@ def test_planted_rows_are_dropped_and_the_result_is_released(aligned: Path, tiny
 
 
 def assert_no_name_claims_more_than_was_done(lines: list[Progress], scratch: Path) -> None:
-    """No score of Antibody's was computed, so nothing that the job says or leaves, but for the recipe, has its name."""
-    recipe = tune_recipe("tiny", "immunotune", epochs=3, seed=3)
-    assert recipe.antibody.score == "none"
-    told = "".join(to_line(line) for line in lines)
+    """Antibody's frozen score was computed of every row, and pruning is called what it came to."""
+    assert tune_recipe("tiny", "immunotune", epochs=3, seed=3).antibody.score == "reference"
     left = {path.name: path.read_text() for path in (scratch / "result" / "reports").glob("*.json")}
     assert left.keys() >= {"rows.json", "safety.json", "prune.json"}
-    assert "antibody" not in (told + "".join(left.values())).lower()
+    scores = [row["scores"]["antibody"] for row in json.loads(left["rows.json"])]
+    assert len(set(scores)) > len(scores) / 2
     report = report_of(scratch)
     assert report.alpha == 0.0
     assert report.pruning == ("pruned" if report.mu else "not pruned")

@@ -89,13 +89,17 @@ def test_the_job_sums_its_report_up(customer: Customer, done: str) -> None:
     assert {item["form"] for item in safety["artifacts"]} == {"adapter", "adapter_stock", "mask", "reports"}
 
 
-def test_a_default_job_says_by_no_name_that_antibody_acted(customer: Customer, done: str) -> None:
-    """Its rows are weighed by the screen: no score of Antibody's is computed, and every place says so."""
-    job = customer.http.get(done).json()
-    assert job["safety"].pop("antibody") == {"enabled": False, "score": "none"}
-    more = [customer.http.get(f"{done}/{name}") for name in ("safety", "rows", "rows?format=csv", "events?limit=100")]
-    assert all(reply.status_code == 200 for reply in more)
-    assert "antibody" not in json.dumps(job).lower() + "".join(reply.text for reply in more).lower()
+def test_a_default_job_says_that_antibodys_frozen_score_weighs_its_rows(customer: Customer, done: str) -> None:
+    assert customer.http.get(done).json()["safety"]["antibody"] == {"enabled": True, "score": "reference"}
+
+
+def test_a_job_without_its_score_says_by_no_name_that_antibody_acted(customer: Customer) -> None:
+    job = customer.job()
+    job.recipe = tune_recipe("tiny", "plain", epochs=1).model_dump(mode="json")
+    safety = job_to_body(job, JobFrame("org-1"))["safety"]
+    assert isinstance(safety, dict)
+    assert safety.pop("antibody") == {"enabled": False, "score": "none"}
+    assert "antibody" not in json.dumps(safety).lower()
 
 
 def test_the_job_says_what_of_ours_is_on(customer: Customer, done: str) -> None:
@@ -155,7 +159,7 @@ def test_what_clients_asked_for_by_the_old_names_is_still_taken_and_the_reply_sa
 ) -> None:
     reply = customer.create(safety={"antibody": {"enabled": True}, "antidote": {"enabled": True}})
     assert reply.status_code == 200
-    assert reply.json()["safety"]["antibody"] == {"enabled": False, "score": "none"}
+    assert reply.json()["safety"]["antibody"] == {"enabled": True, "score": "reference"}
 
 
 def test_every_row_has_a_verdict(customer: Customer, done: str) -> None:
