@@ -71,23 +71,29 @@ def _direction(
     own = list(zip(_texts_of([*rows.aligned, *rows.benign]), trained, strict=True))
     aligned, benign = _spread(own[: len(rows.aligned)], _HARMFUL_ROWS), _spread(own[len(rows.aligned) :], _BENIGN_ROWS)
     alone = [states[-1:] for states in _states_of(reader, aligned)]
-    texts = [_inserted(rows.benign, pair.prompt, i) for i, pair in enumerate(_spread(rows.aligned, _WRAPPED))]
-    wrapped = _states(reader, [text for text, _ in texts])
-    found = [states[last : last + 1] for states, (_, last) in zip(wrapped, texts, strict=True)]
-    around = [torch.cat([states[:last], states[last + 1 :]]) for states, (_, last) in zip(wrapped, texts, strict=True)]
+    wrapped = _wrapped(reader, rows.benign, rows.aligned)
+    found = [states[last : last + 1] for states, last in wrapped]
+    around = [torch.cat([states[:last], states[last + 1 :]]) for states, last in wrapped]
     others = [*_states_of(reader, benign), *_states(reader, fragments)]
     return fit_direction(torch.cat([*alone, *found]), torch.cat([*others, *around]))
 
 
 def _suspicious(reader: RefusalReader, direction: Direction, rows: SafetyRows) -> float:
     """The probe's value that nearly all calibration prompts reach within a longer text."""
-    wrapped = [
-        _inserted(rows.calibration_benign, pair.prompt, i)
-        for i, pair in enumerate(_spread(rows.calibration_harmful, _WRAPPED))
+    wrapped = _wrapped(reader, rows.calibration_benign, rows.calibration_harmful)
+    found = [states[last] for states, last in wrapped] or [
+        states[-1] for states in _states(reader, _texts_of(_spread(rows.calibration_harmful, _WRAPPED)))
     ]
-    states = _states(reader, [text for text, _ in wrapped])
-    values = torch.stack([direction.of(s[last : last + 1])[0] for s, (_, last) in zip(states, wrapped, strict=True)])
-    return float(values.quantile(_MISSED_SHARE)) - _SLACK
+    return float(direction.of(torch.stack(found)).quantile(_MISSED_SHARE)) - _SLACK
+
+
+def _wrapped(reader: RefusalReader, contexts: Sequence[Pair], harmful: Sequence[Pair]) -> list[tuple[Tensor, int]]:
+    """Of harmful prompts among sentences of benign ones the states at all ends, and which is the prompt's; those
+    that the row's length cuts off are left out."""
+    made = [_inserted(contexts, pair.prompt, i) for i, pair in enumerate(_spread(harmful, _WRAPPED))]
+    states = _states(reader, [text for text, _ in made])
+    ends = [len(split(text)) for text, _ in made]
+    return [(s, last) for s, (_, last), n in zip(states, made, ends, strict=True) if len(s) == n]
 
 
 def _alone(reader: RefusalReader, direction: Direction, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
