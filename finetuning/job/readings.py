@@ -21,7 +21,6 @@ from finetuning.model.base import FrozenBase, logits
 from finetuning.model.hidden_states import caught_inputs
 from finetuning.model.losses import nll_of_hidden
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.rows.scanner import Message
 from finetuning.training.batches import within
 
 _BATCH_TOKENS = 4096
@@ -166,15 +165,6 @@ class RefusalReader:
         steps = F.log_softmax(logits(self.model.base.model, hidden[rows, places]).float(), dim=-1)
         chosen = torch.tensor(word, device=hidden.device).expand(len(prompts), -1)
         return steps.gather(2, chosen[:, :, None])[:, :, 0].sum(1).exp()
-
-    def masses(self, rows: Sequence[Sequence[Message]]) -> list[float]:
-        """Refusal mass of each conversation's prompt, each distinct one read once."""
-        distinct = list(dict.fromkeys(map(tuple, rows)))
-        if not distinct:
-            return []
-        masses = self.read([self.model.encode(row) for row in distinct]).mass.tolist()
-        found = dict(zip(distinct, masses, strict=True))
-        return [found[tuple(row)] for row in rows]
 
 
 def _surprise(base: FrozenBase, hidden: Tensor, rows: Sequence[EncodedRow], secret: str) -> Tensor:
