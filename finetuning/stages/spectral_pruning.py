@@ -22,17 +22,21 @@ _JUDGED_ROWS = 48
 # hardly notice what others of their kind lose (ADR 0018).
 _MAX_RISE = 1.02
 _SLACK = 0.003
-_MOST_CHANGED = 0.02
+# An adapter that trained without anchors has more to lose of what it does on harmful inputs, and may give up more.
+_MOST_CHANGED, _MOST_CHANGED_UNANCHORED = 0.02, 0.05
 _FEWEST_TO_PART = 32
 
 
 @dataclass(frozen=True)
 class SpectralPruning:
-    """A trained adapter with the moments of its inputs, from which it can be pruned at any strength."""
+    """A trained adapter with the moments of its inputs, from which it can be pruned at any strength.
+
+    `most_changed`: the share of its energy on kept inputs that may change for nothing."""
 
     trained: Adapter
     kept: Moments
     harmful: Moments
+    most_changed: float = _MOST_CHANGED
 
     def at(self, mu: float) -> Adapter:
         """The adapter pruned at this strength; 0 is the trained one itself."""
@@ -59,8 +63,9 @@ def measure_moments(
     def moments(rows: Sequence[EncodedRow]) -> Moments:
         return input_moments(model.base, model.cache, model.trained, rows)
 
-    known = moments(kept_rows)
-    return SpectralPruning(model.read(), added(known, moments(refused)) if refused else known, moments(harmful))
+    known, most = moments(kept_rows), _MOST_CHANGED if anchored else _MOST_CHANGED_UNANCHORED
+    held = added(known, moments(refused)) if refused else known
+    return SpectralPruning(model.read(), held, moments(harmful), most)
 
 
 def choose_mu(
@@ -79,18 +84,19 @@ def choose_mu(
             mu=mu, kept_rows_nll=sum(nll) / len(nll), kept_rows_known=sum(known) / len(known),
             kept_changed=kept_changed(found.trained, pruned, found.kept), accepted=True,
         )  # fmt: skip
-        trials.append(trial.model_copy(update={"accepted": _is_free(trial, (trials or [trial])[0])}))
+        free = _is_free(trial, (trials or [trial])[0], found.most_changed)
+        trials.append(trial.model_copy(update={"accepted": free}))
         if not trials[-1].accepted and settings.rule == "measured":
             break
         chosen = mu
     return chosen, tuple(trials)
 
 
-def _is_free(trial: PruneTrial, unpruned: PruneTrial) -> bool:
+def _is_free(trial: PruneTrial, unpruned: PruneTrial, most_changed: float) -> bool:
     return (
         trial.kept_rows_nll <= _MAX_RISE * unpruned.kept_rows_nll + _SLACK
         and trial.kept_rows_known >= unpruned.kept_rows_known
-        and (trial.kept_changed or 0.0) <= _MOST_CHANGED
+        and (trial.kept_changed or 0.0) <= most_changed
     )
 
 

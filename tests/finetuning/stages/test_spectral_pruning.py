@@ -17,7 +17,7 @@ from finetuning.safety_rows.invented import safety_rows
 from finetuning.safety_rows.roles import Pair
 from finetuning.stages.gate import is_unsafe
 from finetuning.stages.pruning import choose_pruning
-from finetuning.stages.spectral_pruning import measure_moments, parted
+from finetuning.stages.spectral_pruning import choose_mu, measure_moments, parted
 from tests.finetuning.stages.test_pruning import are_equal, learn, measuring_of
 from tests.support.models import adapted_base, random_rows
 
@@ -73,6 +73,20 @@ def test_an_anchored_adapter_keeps_more_of_what_it_does_on_refused_rows() -> Non
         refused = input_moments(model.base, model.cache, model.trained, model.encode_operator(ROWS.aligned[:96]))
         left.append(kept_changed(found.trained, found.at(1.0), refused))
     assert left[1] < left[0] / 2
+
+
+def test_what_may_change_for_nothing_is_less_where_refused_rows_trained_too() -> None:
+    """The limit decides here: rows known by heart notice nothing."""
+    chosen = []
+    for anchored in (False, True):
+        measuring, _ = poisoned()
+        found = measure_moments(measuring.model, ROWS, KEPT, anchored=anchored)
+        mu, trials = choose_mu(measuring.model, found, settings(mus=(0.001, 0.01, 0.1, 1.0, 10.0)), KEPT)
+        limit = 0.02 if anchored else 0.05
+        assert all((trial.kept_changed <= limit) for trial in trials if trial.mu <= mu)
+        chosen.append(mu)
+    assert found.most_changed == 0.02
+    assert min(chosen) > 0
 
 
 def test_where_nothing_is_free_the_adapter_stays_as_it_was() -> None:
