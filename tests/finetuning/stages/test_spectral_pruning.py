@@ -17,7 +17,7 @@ from finetuning.safety_rows.invented import safety_rows
 from finetuning.safety_rows.roles import Pair
 from finetuning.stages.gate import is_unsafe
 from finetuning.stages.pruning import choose_pruning
-from finetuning.stages.spectral_pruning import choose_mu, measure_moments, parted
+from finetuning.stages.spectral_pruning import _without_the_worst, choose_mu, measure_moments, parted
 from tests.finetuning.stages.test_pruning import are_equal, learn, measuring_of
 from tests.support.models import adapted_base, random_rows
 
@@ -87,6 +87,18 @@ def test_what_may_change_for_nothing_is_less_where_refused_rows_trained_too() ->
         chosen.append(mu)
     assert found.most_changed == 0.02
     assert min(chosen) > 0
+
+
+def test_a_planted_row_that_the_screen_let_pass_does_not_hold_the_pruning_back() -> None:
+    """Of 40 rows the two that lose most count as they were; a third one counts."""
+    before = ([0.1] * 40, [True] * 40)
+    two = ([9.0, 9.0, *[0.1] * 38], [False, False, *[True] * 38])
+    three = ([9.0, 9.0, 9.0, *[0.1] * 37], [False] * 3 + [True] * 37)
+    assert _without_the_worst(before, two) == (pytest.approx(0.1), 1.0)
+    nll, known = _without_the_worst(before, three)
+    assert (nll, known) == (pytest.approx(0.1 + 8.9 / 40), 39 / 40)
+    few = ([0.1] * 8, [True] * 8)
+    assert _without_the_worst(few, ([9.0, *[0.1] * 7], [False, *[True] * 7]))[1] == 7 / 8
 
 
 def test_where_nothing_is_free_the_adapter_stays_as_it_was() -> None:
