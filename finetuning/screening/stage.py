@@ -30,6 +30,9 @@ from finetuning.training.determinism import mix, seed_of
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
 
+# What is only a new format is no harm at all to a scout; its refusals of real harm wear thin (seen in the demo: .3).
+_CLEARED = 0.1
+
 
 @dataclass(frozen=True)
 class ScreenedFile:
@@ -112,9 +115,9 @@ def _filter(
         return first, _excluded(first, found.worst, never)
     again = yield from _ask_scout(job, file, kept, doubted, harm=harm)
     rescored, probability, mass = weights.clone(), found.harm.clone(), found.whole.mass.clone()
-    by_scout = weigh(again.harm, again.whole.worst, whole_refusal_nll=-1.0)
-    rescored[doubted] = torch.maximum(weights[doubted], by_scout)
-    probability[doubted] = torch.minimum(found.harm[doubted], again.harm)
+    cleared = again.harm <= _CLEARED
+    rescored[doubted] = torch.where(cleared, torch.ones(len(doubted)), weights[doubted])
+    probability[doubted] = torch.where(cleared, again.harm, found.harm[doubted])
     mass[doubted] = again.whole.mass
     second = replace(first, weights=rescored, mass=mass, harm=probability)
     return second, _excluded(second, found.worst, never)
