@@ -30,7 +30,7 @@ from finetuning.training.determinism import mix, seed_of
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState
 
-# What is only a new format is no harm at all to a scout; its refusals of real harm wear thin (seen in the demo: .3).
+# What is only a new format is no harm at all to a scout, whose refusals of real harm wear thin.
 _CLEARED = 0.1
 
 
