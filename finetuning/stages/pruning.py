@@ -100,10 +100,9 @@ def choose_pruning(
         return choose_alpha(measuring, operator_rows, settings, kept)
     model = measuring.model
     found = measure_moments(model, operator_rows, kept, anchored=anchored)
-    mu, trials = choose_mu(model, found, settings, kept)
-    choice = PruneChoice(0.0, _unpruned(found.at(mu)), trials, mu=mu, spectral=found)
-    model.write(choice.pruned.adapter)
-    return choice
+    mu, adapter, trials = choose_mu(model, found, settings, kept)
+    model.write(adapter)
+    return PruneChoice(0.0, _unpruned(adapter), trials, mu=mu, spectral=found)
 
 
 def choose_alpha(

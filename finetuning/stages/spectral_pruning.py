@@ -72,11 +72,12 @@ def measure_moments(
 
 def choose_mu(
     model: AdaptedBase, found: SpectralPruning, settings: AntidoteSettings, kept: Sequence[EncodedRow]
-) -> tuple[float, tuple[PruneTrial, ...]]:
+) -> tuple[float, Adapter, tuple[PruneTrial, ...]]:
     """The largest of the settings' mus that is free on kept rows, where possible on others than made the moments; 0 if
-    none is. With rule `last`, the last mu whatever it costs. Leaves the last tried adapter in place."""
+    none is. With it the adapter pruned so. With rule `last`, the last mu whatever it costs. Leaves the last tried
+    adapter in place."""
     _, judged = parted(kept)
-    chosen = 0.0
+    chosen, adapter = 0.0, found.trained
     before: _Read | None = None
     trials: list[PruneTrial] = []
     for mu in (0.0, *settings.mus):
@@ -93,8 +94,8 @@ def choose_mu(
         trials.append(trial.model_copy(update={"accepted": free}))
         if not trials[-1].accepted and settings.rule == "measured":
             break
-        chosen = mu
-    return chosen, tuple(trials)
+        chosen, adapter = mu, pruned
+    return chosen, adapter, tuple(trials)
 
 
 _Read = tuple[list[float], list[bool]]
