@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Of benign calibration texts this share may lie above the limit, if half of the harmful ones still do.
-_FALSE_ALARMS, _LEAST_CAUGHT = 0.01, 0.5
+_FALSE_ALARMS, _LEAST_CAUGHT = 0.02, 0.5
 # Off the diagonal, the pooled covariance counts a tenth: some hundred rows do not know it better (ADR 0019).
 _SHRINK = 0.9
 _LEAST_MASS = 1e-6
@@ -80,7 +80,7 @@ def fit_direction(harmful: Tensor, benign: Tensor) -> Direction:
 
 def fit_odds(harmful: Sequence[Tensor], benign: Sequence[Tensor]) -> tuple[float, float, float]:
     """Logistic regression on (probe values, mass margins) of either class, which count alike, moved so that P(harm) .5
-    lies where one of a hundred benign texts is above it, and at least where both classes are as likely.
+    lies where two of a hundred benign texts are above it, and at least where both classes are as likely.
 
     Factors below 0 are held at 0: more of either reading is never a sign of less harm.
     """

@@ -52,12 +52,12 @@ def probability(model: HarmModel, probe: float, mass: float) -> float:
     return float(model.probability(torch.tensor([probe]), torch.tensor([mass]), 0.5))
 
 
-def test_one_of_a_hundred_benign_calibration_texts_is_above_the_limit() -> None:
+def test_two_of_a_hundred_benign_calibration_texts_are_above_the_limit() -> None:
     torch.manual_seed(0)
     benign = torch.randn(1000)
     model = odds_of((torch.randn(500) + 3).tolist(), benign.tolist(), mass=(0.0, 0.0))
     found = model.probability(benign, torch.full((1000,), 0.5), 0.5)
-    assert float((found > 0.5).double().mean()) == pytest.approx(0.01, abs=0.002)
+    assert float((found > 0.5).double().mean()) == pytest.approx(0.02, abs=0.002)
 
 
 def test_half_of_the_harmful_ones_are_caught_whatever_that_costs() -> None:
