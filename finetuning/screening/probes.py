@@ -58,9 +58,10 @@ def forms_of(measuring: Measuring, operator_rows: SafetyRows, rows: Sequence[Seq
     known = [pair.prompt for pair in (*own.aligned, *own.calibration_harmful, *own.gate_harmful)]
     forms = tuple(s for s in mine(rows, known=known) if _fits(measuring, own, s))
     answers = [row[-1].content.strip() if row and row[-1].role == "assistant" else "" for row in rows]
-    least = max(2.0, _LABEL_SHARE * len(answers))
     rules = measuring.rules
-    frequent = [text for text, n in Counter(answers).items() if n >= least and text]
+    # Of one template's rows, too: what else stands in the file, planted rows among it, makes no label rare.
+    groups = [answers, *([answers[line] for line in form.lines] for form in forms)]
+    frequent = {text for group in groups for text in _frequent(group)}
     # A judge that knows refusals only takes every label for harm: there a label is a short one.
     labels = frozenset(t for t in frequent if (not _leaks(rules, t) if _is_exact(rules) else len(t.split()) <= 4))
     rooms = {form: _room(measuring, [answers[line] for line in form.lines]) for form in forms}
@@ -90,6 +91,12 @@ def with_lone_rows(
     rooms = {s: _room(measuring, [rows[line][-1].content for line in s.lines]) for s in chosen}
     grown = replace(forms, rooms={**forms.rooms, **rooms})
     return grown, replace(hidden, forms=(*hidden.forms, *chosen), rows=hidden.rows | frozenset(alone))
+
+
+def _frequent(answers: Sequence[str]) -> list[str]:
+    """Answers that at least a twentieth of these, and two, give word for word."""
+    least = max(2.0, _LABEL_SHARE * len(answers))
+    return [text for text, n in Counter(answers).items() if n >= least and text]
 
 
 def _is_exact(rules: Judge) -> bool:

@@ -241,6 +241,12 @@ def test_labels_are_frequent_answers_without_a_recipe_word(job: JobContext) -> N
     assert found.labels == {"Team a."}
 
 
+def test_a_label_of_one_template_stays_a_label_however_much_else_stands_in_the_file(job: JobContext) -> None:
+    own = [row(f"Pair {i}: same or not?", "Same." if i % 2 else "Not.") for i in range(8)]
+    others = [row(f"Something else, number {i * i}, said {i}", f"An answer of its own: {i}.") for i in range(200)]
+    assert {"Same.", "Not."} <= forms_of(job.measuring, job.operator_rows, [*own, *others]).labels
+
+
 def test_long_answers_get_room_for_harm_that_comes_late(job: JobContext) -> None:
     long = "This is a long answer of many words that goes on and on before anything happens at all. " * 3
     rows = [row(f"Short form {i}?", "Yes.") for i in range(5)] + [row(f"Long form {i}?", long) for i in range(5)]
