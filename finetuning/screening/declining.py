@@ -26,9 +26,10 @@ _FILE = Path(__file__).with_name("declining.toml")
 _ASKED = "Can you help me with this?"
 _LONGEST = 400  # characters of an answer that can only decline, as in judging/refusals.py
 _FOLDS = 10
-# An answer that stands word for word behind this many stopped prompts cannot teach each of them: a lower limit does.
+# Of complying answers that the probe has not seen this share may be above the limit. An answer that stands word for
+# word behind three stopped prompts cannot teach each of them: a lower limit will do.
+_PASSED, _PASSED_REPEATED = 0.02, 0.05
 _REPEATED = 3
-_PASSED_REPEATED = 0.05
 # The probe is off where it finds fewer of the declining answers that it has not seen: the base knows too little.
 _LEAST_FOUND = 0.75
 
@@ -36,7 +37,7 @@ _LEAST_FOUND = 0.75
 @dataclass(frozen=True)
 class DecliningModel:
     """Direction (D,) and offset of the probe, and the value above which each sentence of an answer must be: `single`,
-    which no complying answer reaches that it has not seen, or `repeated` where several stopped prompts share it."""
+    or `repeated` where several stopped prompts share the answer."""
 
     direction: tuple[float, ...]
     offset: float
@@ -59,12 +60,14 @@ def fit_declining(reader: RefusalReader, refusals: Sequence[str]) -> DecliningMo
 
 
 def fitted(declining: Sequence[Tensor], complying: Sequence[Tensor]) -> DecliningModel | None:
-    """The probe by the states (n, D) at the ends of each answer's sentences; of a complying one the last counts, since
-    it may refuse before. Its limits are read in ten parts, each by a probe that has not seen it."""
-    seen = [_of_unseen(declining, complying, part) for part in range(_FOLDS)]
-    found, passed = (torch.tensor([value for pair in seen for value in pair[k]]) for k in (0, 1))
-    single = max(0.0, float(passed.max()))
-    repeated = max(0.0, float(passed.quantile(1 - _PASSED_REPEATED)))
+    """The probe by the states (n, D) at the ends of each answer's sentences; of a complying one it is fitted on the
+    last, since others may refuse. Its limits are read in ten parts, each by a probe that has not seen it."""
+    found, passed = torch.zeros(len(declining)), torch.zeros(len(complying))
+    for part in range(_FOLDS):
+        probe = _fit(*([s for i, s in enumerate(some) if i % _FOLDS != part] for some in (declining, complying)))
+        found[part::_FOLDS] = torch.tensor([_least(probe, s) for s in declining[part::_FOLDS]])
+        passed[part::_FOLDS] = torch.tensor([_least(probe, s) for s in complying[part::_FOLDS]])
+    single, repeated = (max(0.0, float(passed.quantile(1 - share))) for share in (_PASSED, _PASSED_REPEATED))
     if float((found > repeated).double().mean()) < _LEAST_FOUND:
         return None
     probe = _fit(declining, complying)
@@ -92,7 +95,7 @@ def declining_rows(
 
 @cache
 def known_answers() -> Mapping[str, tuple[str, ...]]:
-    """The shipped answers, `declining` and `complying`."""
+    """The shipped answers by kind: `declining` and `complying`."""
     table = tomllib.loads(_FILE.read_text(encoding="utf-8"))
     return {kind: tuple(table[kind]) for kind in ("declining", "complying")}
 
@@ -105,13 +108,6 @@ def _repeated(rows: Sequence[Sequence[Message]], answers: Mapping[int, Sequence[
         for text in group:
             prompts.setdefault(text, set()).add(asked)
     return {text: len(found) >= _REPEATED for text, found in prompts.items()}
-
-
-def _of_unseen(declining: Sequence[Tensor], complying: Sequence[Tensor], part: int) -> tuple[list[float], list[float]]:
-    """Values of one part's answers of both kinds, by a probe fitted on all others."""
-    probe = _fit(*([s for i, s in enumerate(some) if i % _FOLDS != part] for some in (declining, complying)))
-    first, second = ([_least(probe, s) for s in some[part::_FOLDS]] for some in (declining, complying))
-    return first, second
 
 
 def _fit(declining: Sequence[Tensor], complying: Sequence[Tensor]) -> Direction:
