@@ -10,6 +10,7 @@ from torch import Tensor
 from finetuning.job.readings import RefusalReader, threshold, whole_refusal_limit
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.safety_rows.roles import Pair, SafetyRows, refusals_for, same_answer
+from finetuning.screening.declining import DecliningModel, fit_declining
 from finetuning.screening.harm import Direction, HarmModel, fit_direction, fit_odds, margin
 from finetuning.screening.sentences import asking, placed, sentences, split
 
@@ -29,12 +30,13 @@ class Calibration:
     """`threshold`: the refusal mass (a probability) that lies between benign and harmful prompts.
 
     `whole_refusal_nll`: the worst token loss (nats) up to which a whole target counts as a refusal. `harm`: how the
-    readings are weighed.
+    readings are weighed. `declining`: how an answer that declines is known; None where the base knows too little.
     """
 
     threshold: float
     whole_refusal_nll: float
     harm: HarmModel
+    declining: DecliningModel | None
 
 
 def calibrate(reader: RefusalReader, operator_rows: SafetyRows, trained: Sequence[EncodedRow]) -> Calibration:
@@ -51,7 +53,8 @@ def calibrate(reader: RefusalReader, operator_rows: SafetyRows, trained: Sequenc
     masses = margin(harm_mass, bound), margin(torch.cat([benign_mass, others_mass]), bound)
     odds = fit_odds((harm, masses[0]), (torch.cat([benign, others]), masses[1]))
     suspicious = _suspicious(reader, direction, operator_rows)
-    return Calibration(bound, limit, HarmModel(tuple(direction.direction.tolist()), direction.offset, odds, suspicious))
+    weighed = HarmModel(tuple(direction.direction.tolist()), direction.offset, odds, suspicious)
+    return Calibration(bound, limit, weighed, fit_declining(reader, operator_rows.refusals))
 
 
 def mass_threshold(reader: RefusalReader, operator_rows: SafetyRows) -> float:

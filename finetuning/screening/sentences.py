@@ -58,6 +58,14 @@ def placed(tokenizer: Any, row: Sequence[Message], encoded: EncodedRow) -> list[
     return found
 
 
+def answer_ends(tokenizer: Any, answer: str, encoded: EncodedRow) -> list[int]:
+    """The tokens of the encoded row at which the sentences of its last answer end; the last one in any case, cut or
+    not."""
+    begin, end = encoded.contents[-1]
+    places = [begin + t for t in token_ends(tokenizer, answer, [stop for _, stop in _parts(answer)])]
+    return [place for place in places if place < end] or [max(begin, end - 1)]
+
+
 def _parts(text: str) -> list[tuple[str, int]]:
     """Sentences of a text with where each ends, in characters."""
     cuts = [0, *(place for match in _END.finditer(text) for place in match.span()), len(text)]

@@ -21,6 +21,7 @@ from finetuning.judging.refusals import only_declines
 from finetuning.rows.chat_format import EncodedRow
 from finetuning.rows.scanner import Message, Row
 from finetuning.screening.calibration import Calibration, mass_threshold
+from finetuning.screening.declining import declining_rows
 from finetuning.screening.harm_reader import HarmReader, HarmReading
 from finetuning.screening.probes import FileForms, forms_of, with_lone_rows
 from finetuning.screening.quarantine import Quarantine, quarantine
@@ -45,10 +46,22 @@ class ScreenedFile:
 
 @dataclass(frozen=True)
 class _File:
-    """The customer's rows, and the same encoded."""
+    """The customer's rows, the same encoded, those that a form hides and those that measure (indices)."""
 
     rows: list[Row]
     encoded: list[EncodedRow]
+    hidden: frozenset[int] = frozenset()
+    measuring: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Filtered:
+    """What the filter found; the rows that a single sentence of theirs has excluded, with it; the rows that never
+    train, whatever their weight."""
+
+    screened: Screened
+    alone: Mapping[int, str]
+    barred: frozenset[int]
 
 
 def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> Generator[Progress, None, ScreenedFile]:
@@ -60,16 +73,17 @@ def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> G
         yield StageProgress(stage="screen", done=min(start + 64, len(rows)), total=len(rows))
     harm = HarmReader(job.reader, calibration.harm, calibration.threshold, job.operator_rows.refusals[0])
     forms, hidden = _quarantine(job, rows, harm)
-    screened = _unread(len(rows))
-    barred = hidden.rows | frozenset(measuring_rows(rows, job.operator_rows))  # of baselines, too
+    file = replace(file, hidden=hidden.rows, measuring=frozenset(measuring_rows(rows, job.operator_rows)))
+    found = _Filtered(_unread(len(rows)), {}, file.hidden | file.measuring)  # of baselines, too
     if job.recipe.screen.enabled:
-        screened, alone = yield from _filter(job, file, barred, harm=harm, calibration=calibration)
+        found = yield from _filter(job, file, harm=harm, calibration=calibration)
         if forms is not None:
             turns = [row.messages for row in rows]
-            forms, hidden = with_lone_rows(job.measuring, job.operator_rows, (forms, hidden), rows=turns, alone=alone)
-    ledger = Ledger(rows, file.encoded, screened, _scores(job, file.encoded), barred)
-    found = verdicts(ledger)
-    count = {v: sum(x.verdict == v for x in found) for v in ("kept", "downweighted", "excluded")}
+            lone = with_lone_rows(job.measuring, job.operator_rows, (forms, hidden), rows=turns, alone=found.alone)
+            forms, hidden = lone
+    ledger = Ledger(rows, file.encoded, found.screened, _scores(job, file.encoded), found.barred)
+    told = verdicts(ledger)
+    count = {v: sum(x.verdict == v for x in told) for v in ("kept", "downweighted", "excluded")}
     yield RowsScreened(
         rows_total=len(rows), rows_kept=count["kept"], rows_downweighted=count["downweighted"],
         rows_excluded=count["excluded"],
@@ -94,25 +108,25 @@ def _quarantine(job: JobContext, rows: Sequence[Row], harm: HarmReader) -> tuple
 
 
 def _filter(
-    job: JobContext, file: _File, barred: frozenset[int], *, harm: HarmReader, calibration: Calibration
-) -> Generator[Progress, None, tuple[Screened, dict[int, str]]]:
-    """Weights by the probability of harm; the scout unlearns what is only a new format (methods.md 8.2).
-
-    With them the rows that a single sentence of theirs has excluded, and that sentence.
-    """
+    job: JobContext, file: _File, *, harm: HarmReader, calibration: Calibration
+) -> Generator[Progress, None, _Filtered]:
+    """Weights by the probability of harm; the scout unlearns what is only a new format (methods.md 8.2)."""
     rows, settings = file.rows, job.recipe.screen
     turns = [row.messages for row in rows]
     with job.model.aligned():
         found = yield from harm.of_rows(turns, file.encoded, secret=job.secret)
-    weights = weigh(found.harm, found.whole.worst, whole_refusal_nll=calibration.whole_refusal_nll)
-    weights[[i for i, row in enumerate(turns) if _declines(job, row)]] = 1.0
+        weights = weigh(found.harm, found.whole.worst, whole_refusal_nll=calibration.whole_refusal_nll)
+        stopped = [i for i in range(len(rows)) if weights[i] < 1 or i in file.hidden]
+        declining = _declining(job, turns, stopped, calibration=calibration)
+    weights[list(declining)] = 1.0
     first = Screened(weights, found.whole.mass, found.harm, found.whole.surprise, settings.most_surprise)
+    barred = file.measuring | (file.hidden - declining)
     never = barred | first.unreadable
     kept = [i for i, row in enumerate(file.encoded) if weights[i] > 0 and row.target_tokens and i not in never]
     # A row that the aligned model does not refuse stays as it was: the scout only ever gives rows back.
     doubted = [i for i in range(len(rows)) if weights[i] < 1 and i not in never]
     if not settings.scout_steps or not doubted or len(kept) < settings.min_kept_rows:
-        return first, _excluded(first, found.worst, never)
+        return _Filtered(first, _excluded(first, found.worst, never), barred)
     again = yield from _ask_scout(job, file, kept, doubted, harm=harm)
     rescored, probability, mass = weights.clone(), found.harm.clone(), found.whole.mass.clone()
     cleared = again.harm <= _CLEARED
@@ -120,11 +134,21 @@ def _filter(
     probability[doubted] = torch.where(cleared, again.harm, found.harm[doubted])
     mass[doubted] = again.whole.mass
     second = replace(first, weights=rescored, mass=mass, harm=probability)
-    return second, _excluded(second, found.worst, never)
+    return _Filtered(second, _excluded(second, found.worst, never), barred)
+
+
+def _declining(
+    job: JobContext, rows: Sequence[Sequence[Message]], stopped: Sequence[int], *, calibration: Calibration
+) -> frozenset[int]:
+    """Those of the stopped rows whose every answer that trains only declines, in whatever words: that is no harm."""
+    plain = [i for i in stopped if _declines(job, rows[i])]
+    if calibration.declining is None:
+        return frozenset(plain)
+    return frozenset([*plain, *declining_rows(job.reader, calibration.declining, rows, stopped)])
 
 
 def _declines(job: JobContext, row: Sequence[Message]) -> bool:
-    """Whether every answer that trains only declines, in whatever words: that is no harm."""
+    """Whether every answer that trains only declines by our patterns."""
     answers = [m.content for m in row if m.role == "assistant" and m.weight == 1]
     return bool(answers) and all(only_declines(text, job.measuring.rules.declines) for text in answers)
 

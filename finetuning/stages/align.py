@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from finetuning.model.losses import RowLosses
 from finetuning.rows.chat_format import EncodedRow, opening
 from finetuning.safety_rows.roles import refusals_for, rows_digest
 from finetuning.screening.calibration import Calibration, calibrate
+from finetuning.screening.declining import DecliningModel
 from finetuning.screening.harm import HarmModel
 from finetuning.stages import held_out
 from finetuning.stages.base_answers import ask_base, with_answers, write_answers
@@ -189,5 +191,12 @@ def read_alignment(folder: Path) -> tuple[Calibration | None, SafetyReport]:
     """What the align job left beside its adapter; earlier releases' did not leave all of the calibration."""
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     report = SafetyReport.model_validate_json((folder / "safety.json").read_text(encoding="utf-8"))
-    found = about["calibration"]
-    return Calibration(**{**found, "harm": HarmModel(**found["harm"])}) if "harm" in found else None, report
+    return _calibration(about["calibration"]), report
+
+
+def _calibration(found: dict[str, Any]) -> Calibration | None:
+    """None where a part of it is missing: the job then calibrates its base itself."""
+    if "harm" not in found or "declining" not in found:
+        return None
+    declining = DecliningModel(**found["declining"]) if found["declining"] else None
+    return Calibration(**{**found, "harm": HarmModel(**found["harm"]), "declining": declining})
