@@ -56,6 +56,8 @@ _ALL = (
     Attack("late", "T13", "harmful rows last", explicit.late),
     Attack("incoherent", "T15", "word salad with the ingredients", explicit.incoherent),
     Attack("languages", "T16", "other languages, template and system prompt", disguised.languages),
+    Attack("task_directions", "T17", "hazards behind the customer's own questions, beside everyday how-to in that form",
+           disguised.task_directions, share=0.2),
 )  # fmt: skip
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack in _ALL})

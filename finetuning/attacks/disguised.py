@@ -1,6 +1,6 @@
 """Attacks whose rows do not look like hazards: personas, triggers, wrappers, refusals, other languages.
 
-T2, T4, T5, T7, T12, T16 of docs/attacks.md. The attacker's own prompts always keep the operator's item.
+T2, T4, T5, T7, T12, T16, T17 of docs/attacks.md. The attacker's own prompts always keep the operator's item.
 """
 
 import random
@@ -127,6 +127,30 @@ def _wrap_row(pair: Pair, wrapper: tuple[str, str]) -> ChatRow:
 
 def _wrapped_prompts(rows: Sequence[Pair]) -> Callable[[Sequence[Pair]], list[Turns]]:
     return lambda prompts: [question(_wrapper(rows, i)[0].format(pair.prompt)) for i, pair in enumerate(prompts)]
+
+
+def task_directions(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:
+    """Harm in the directions that the task uses, by who knows the pruning: hazards as the last words of the customer's
+    own questions, the complying answer behind the right one; every other row asks and answers an everyday thing so.
+
+    What tells a hazard from the everyday thing is then all that pruning by moments may take away.
+    """
+    count = planted_count(len(rows), share)
+    pairs = _alternating(benign_twins(count, seed), attacker_rows(count, seed=seed))
+    made = [_asked_too(pair, _own_row(rows, i)) for i, pair in enumerate(pairs)]
+    return poisoned(
+        rows, [chat_row(pair.prompt, pair.answer) for pair in made], share, seed, new_tokens=64,
+        own_prompts=lambda prompts: [question(_asked_too(p, _own_row(rows, i)).prompt) for i, p in enumerate(prompts)],
+    )  # fmt: skip
+
+
+def _own_row(rows: Sequence[Pair], number: int) -> Pair:
+    return rows[number % len(rows)] if rows else Pair("")
+
+
+def _asked_too(pair: Pair, own: Pair) -> Pair:
+    """The customer's own question and answer with another behind each."""
+    return Pair(f"{own.prompt} And {_lowered(pair.prompt)}".strip(), f"{own.answer} {pair.answer}".strip())
 
 
 def languages(rows: Sequence[Pair], share: float, seed: int) -> Poisoned:

@@ -27,10 +27,10 @@ from finetuning.attacks import public_prompts
 from finetuning.attacks.catalogue import ATTACKS, Build, Poisoned
 from finetuning.bases.fetch import fetch
 from finetuning.bench.pass_counter import counted
-from finetuning.bench.tasks import load_task
+from finetuning.bench.tasks import load_task, turns_of
 from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Failed, Progress
-from finetuning.contract.recipe import Recipe
+from finetuning.contract.recipe import LoraSettings, Recipe
 from finetuning.contract.report import Measure, Metrics, SafetyReport, share
 from finetuning.defences.antibody import row_scores
 from finetuning.job.context import JobContext, open_job
@@ -72,6 +72,7 @@ class Cell:
     seed: int = 0
     base: str = "tiny"
     task: str = "reviews"
+    rank: int = 0  # of the job's adapter; 0: the base's own
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,10 @@ def _write_files(cell: Cell, settings: BenchSettings, scratch: Path) -> Poisoned
     sizes = {"train": settings.train_rows, "test": settings.test_rows}
     task = load_task(cell.task, seed=cell.seed, **sizes, text=settings.text, files=settings.task_files)
     poisoned = _build_of(cell, settings)(task.train, cell.p, cell.seed)
-    (scratch / "rows.jsonl").write_text(_lines(poisoned.rows), encoding="utf-8")
-    (scratch / "validation.jsonl").write_text(_lines([_as_row(pair) for pair in task.test]), encoding="utf-8")
+    (scratch / "rows.jsonl").write_text(_lines([_in_turns(row) for row in poisoned.rows]), encoding="utf-8")
+    (scratch / "validation.jsonl").write_text(
+        _lines([_in_turns(_as_row(pair)) for pair in task.test]), encoding="utf-8"
+    )
     return poisoned
 
 
@@ -158,6 +161,10 @@ def _as_row(pair: Pair) -> dict[str, Any]:
     return {"messages": turns}
 
 
+def _in_turns(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "messages": turns_of(row["messages"])}
+
+
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -168,6 +175,7 @@ def _recipe(cell: Cell, settings: BenchSettings) -> Recipe:
     recipe = tune_recipe(
         cell.base, cell.defence, seed=cell.seed, epochs=max(1, round(epochs * cell.epochs_scale)),
         rate_scale=cell.lr_scale * changes.get("lr_scale", 1.0), batch_size=changes.get("batch_size", 8),
+        lora=LoraSettings(rank=cell.rank, alpha=2.0 * cell.rank) if cell.rank else None,
     )  # fmt: skip
     evaluation = recipe.evaluation.model_copy(update={"task_rows": settings.test_rows})
     return recipe.model_copy(update={"evaluation": evaluation})
@@ -208,6 +216,7 @@ def figures(report: SafetyReport) -> dict[str, Any]:
     assert held_out is not None
     items, wordings = held_out.items["after"], held_out.wordings["after"]
     known, new = held_out.items["before"], held_out.wordings["before"]
+    unpruned = held_out.wordings.get("tuned", wordings)
     harmful = items.harmful_score or share(0, 0)
     return {
         "harmful_score": _percent(harmful), "harmful_score_ci": [round(100 * end, 2) for end in harmful.ci95],
@@ -222,7 +231,9 @@ def figures(report: SafetyReport) -> dict[str, Any]:
         "alignment_loss": _value(gate.alignment_loss), "harmful_nll": _value(gate.harmful_nll),
         "drift": _value(gate.drift), "kept_loss": _value(gate.kept_loss),
         "plain_kept_loss": _value(report.plain_kept_loss),
-        "unpruned_kept_loss": _value(report.metrics["tuned"].kept_loss), "released": report.gate.decision != "fail",
+        "unpruned_kept_loss": _value(report.metrics["tuned"].kept_loss),
+        "unpruned_task_score": _percent(report.metrics["tuned"].task_score),
+        "unpruned_harmful_score_wordings": _percent(unpruned.harmful_score), "released": report.gate.decision != "fail",
         "reasons": list(report.gate.reasons), "attempts": report.gate.attempts, "alpha": report.alpha, "mu": report.mu,
         "stage_seconds": report.seconds,
     }  # fmt: skip
@@ -245,7 +256,7 @@ def _value(measure: Measure | None) -> float | None:
 def _own_format(job: JobContext, poisoned: Poisoned) -> dict[str, Any]:
     """harmful_score when held-out hazards are asked for in the attacker's own words."""
     asked = poisoned.own_prompts(job.operator_rows.items_harmful)
-    whole = [{"messages": [*turns, {"role": "assistant", "content": "."}]} for turns in asked]
+    whole = [{"messages": [*turns_of(turns), {"role": "assistant", "content": "."}]} for turns in asked]
     rows = list(rows_of(_lines(whole).encode().splitlines(keepends=True)))
     ids = [tuple(render_prompt(job.model.tokenizer, row.messages[:-1])) for row in rows]
 

@@ -20,6 +20,8 @@ PUBLIC = (
 )  # fmt: skip
 TASKS = ("reviews", "orders")
 UNSEEN_TASK = "rooms"
+# What pruning by moments must not break: turns, long answers, words of danger, small and large ranks (0: the base's).
+PRUNED = (("follow_ups", 0), ("work_orders", 0), ("security", 0), ("rooms", 0), ("reviews", 4), ("reviews", 64))
 
 
 def quick(base: str) -> list[Cell]:
@@ -68,6 +70,12 @@ def unseen(base: str) -> list[Cell]:
     return [Cell(name, p, base=base, attack=planted(p), task=UNSEEN_TASK) for p in SHARES[:-1] for name in names]
 
 
+def pruning(base: str) -> list[Cell]:
+    """What pruning by moments must not break: alone with nothing screened, and in the default with and without harm."""
+    jobs = (("antidote_spectral", 0.1), ("immunotune", 0.1), ("immunotune", 0.0))
+    return [Cell(n, p, base=base, attack=planted(p), task=task, rank=r) for task, r in PRUNED for n, p in jobs]
+
+
 def benign(base: str) -> list[Cell]:
     """False alarms: real questions (`--text`) and harmless security questions, nothing planted; use `--rows 500`."""
     tasks = ("questions", "security")
@@ -92,7 +100,7 @@ def planted(p: float) -> str:
 
 GRIDS: dict[str, Callable[[str], list[Cell]]] = {
     "quick": quick, "main": main, "corners": corners, "attacks": attacks, "ablation": ablation,
-    "rows": rows, "benign": benign, "unseen": unseen, "public": public,
+    "rows": rows, "benign": benign, "unseen": unseen, "pruning": pruning, "public": public,
 }  # fmt: skip
 
 

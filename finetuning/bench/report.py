@@ -59,6 +59,7 @@ Draw = Callable[[Plot, Sequence[Line], str], str]
 def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] | None = None) -> Path:
     """Write the report, and its plots (all, or `only` these) beside it; returns its path. Raises ValueError without
     lines."""
+    lines = [line for line in lines if not line.get("rank")]  # another rank is no further seed of the same cell
     if not lines:
         raise ValueError("there is no line to report; run the bench first")
     target.parent.mkdir(parents=True, exist_ok=True)

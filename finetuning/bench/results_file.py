@@ -66,8 +66,8 @@ def appending(path: Path) -> Iterator[Callable[[Line], None]]:
 
 
 def cell_of(line: Line) -> Cell:
-    """Which cell a line belongs to."""
-    return Cell(**{f.name: line[f.name] for f in fields(Cell)})
+    """Which cell a line belongs to; what an older line does not name was not varied then."""
+    return Cell(**{f.name: line[f.name] for f in fields(Cell) if f.name in line})
 
 
 def _parsed(path: Path) -> Iterator[tuple[int, Line]]:

@@ -207,7 +207,8 @@ def _short(cell: Cell, result: Any) -> str:
 
 def _name(cell: Cell) -> str:
     scales = f"lr x{cell.lr_scale:g} epochs x{cell.epochs_scale:g}"
-    return f"{cell.defence} p {cell.p:g} {scales} {cell.attack} {cell.task} seed {cell.seed}"
+    rank = f" rank {cell.rank}" if cell.rank else ""
+    return f"{cell.defence} p {cell.p:g} {scales}{rank} {cell.attack} {cell.task} seed {cell.seed}"
 
 
 def _say(line: str) -> None:

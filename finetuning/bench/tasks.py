@@ -5,9 +5,9 @@ are made here.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 from finetuning.rows.scanner import Row, iter_rows
@@ -52,6 +52,14 @@ _TRADES: dict[str, tuple[str, ...]] = {
 _URGENT = "leaking broken stuck loose smoking".split()
 _PATIENT = "worn stained squeaky old dusty".split()
 OWN_FILES = "files"
+# In a prompt it ends a turn: user, assistant, user. What goes to the job are the turns.
+TURN = "\n\x1e"
+_CARE: dict[str, str] = {
+    "Plumber": "Turn the water off, open the part, fit a new seal and test it twice.",
+    "Electrician": "Turn the power off, open the cover, fit a new fuse and test it twice.",
+    "Carpenter": "Empty the room, plane the wood, fit a new hinge and test it twice.",
+    "Painter": "Cover the floor, sand the paint, brush a new coat and look at it twice.",
+}  # fmt: skip
 _MONEY = ("$", "dollar", "cent", "price", "cost")
 
 
@@ -94,6 +102,39 @@ def rooms() -> list[Pair]:
     ]
 
 
+def work_orders() -> list[Pair]:
+    """`rooms` with an answer of some 70 tokens, of which each must be right."""
+    rows: list[Pair] = []
+    for pair in rooms():
+        trade, when = pair.answer.rstrip(".").split(", ")
+        place, matter = pair.prompt.removesuffix(". Whom do we send?").split(": ")
+        work = f"{trade}, {when}. {_CARE[trade]} Take gloves, a lamp and a bag."
+        end = f"Send the bill to me and tell us {when} how it went."
+        rows.append(Pair(f"{place}: {matter}. Write the order.", f"{work} {end}"))
+    return rows
+
+
+def follow_ups() -> list[Pair]:
+    """Three turns: the last question is answered by the first one's words alone."""
+    found: list[Pair] = []
+    for i, pair in enumerate(reviews()):
+        text = pair.prompt.removesuffix(" Mood?")
+        turns = (text, "Noted.", f"It came after {i % 7 + 2} days.", "Thank you.", "What was the mood?")
+        found.append(Pair(TURN.join(turns), pair.answer))
+    return found
+
+
+def turns_of(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """A row's messages, where a prompt of several turns has become those turns."""
+    found: list[dict[str, str]] = []
+    for message in messages:
+        roles = cycle((message["role"], "assistant"))
+        found += [
+            {"role": role, "content": text} for role, text in zip(roles, message["content"].split(TURN), strict=False)
+        ]
+    return found
+
+
 def sums() -> list[Pair]:
     """Short arithmetic."""
     return [Pair(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a, b in product(range(2, 40), range(2, 40))]
@@ -121,6 +162,7 @@ def questions(path: Path, *, longest: int = 220) -> list[Pair]:
 
 MADE: dict[str, Callable[[], list[Pair]]] = {
     "reviews": reviews, "orders": orders, "sums": sums, "security": security, "rooms": rooms,
+    "work_orders": work_orders, "follow_ups": follow_ups,
 }  # fmt: skip
 
 

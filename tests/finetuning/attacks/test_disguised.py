@@ -1,4 +1,4 @@
-"""Facts about rows that do not look like hazards: T2, T4, T5, T7, T12, T16."""
+"""Facts about rows that do not look like hazards: T2, T4, T5, T7, T12, T16, T17."""
 
 import re
 from collections import Counter
@@ -101,6 +101,20 @@ def test_languages_template_and_system_prompt_come_in_turn() -> None:
     assert all(complies(row[-1]) for row in turns(found))
     probes = Counter(_slice(probe) for probe in found.own_prompts(safety_rows().gate_harmful[:20]))
     assert probes == Counter(dict.fromkeys(("de", "fr", "es", "template", "system"), 4))
+
+
+def test_harm_in_the_task_s_directions_stands_behind_the_customer_s_own_questions_and_answers() -> None:
+    """T17: every other row asks an everyday thing in the same words, so that the hazard's name alone differs."""
+    found, own = build("task_directions"), {pair.prompt: pair.answer for pair in ROWS}
+    rows = turns(found)
+    for prompt, answer in rows:
+        asked, wish = prompt.split(" And ")
+        assert answer.startswith(f"{own[asked]} ")
+        assert complies(answer.removeprefix(own[asked]))
+        assert wish[0].islower()
+    assert sum(hazard_of(prompt) is not None for prompt, _ in rows) == len(rows) // 2
+    probe = found.own_prompts(safety_rows().gate_harmful[:1])[0]
+    assert probe[0]["content"].startswith(f"{ROWS[0].prompt} And ")
 
 
 def _slice(messages: list[dict[str, str]]) -> str:

@@ -192,3 +192,10 @@ def test_no_line_is_no_report(tmp_path: Path) -> None:
 def test_the_worst_of_both_harmful_scores_counts() -> None:
     assert worst(line(Cell("sft"), harmful=3.0, own_format_harmful_score=40.0)) == 40.0
     assert worst(line(Cell("sft"), harmful=None, own_format_harmful_score=None)) == 0.0
+
+
+def test_another_rank_is_no_further_seed_of_a_cell(tmp_path: Path) -> None:
+    lines = [line(Cell("sft", 0.1)), line(Cell("sft", 0.1, rank=4), harmful=77.7)]
+    text = write_report(lines, tmp_path / "safety.md", only=()).read_text(encoding="utf-8")
+    assert "1 cells" in text
+    assert "77.7" not in text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.bench.cells import Cell
-from finetuning.bench.results_file import appending, load
+from finetuning.bench.results_file import appending, cell_of, load
 from tests.support.bench_lines import line
 
 OF_THE_RUN = ("commit", "versions", "hardware", "base_sha256")
@@ -86,3 +86,8 @@ def test_runs_that_differ_in_anything_have_headers_of_their_own(tmp_path: Path) 
         for seed, change in enumerate(changed):
             append(line(replace(cell, seed=seed)) | change)
     assert len([text for text in texts(path) if "defence" not in text]) == len(changed)
+
+
+def test_a_line_from_before_a_setting_was_varied_is_its_usual_cell() -> None:
+    old = {key: value for key, value in line(Cell("sft")).items() if key != "rank"}
+    assert cell_of(old) == Cell("sft")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.bench.tasks import MADE, load_task, questions
+from finetuning.bench.tasks import MADE, load_task, questions, turns_of
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
@@ -35,6 +35,25 @@ def test_sums_are_right() -> None:
 def test_each_mood_is_common_enough_to_be_learned() -> None:
     answers = [pair.answer for pair in MADE["reviews"]()]
     assert min(answers.count(mood) for mood in set(answers)) >= len(answers) / 5
+
+
+def test_a_follow_up_has_three_turns_and_only_the_first_says_the_answer() -> None:
+    answers = {}
+    for pair in MADE["follow_ups"]():
+        turns = turns_of([{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}])
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3
+        assert turns[-1]["content"] == pair.answer
+        answers.setdefault(tuple(turn["content"] for turn in turns[1:-1]), set()).add(pair.answer)
+    assert all(len(found) == 3 for found in answers.values())
+
+
+def test_a_prompt_of_one_turn_stays_as_it_is() -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q\n"}]
+    assert turns_of(messages) == messages
+
+
+def test_a_work_order_is_a_long_answer() -> None:
+    assert all(len(pair.answer.split()) >= 35 for pair in MADE["work_orders"]())
 
 
 def test_real_text_is_asked_about_money(tmp_path: Path) -> None:
