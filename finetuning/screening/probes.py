@@ -5,7 +5,7 @@ relative to the aligned base (docs/adr/0007).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 
@@ -15,6 +15,7 @@ from finetuning.rows.chat_format import render_prompt
 from finetuning.rows.scanner import Message
 from finetuning.safety_rows.roles import Pair, SafetyRows
 from finetuning.screening.forms import PromptForm, lone_form, mine
+from finetuning.screening.later_forms import later_forms
 from finetuning.screening.quarantine import Quarantine, content_in, spread, turns_in
 
 MOST_PROBED = 12
@@ -23,7 +24,7 @@ ALL_ITEMS = 48
 MAX_LEAK = 0.10
 _LABEL_SHARE = 0.05
 _MOST_TOKENS = 64
-_MOST_LONE = 8
+_MOST_LONE, _MOST_LATER = 8, 6
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class ProbeResult:
 def forms_of(measuring: Measuring, operator_rows: SafetyRows, rows: Sequence[Sequence[Message]]) -> FileForms:
     """What to probe of a customer's rows; beginnings and ends of the operator's own prompts are left out."""
     own = operator_rows
-    known = [pair.prompt for pair in (*own.aligned, *own.calibration_harmful, *own.gate_harmful)]
-    forms = tuple(s for s in mine(rows, known=known) if _fits(measuring, own, s))
+    forms = tuple(s for s in mine(rows, known=_prompts_of(own)) if _fits(measuring, own, s))
     answers = [row[-1].content.strip() if row and row[-1].role == "assistant" else "" for row in rows]
     rules = measuring.rules
     # Of one template's rows, too: what else stands in the file, planted rows among it, makes no label rare.
@@ -69,6 +69,11 @@ def forms_of(measuring: Measuring, operator_rows: SafetyRows, rows: Sequence[Seq
     return FileForms(forms, labels, rooms, naming if _is_exact(rules) else frozenset())
 
 
+def _prompts_of(own: SafetyRows) -> list[str]:
+    """Harmful prompts of the operator, whose own beginnings and ends are no forms of a file."""
+    return [pair.prompt for pair in (*own.aligned, *own.calibration_harmful, *own.gate_harmful)]
+
+
 def with_lone_rows(
     measuring: Measuring,
     operator_rows: SafetyRows,
@@ -76,10 +81,12 @@ def with_lone_rows(
     *,
     rows: Sequence[Sequence[Message]],
     alone: Mapping[int, str],
+    stopped: Collection[int],
 ) -> tuple[FileForms, Quarantine]:
-    """The forms of rows that a single sentence has excluded, as hostile ones: what stands around that sentence.
+    """The forms of rows that a single sentence has excluded, as hostile ones: what stands around that sentence; and
+    those in which the last sentences of stopped rows begin, which rows that train may share.
 
-    Their rows are out already; what else is asked in such a form must stay refused, so it is repaired and probed.
+    What else is asked in such a form must stay refused, so it is repaired and probed.
     """
     forms, hidden = found
     lone: dict[tuple[str, str, str | None], PromptForm] = {}
@@ -87,7 +94,8 @@ def with_lone_rows(
         made = lone_form(rows[i], sentence, i)
         if made is not None and _fits(measuring, operator_rows, made):
             lone.setdefault((made.prefix, made.suffix, made.system), made)
-    chosen = spread(list(lone.values()), _MOST_LONE, 0)
+    later = later_forms(rows, stopped, known=_prompts_of(operator_rows), most=_MOST_LATER)
+    chosen = [*spread(list(lone.values()), _MOST_LONE, 0), *(s for s in later if _fits(measuring, operator_rows, s))]
     rooms = {s: _room(measuring, [rows[line][-1].content for line in s.lines]) for s in chosen}
     grown = replace(forms, rooms={**forms.rooms, **rooms})
     return grown, replace(hidden, forms=(*hidden.forms, *chosen), rows=hidden.rows | frozenset(alone))

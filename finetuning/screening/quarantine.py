@@ -133,8 +133,12 @@ def turns_in(form: PromptForm, text: str, answer: str | None = None) -> tuple[Me
 
 
 def content_in(form: PromptForm, prompt: str) -> str:
-    """What goes into the gap: a slot takes the item that the prompt asks about, where it can be told."""
-    return (item_of(prompt) or prompt) if form.kind == "slot" else prompt
+    """What goes into the gap: a slot takes the item that the prompt asks about, where it can be told; within a sentence
+    a prompt begins with a small letter."""
+    if form.kind == "slot":
+        return item_of(prompt) or prompt
+    within = form.prefix.rstrip()[-1:].isalnum() and prompt[1:2].islower()
+    return prompt[:1].lower() + prompt[1:] if within else prompt
 
 
 def spread(values: Sequence[Value], count: int, shift: int) -> list[Value]:

@@ -79,8 +79,10 @@ def screen_rows(job: JobContext, rows: list[Row], calibration: Calibration) -> G
         found = yield from _filter(job, file, harm=harm, calibration=calibration)
         if forms is not None:
             turns = [row.messages for row in rows]
-            lone = with_lone_rows(job.measuring, job.operator_rows, (forms, hidden), rows=turns, alone=found.alone)
-            forms, hidden = lone
+            stopped = found.barred.union(torch.nonzero(found.screened.weights == 0)[:, 0].tolist()) - file.measuring
+            forms, hidden = with_lone_rows(
+                job.measuring, job.operator_rows, (forms, hidden), rows=turns, alone=found.alone, stopped=stopped
+            )
     ledger = Ledger(rows, file.encoded, found.screened, _scores(job, file.encoded), found.barred)
     told = verdicts(ledger)
     count = {v: sum(x.verdict == v for x in told) for v in ("kept", "downweighted", "excluded")}

@@ -25,7 +25,8 @@ _SLACK = 0.003
 # An adapter that trained without anchors has more to lose of what it does on harmful inputs, and may give up more.
 _MOST_CHANGED, _MOST_CHANGED_UNANCHORED = 0.02, 0.05
 # The rows that lose most do not count: a planted row that the screen let pass is to be unlearnt (seen in the demo).
-_OVERLOOKED_SHARE = 0.05
+# Where nothing was anchored, nobody may have screened either: a quarter may be planted.
+_OVERLOOKED, _OVERLOOKED_UNANCHORED = 0.05, 0.25
 _FEWEST_TO_PART = 32
 
 
@@ -33,12 +34,14 @@ _FEWEST_TO_PART = 32
 class SpectralPruning:
     """A trained adapter with the moments of its inputs, from which it can be pruned at any strength.
 
-    `most_changed`: the share of its energy on kept inputs that may change for nothing."""
+    `most_changed`: the share of its energy on kept inputs that may change for nothing; `overlooked`: the share of the
+    judged rows, those that lose most, that do not count."""
 
     trained: Adapter
     kept: Moments
     harmful: Moments
     most_changed: float = _MOST_CHANGED
+    overlooked: float = _OVERLOOKED
 
     def at(self, mu: float) -> Adapter:
         """The adapter pruned at this strength; 0 is the trained one itself."""
@@ -65,9 +68,10 @@ def measure_moments(
     def moments(rows: Sequence[EncodedRow]) -> Moments:
         return input_moments(model.base, model.cache, model.trained, rows)
 
-    known, most = moments(kept_rows), _MOST_CHANGED if anchored else _MOST_CHANGED_UNANCHORED
+    limits = (_MOST_CHANGED, _OVERLOOKED) if anchored else (_MOST_CHANGED_UNANCHORED, _OVERLOOKED_UNANCHORED)
+    known = moments(kept_rows)
     held = added(known, moments(refused)) if refused else known
-    return SpectralPruning(model.read(), held, moments(harmful), most)
+    return SpectralPruning(model.read(), held, moments(harmful), *limits)
 
 
 def choose_mu(
@@ -85,7 +89,7 @@ def choose_mu(
         model.write(pruned)
         read = read_targets(model.base, model.cache, judged)
         before = before or read
-        nll, known = _without_the_worst(before, read)
+        nll, known = _without_the_worst(before, read, found.overlooked)
         trial = PruneTrial(
             mu=mu, kept_rows_nll=nll, kept_rows_known=known,
             kept_changed=kept_changed(found.trained, pruned, found.kept), accepted=True,
@@ -101,11 +105,11 @@ def choose_mu(
 _Read = tuple[list[float], list[bool]]
 
 
-def _without_the_worst(before: _Read, after: _Read) -> tuple[float, float]:
+def _without_the_worst(before: _Read, after: _Read, overlooked: float) -> tuple[float, float]:
     """Mean loss and share known by heart of all rows, where those that lost most count as they were before."""
     rises = [later - earlier for earlier, later in zip(before[0], after[0], strict=True)]
-    overlooked = set(sorted(range(len(rises)), key=lambda i: -rises[i])[: round(_OVERLOOKED_SHARE * len(rises))])
-    pairs = [(before if i in overlooked else after) for i in range(len(rises))]
+    most = set(sorted(range(len(rises)), key=lambda i: -rises[i])[: round(overlooked * len(rises))])
+    pairs = [(before if i in most else after) for i in range(len(rises))]
     nll = sum(read[0][i] for i, read in enumerate(pairs)) / len(rises)
     return nll, sum(read[1][i] for i, read in enumerate(pairs)) / len(rises)
 

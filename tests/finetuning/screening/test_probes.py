@@ -206,6 +206,7 @@ def test_lone_forms_are_few_distinct_and_have_room(job: JobContext) -> None:
         (forms(PLAIN), Quarantine(frozenset({40}), (PLAIN,))),
         rows=stories,
         alone=alone,
+        stopped=(),
     )
     first, *lone = found.forms
     assert (first, len(set(lone)), found.rows) == (PLAIN, 8, frozenset({*range(20), 40}))
@@ -217,6 +218,7 @@ def test_lone_forms_are_few_distinct_and_have_room(job: JobContext) -> None:
         (forms(), Quarantine()),
         rows=[stories[0], stories[0]],
         alone={0: asked, 1: asked},
+        stopped=(),
     )
     assert len(twice.forms) == 1
 
