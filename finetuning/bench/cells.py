@@ -217,11 +217,10 @@ def figures(report: SafetyReport) -> dict[str, Any]:
     items, wordings = held_out.items["after"], held_out.wordings["after"]
     known, new = held_out.items["before"], held_out.wordings["before"]
     unpruned = held_out.wordings.get("tuned", wordings)
-    harmful = items.harmful_score or share(0, 0)
     return {
-        "harmful_score": _percent(harmful), "harmful_score_ci": [round(100 * end, 2) for end in harmful.ci95],
+        "harmful_score": _percent(items.harmful_score), "harmful_score_ci": _ends(items),
         "refusal_rate": _percent(items.refusal_rate), "leak": _percent(items.leak),
-        "harmful_score_wordings": _percent(wordings.harmful_score),
+        "harmful_score_wordings": _percent(wordings.harmful_score), "harmful_score_wordings_ci": _ends(wordings),
         "refusal_rate_wordings": _percent(wordings.refusal_rate),
         "base_harmful_score": _percent(known.harmful_score),
         "base_harmful_score_wordings": _percent(new.harmful_score),
@@ -237,6 +236,10 @@ def figures(report: SafetyReport) -> dict[str, Any]:
         "reasons": list(report.gate.reasons), "attempts": report.gate.attempts, "alpha": report.alpha, "mu": report.mu,
         "stage_seconds": report.seconds,
     }  # fmt: skip
+
+
+def _ends(found: Metrics) -> list[float]:
+    return [round(100 * end, 2) for end in (found.harmful_score or share(0, 0)).ci95]
 
 
 def _both(first: Metrics, second: Metrics, name: str) -> Measure:

@@ -35,7 +35,7 @@ def _style(name: str, index: int) -> dict[str, object]:
             "linestyle": ("-", "--", ":")[index % 3]}  # fmt: skip
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """A PNG: a vector drawing of a dozen marked lines is three times as large."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=_DOTS, metadata={"Software": None})
@@ -49,7 +49,8 @@ def _histogram(axes: Axes, values: Sequence[float], kind: str, *, span: tuple[fl
     axes.hist(values, bins=30, range=span, histtype="stepfilled", color=colour, alpha=0.6, label=kind)
 
 
-def _lines_over(axes: Axes, lines: Sequence[Line], field: str, metric: str) -> None:
+def lines_over(axes: Axes, lines: Sequence[Line], field: str, metric: str) -> None:
+    """A metric's mean over a field's values, one line a defence."""
     for i, name in enumerate(values_of(lines, "defence")):
         own = where(lines, defence=name)
         points = [(x, mean_of(where(own, **{field: x}), metric)) for x in sorted(values_of(own, field))]
@@ -65,23 +66,23 @@ def over_share(lines: Sequence[Line], path: Path) -> Path:
     figure = Figure(figsize=(9, 4))
     left, right = figure.subplots(1, 2)
     for axes, metric, title in ((left, "harmful_score", "harmful score %"), (right, "task_score", "task score %")):
-        _lines_over(axes, lines, "p", metric)
+        lines_over(axes, lines, "p", metric)
         axes.set(xlabel="harmful share p of the file", ylabel=title, ylim=(-3, 103))
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, **_TITLED)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def over_scales(lines: Sequence[Line], path: Path) -> Path:
     """harmful_score over learning rate and over epochs, as multiples of the default."""
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
-    _lines_over(left, [x for x in lines if x["epochs_scale"] == 1], "lr_scale", "harmful_score")
-    _lines_over(right, [x for x in lines if x["lr_scale"] == 1], "epochs_scale", "harmful_score")
+    lines_over(left, [x for x in lines if x["epochs_scale"] == 1], "lr_scale", "harmful_score")
+    lines_over(right, [x for x in lines if x["lr_scale"] == 1], "epochs_scale", "harmful_score")
     for axes, label in ((left, "learning rate, times the default"), (right, "epochs, times the default")):
         axes.set(xlabel=label, ylabel="harmful score %", xscale="log", ylim=(-3, 103))
         axes.set_xticks([1, 3, 10], ["1", "3", "10"])
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, **_TITLED)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plane(lines: Sequence[Line], path: Path) -> Path:
@@ -96,7 +97,7 @@ def plane(lines: Sequence[Line], path: Path) -> Path:
             axes.plot([task.value], [harm.value], label=name, **style)  # type: ignore[arg-type]
     axes.set(xlabel="task score %", ylabel="harmful score %", ylim=(-3, 103), xlim=(-3, 103))
     figure.legend(loc="outside right center", fontsize=8, **_TITLED)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def antibody_scores(lines: Sequence[Line], path: Path) -> Path:
@@ -115,7 +116,7 @@ def antibody_scores(lines: Sequence[Line], path: Path) -> Path:
     figure.supxlabel(f"{r}. Papers' methods: under our settings")
     figure.supylabel("rows")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def row_scores(lines: Sequence[Line], path: Path) -> Path:
@@ -137,4 +138,4 @@ def row_scores(lines: Sequence[Line], path: Path) -> Path:
     figure.supylabel("rows")
     first = figure.axes[0]
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)

@@ -49,7 +49,7 @@ _BEFORE_WHOLE_EPOCHS = (
     "These cells were run before epochs were whole (docs/adr/0014-rooms.md): their fine-tunes took as many steps as "
     "the uploaded rows ask for, in equal batches, so that each kept row was seen up to a fifth more often than asked "
     "for, and in files of many harmful rows more. Lines run since then, the policy `as_asked` among them, stand in a "
-    "file of their own, safety-whole-epochs.jsonl; what they say of `as_asked`: docs/adr/0016.\n"
+    "file of their own, invented-world-whole-epochs.jsonl; what they say of `as_asked`: docs/adr/0016.\n"
 )
 Plot = Callable[[Sequence[Line], Path], Path]
 # Draws a plot of lines under a name; returns the report's text that shows it, or nothing.
@@ -64,7 +64,7 @@ def write_report(lines: Sequence[Line], target: Path, *, only: Collection[str] |
         raise ValueError("there is no line to report; run the bench first")
     target.parent.mkdir(parents=True, exist_ok=True)
     known = [line for base in values_of(lines, "base") for line in _of_its_newest(where(lines, base=base))]
-    parts = ["# Safety bench\n", _made_of(known), _PAPERS]
+    parts = ["# Safety bench: the invented world\n", _made_of(known), _PAPERS]
     if len(known) < len(lines):
         left_out = len(lines) - len(known)
         parts.append(
@@ -96,7 +96,8 @@ def _made_of(lines: Sequence[Line]) -> str:
         f"{len(lines)} cells, {seconds / 3600:.1f} core-hours; commits {commits}; {lines[-1]['hardware']}; "
         f"{', '.join(f'{k} {v}' for k, v in lines[-1]['versions'].items())}. "
         "Tables and plots are made from the JSON lines of the bench: those in the repository by "
-        "`./run bench safety --publish --out docs/results/safety.jsonl`, every plot by `./run bench safety --report`.\n"
+        "`./run bench safety --publish --out docs/results/invented-world.jsonl`, every plot by "
+        "`./run bench safety --report`.\n"
     )
 
 

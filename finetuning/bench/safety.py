@@ -67,10 +67,15 @@ def _is_of_today(line: Line, base_sha256: str) -> bool:
 
 def _report(lines: Sequence[Line], out: Path, data: Path, *, publish: bool) -> int:
     """Beside the lines with the chosen plots, or with all plots into the data folder."""
+    from finetuning.bench.real_text import is_real_text, write_real_text
     from finetuning.bench.report import PUBLISHED, write_report
 
     target = out.with_suffix(".md") if publish else data / "bench" / "report" / f"{out.stem}.md"
-    written = write_report(lines, target, only=PUBLISHED if publish else None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = (
+        write_real_text(lines, target) if is_real_text(lines)
+        else write_report(lines, target, only=PUBLISHED if publish else None)
+    )  # fmt: skip
     sys.stdout.write(f"written to {written}\n")
     return 0
 

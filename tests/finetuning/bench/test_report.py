@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.bench.cells import Cell
+from finetuning.bench.real_text import is_real_text, write_real_text
 from finetuning.bench.report import PUBLISHED, worst, write_report
 from finetuning.bench.results_file import load
 from finetuning.bench.tables import crossed, harm_and_task, label, mean_of, table
@@ -168,18 +169,43 @@ def test_a_report_of_some_plots_shows_and_draws_no_others(tmp_path: Path) -> Non
 
 
 def test_the_published_report_is_what_the_tracked_lines_say(tmp_path: Path) -> None:
-    """Another text or plot: run `bench safety --publish --out docs/results/safety.jsonl`, and commit what it writes."""
-    made = write_report(load(RESULTS / "safety.jsonl"), tmp_path / "safety.md", only=PUBLISHED)
-    assert made.read_text(encoding="utf-8") == (RESULTS / "safety.md").read_text(encoding="utf-8")
+    """Another text or plot: run `bench safety --publish --out docs/results/NAME.jsonl`, and commit what it writes."""
+    made = write_report(load(RESULTS / "invented-world.jsonl"), tmp_path / "invented-world.md", only=PUBLISHED)
+    real = write_real_text(load(RESULTS / "real-text.jsonl"), tmp_path / "real-text.md")
+    for page in (made, real):
+        assert page.read_text(encoding="utf-8") == (RESULTS / page.name).read_text(encoding="utf-8")
     drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {f"safety-{name}.png" for name in PUBLISHED} == {path.name for path in RESULTS.glob("*.png")}
+    wanted = {*(f"invented-world-{name}.png" for name in PUBLISHED), "real-text-over-p.png"}
+    assert drawn == wanted == {path.name for path in RESULTS.glob("*.png")}
+
+
+def test_cells_over_a_customers_own_file_have_a_report_of_their_own(tmp_path: Path) -> None:
+    cells = [
+        Cell("plain", p, base="smollm2", attack=a, task="files") for p, a in ((0.0, "none"), (0.1, "public_prompts"))
+    ]
+    lines = [
+        {
+            **line(cell, harmful=12.5),
+            "harmful_score_ci": [8.0, 19.0],
+            "mu": 0.3,
+            "base_harmful_score": 1.0,
+            "base_over_refusal": 9.0,
+        }
+        for cell in cells
+    ]
+    assert is_real_text(lines)
+    assert not is_real_text([*lines, line(Cell("sft"))])
+    assert not is_real_text([])
+    text = write_real_text(lines, tmp_path / "real-text.md").read_text(encoding="utf-8")
+    assert text.count("12.5 [8, 19]") == len(cells)
+    assert "## Nothing planted" in text
 
 
 def test_the_tracked_results_stay_small() -> None:
     sizes = {path: path.stat().st_size for path in RESULTS.iterdir()}
     plots = {path.name: size for path, size in sizes.items() if path.suffix == ".png"}
     assert sum(sizes.values()) < 1_200_000
-    assert len(plots) <= 6
+    assert len(plots) <= 7
     assert max(plots.values()) < 60_000
     assert {path.suffix for path in sizes} == {".json", ".jsonl", ".md", ".png"}
 
