@@ -94,11 +94,20 @@ def test_a_planted_row_that_the_screen_let_pass_does_not_hold_the_pruning_back()
     before = ([0.1] * 40, [True] * 40)
     two = ([9.0, 9.0, *[0.1] * 38], [False, False, *[True] * 38])
     three = ([9.0, 9.0, 9.0, *[0.1] * 37], [False] * 3 + [True] * 37)
-    assert _without_the_worst(before, two) == (pytest.approx(0.1), 1.0)
-    nll, known = _without_the_worst(before, three)
+    assert _without_the_worst(before, two, 0.05) == (pytest.approx(0.1), 1.0)
+    nll, known = _without_the_worst(before, three, 0.05)
     assert (nll, known) == (pytest.approx(0.1 + 8.9 / 40), 39 / 40)
     few = ([0.1] * 8, [True] * 8)
-    assert _without_the_worst(few, ([9.0, *[0.1] * 7], [False, *[True] * 7]))[1] == 7 / 8
+    assert _without_the_worst(few, ([9.0, *[0.1] * 7], [False, *[True] * 7]), 0.05)[1] == 7 / 8
+
+
+def test_where_nothing_was_anchored_a_quarter_may_be_planted() -> None:
+    measuring, _ = poisoned()
+    shares = [measure_moments(measuring.model, ROWS, KEPT, anchored=a).overlooked for a in (True, False)]
+    assert shares == [0.05, 0.25]
+    before = ([0.1] * 40, [True] * 40)
+    ten = ([9.0] * 10 + [0.1] * 30, [False] * 10 + [True] * 30)
+    assert _without_the_worst(before, ten, shares[1]) == (pytest.approx(0.1), 1.0)
 
 
 def test_where_nothing_is_free_the_adapter_stays_as_it_was() -> None:
