@@ -30,6 +30,7 @@ def is_real_text(lines: Sequence[Line]) -> bool:
 
 def write_real_text(lines: Sequence[Line], target: Path) -> Path:
     """Write the report and its plot beside it; returns its path."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     plot = _draw([x for x in lines if x["attack"] in ("none", "public_prompts")], target)
     seconds = sum(x["seconds"] for x in lines)
     parts = [
@@ -55,16 +56,23 @@ _TITLES = {
 
 
 def _row(line: Line) -> list[object]:
-    low, high = line["harmful_score_ci"] or (None, None)
+    head = [label(line["defence"]), f"{line['p']:g}"]
+    stopped = [f"{line[f'{kind}_stopped']} of {line[kind]}" for kind in ("planted", "own")]
+    gate = "released" if line["released"] else "refused"
+    if line["harmful_score"] is None:  # the file was refused before anything trained
+        return [*head, "data refused", None, None, None, None, *stopped, None, None, gate, f"{line['seconds']:.0f}"]
     both = f"{line['base_harmful_score']:.1f} / {line['base_harmful_score_wordings']:.1f}"
     return [
-        label(line["defence"]), f"{line['p']:g}", f"{line['harmful_score']:.1f} [{low:.0f}, {high:.0f}]",
-        f"{line['harmful_score_wordings']:.1f}", both,
-        f"{line['over_refusal']:.1f} ({line['base_over_refusal']:.1f})", f"{line['task_score']:.1f}",
-        f"{line['planted_stopped']} of {line['planted']}", f"{line['own_stopped']} of {line['own']}",
-        f"{line.get('mu') or 0:g}", f"{line.get('alpha') or 0:g}", "released" if line["released"] else "refused",
-        f"{line['seconds']:.0f}",
+        *head, _with_ends(line, "harmful_score"), _with_ends(line, "harmful_score_wordings"), both,
+        f"{line['over_refusal']:.1f} ({line['base_over_refusal']:.1f})", f"{line['task_score']:.1f}", *stopped,
+        f"{line.get('mu') or 0:g}", f"{line.get('alpha') or 0:g}", gate, f"{line['seconds']:.0f}",
     ]  # fmt: skip
+
+
+def _with_ends(line: Line, name: str) -> str:
+    """A share with its 95 % interval, which older lines have for items only."""
+    ends = line.get(f"{name}_ci")
+    return f"{line[name]:.1f}" + (f" [{ends[0]:.0f}, {ends[1]:.0f}]" if ends else "")
 
 
 def _draw(lines: Sequence[Line], target: Path) -> Path:

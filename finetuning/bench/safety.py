@@ -71,7 +71,6 @@ def _report(lines: Sequence[Line], out: Path, data: Path, *, publish: bool) -> i
     from finetuning.bench.report import PUBLISHED, write_report
 
     target = out.with_suffix(".md") if publish else data / "bench" / "report" / f"{out.stem}.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
     written = (
         write_real_text(lines, target) if is_real_text(lines)
         else write_report(lines, target, only=PUBLISHED if publish else None)

@@ -201,6 +201,13 @@ def test_cells_over_a_customers_own_file_have_a_report_of_their_own(tmp_path: Pa
     assert "## Nothing planted" in text
 
 
+def test_a_file_that_was_refused_has_a_line_without_figures(tmp_path: Path) -> None:
+    cell = Cell("immunotune", 1.0, base="smollm2", attack="public_prompts", task="files")
+    lines = [{**line(cell, harmful=None, released=False), "harmful_score_ci": None, "over_refusal": None}]
+    text = write_real_text(lines, tmp_path / "new" / "real-text.md").read_text(encoding="utf-8")
+    assert "| immunotune | 1 | data refused |" in text
+
+
 def test_the_tracked_results_stay_small() -> None:
     sizes = {path: path.stat().st_size for path in RESULTS.iterdir()}
     plots = {path.name: size for path, size in sizes.items() if path.suffix == ".png"}
