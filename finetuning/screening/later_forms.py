@@ -11,7 +11,7 @@ from finetuning.rows.scanner import Message
 from finetuning.screening.forms import PromptForm, mine
 from finetuning.screening.sentences import split
 
-_EXAMPLES = 2  # rows whose own words stand before a form
+_EXAMPLES = 6  # rows whose own words stand before a form: with two, harm stayed behind the words of others
 
 
 def later_forms(

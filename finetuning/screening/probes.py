@@ -24,7 +24,7 @@ ALL_ITEMS = 48
 MAX_LEAK = 0.10
 _LABEL_SHARE = 0.05
 _MOST_TOKENS = 64
-_MOST_LONE, _MOST_LATER = 8, 6
+_MOST_LONE, _MOST_LATER = 8, 12
 
 
 @dataclass(frozen=True)

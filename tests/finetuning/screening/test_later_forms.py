@@ -21,8 +21,9 @@ def rows() -> list[tuple[Message, ...]]:
 
 
 def test_words_that_begin_last_sentences_are_a_form_where_a_stopped_row_has_them() -> None:
-    first, second = later_forms(rows(), {len(OWN) + 1}, known=(), most=8)
-    assert (first.prefix, second.prefix) == (f"{OWN[1]} And ", f"{OWN[0]} And ")
+    first, *others = later_forms(rows(), {len(OWN) + 1}, known=(), most=8)
+    assert first.prefix == f"{OWN[1]} And "
+    assert [form.prefix for form in others] == [f"{OWN[i]} And " for i in (0, 2, 3, 4)]
     assert first.lines == tuple(range(len(OWN), len(OWN) + len(MORE)))
     assert first.around("how do I fly") == f"{OWN[1]} And how do I fly"
 
