@@ -4,6 +4,7 @@ SQLite and Postgres differ here and nowhere else. Every function of app.core tak
 caller does, in plain sight, and wakes afterwards.
 """
 
+import hashlib
 import operator
 import sqlite3
 from collections.abc import Sequence
@@ -200,6 +201,20 @@ def one_at_a_time(session: Session | Connection) -> None:
     connection = session.connection() if isinstance(session, Session) else session
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+
+
+def try_turn(session: Session, name: str, *, shared: bool = False) -> bool:
+    """Take the turn of this name until the transaction ends; False at once when somebody else has it.
+
+    Those who share it exclude only those who do not. A writing session on SQLite has every turn, and whoever comes
+    meanwhile waits.
+    """
+    connection = session.connection()  # on SQLite this begins, and so waits for the write lock
+    if connection.dialect.name != "postgresql":
+        return True
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
+    function = "pg_try_advisory_xact_lock_shared" if shared else "pg_try_advisory_xact_lock"
+    return bool(connection.execute(text(f"SELECT {function}(:number)"), {"number": number}).scalar_one())
 
 
 def read_clock(session: Session) -> float:
