@@ -27,7 +27,7 @@ from app.api.schemas.job_create import (
     to_create_job,
 )
 from app.api.schemas.jobs import JobFrame, checkpoint_to_body, event_to_body, job_to_body
-from app.core import broker, idempotency
+from app.core import idempotency
 from app.core.errors import InvalidRequest
 from app.core.jobs import jobs
 from app.core.storage.database import read_clock
@@ -57,7 +57,7 @@ def create_job(
         idempotency.store(session, repeat, status=200, body=reply)
         wake_up = jobs.wake_for(job)
         session.commit()
-    broker.wake(resources.celery, wake_up)
+    resources.waker.soon(wake_up)
     return JSONResponse(reply)
 
 
