@@ -15,7 +15,7 @@ from app.api.http.middleware import RequestGuard, RequestLog
 from app.api.http.resources import Resources
 from app.api.routes import chat, files, health, jobs, models, results
 from app.core import projects
-from app.core.broker import make_celery, wake
+from app.core.broker import Waker, make_celery
 from app.core.jobs.reaper import Reaper
 from app.core.models import ensure_base
 from app.core.settings import Settings
@@ -61,11 +61,14 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         projects.bootstrap(session, settings, pepper)
         wakes = ensure_base(session, settings)
         session.commit()
-    wake(celery, *wakes)
+    waker = Waker(celery)
+    waker.start()
+    stack.callback(waker.stop)
+    waker.soon(*wakes)
     gateway = Gateway(
         settings.model_server_urls,
         chat_seconds=settings.serving.chat_seconds,
         ping_seconds=settings.serving.ping_seconds,
     )
     uploads = CapacityLimiter(_UPLOADS_AT_ONCE)
-    return Resources(settings, database, open_blobs(settings), celery, pepper, uploads, gateway)
+    return Resources(settings, database, open_blobs(settings), celery, pepper, uploads, gateway, waker)

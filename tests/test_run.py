@@ -38,6 +38,16 @@ def test_tests_get_one_thread_each_and_no_hub(door: ModuleType, monkeypatch: pyt
     assert "HF_HUB_OFFLINE" not in door.environment_of("base")
 
 
+def test_the_production_backend_is_for_what_a_backend_can_change(door: ModuleType) -> None:
+    """The tests of the service, on every core; arguments of pytest's own are passed on as they are."""
+    found = door.arguments_of_tests(["--backend", "production"])
+    assert found[:2] == ["--backend", "production"]
+    assert {"tests/app", "tests/worker", "tests/embedded", "-n"} <= set(found)
+    assert all((ROOT / path).is_dir() for path in found if path.startswith("tests/"))
+    assert "tests/app" not in door.arguments_of_tests([])
+    assert door.arguments_of_tests(["-x", "tests/app"]) == ["-x", "tests/app"]
+
+
 def test_a_clone_keeps_its_data_in_itself_unless_told_otherwise(
     door: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,9 @@ A message carries one id and nothing else, and only wakes: the database is the t
 import tasks: they are sent by name, so that the API loads none of them.
 """
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+from queue import Empty, Full, Queue
 from typing import Literal
 
 import structlog
@@ -25,6 +27,12 @@ CHECK_JOB: TaskName = "immunotune.check_job"
 RUN_JOB: TaskName = "immunotune.run_job"
 CHECKS_QUEUE = "checks"
 CPU_QUEUE = "train.cpu"
+# a list, not a queue of a worker: what came as a message and was none (worker.messages)
+DEAD_LETTERS = "immunotune.dead"
+_SENDER_SECONDS = 1.0
+# longer than the broker keeps an idle consumer waiting for its answer
+_CONSUMER_SECONDS = 30.0
+_MOST_UNSENT = 1000
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,9 @@ class Wake:
     queue: str
 
 
-def make_celery(settings: Settings) -> Celery:
-    """The Celery object for senders and workers alike; connects to nothing yet."""
+def make_celery(settings: Settings, *, consumes: bool = False) -> Celery:
+    """The Celery object of a sender, or of a worker; connects to nothing yet."""
+    seconds = _CONSUMER_SECONDS if consumes else _SENDER_SECONDS
     app = Celery("immunotune", broker=settings.broker_url, set_as_current=False)
     app.conf.update(
         task_serializer="json",
@@ -53,13 +62,62 @@ def make_celery(settings: Settings) -> Celery:
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={"socket_connect_timeout": 1.0, "socket_timeout": 30.0, "max_retries": 1},
+        broker_transport_options={"socket_connect_timeout": 1.0, "socket_timeout": seconds, "max_retries": 1},
     )
     return app
 
 
-def wake(celery: Celery, *wakes: Wake) -> None:
-    """Send messages; a failure is logged and never raised, for the reaper sends again."""
+@dataclass
+class Waker:
+    """Sends messages from a thread of its own: whoever has an answer to give must not wait for a broker."""
+
+    celery: Celery
+    _due: Queue[Wake | None] = field(default_factory=lambda: Queue(_MOST_UNSENT))
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread = threading.Thread(target=self._run, name="waker", daemon=True)
+        self._thread.start()
+
+    def soon(self, *wakes: Wake) -> None:
+        """Send these when the broker takes them; returns at once. What is lost, the reaper sends again."""
+        for due in wakes:
+            try:
+                self._due.put_nowait(due)
+            except Full:
+                WAKES_FAILED.inc()
+
+    def stop(self) -> None:
+        """Send what is left while the broker takes it, for a moment."""
+        if self._thread is not None:
+            self._drop_if_full()
+            self._due.put(None)
+            self._thread.join(2 * _SENDER_SECONDS)
+
+    def _run(self) -> None:
+        while (due := self._due.get()) is not None:
+            if not wake(self.celery, due):
+                self._drop()  # they would wait for the same broker, a second or more each
+
+    def _drop_if_full(self) -> None:
+        if self._due.full():
+            self._drop()
+
+    def _drop(self) -> None:
+        try:
+            while True:
+                if self._due.get_nowait() is None:
+                    self._due.put(None)
+                    return
+                WAKES_FAILED.inc()
+        except Empty:
+            pass
+
+
+def wake(celery: Celery, *wakes: Wake) -> bool:
+    """Send messages, now; a failure is logged and never raised, for the reaper sends again. False when one failed."""
+    all_sent = True
     for due in wakes:
         try:
             # the one retry replaces a pooled connection that a restarted broker has dropped
@@ -71,8 +129,10 @@ def wake(celery: Celery, *wakes: Wake) -> None:
                 retry_policy={"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0},
             )
         except BROKER_DOWN as error:
+            all_sent = False
             WAKES_FAILED.inc()
             log.warning("wake.failed", task=due.task, id=due.id, queue=due.queue, reason=type(error).__name__)
+    return all_sent
 
 
 def queue_depth(celery: Celery, queue: str) -> int | None:

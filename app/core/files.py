@@ -15,6 +15,7 @@ from app.core.storage.job_states import LIVE
 from app.core.storage.tables import Artifact, BaseRow, File, FilePurpose, FileStatus, Job, Model
 
 SHOWN = File.deleted_at.is_(None)
+_AT_ONCE = 100
 _DETAILS_CHARS = 512
 
 
@@ -123,9 +124,13 @@ def lock_file(session: Session, project_id: str, file_id: str) -> None:
 
 
 def hide_expired(session: Session) -> int:
-    """Hide files whose time is up and that nothing uses; how many."""
+    """Hide files whose time is up and that nothing uses, some at a time; how many."""
     due = SHOWN, File.expires_at <= db_now(), ~_in_use(File.id)
-    return change(session, update(File).where(*due).values(deleted_at=db_now()))
+    # a job that is just being created holds its file (`lock_file`): such a file is left for the next time
+    free = select(File.id).where(*due).order_by(File.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)
+    found = session.scalars(free).all()
+    # asked again in a statement of its own, which sees the jobs that were committed before the locks were had
+    return change(session, update(File).where(File.id.in_(found), *due).values(deleted_at=db_now()))
 
 
 def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:

@@ -24,6 +24,7 @@ class Caller:
     project: Project
     org: Org
     scopes: frozenset[str]
+    key_id: str
 
     @property
     def project_id(self) -> str:
@@ -55,7 +56,7 @@ def authenticate(session: Session, pepper: bytes, secret: str) -> Caller:
     if found is None:
         raise InvalidApiKey("The API key is wrong or was revoked. Send a valid one as 'Authorization: Bearer KEY'.")
     key, project, org = found
-    return Caller(project, org, frozenset(key.scopes))
+    return Caller(project, org, frozenset(key.scopes), key.id)
 
 
 def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapKeys:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx2
 
+from tests.support.backends import BACKEND
+
 
 @dataclass
 class ModelServer:
@@ -26,13 +28,14 @@ class ModelServer:
 
 @contextmanager
 def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServer]:
-    """Run `worker.serving.server` on `base`, with blobs below `data`; ready when the block begins.
+    """Run `worker.serving.server` on `base`, with the blobs of `data`; ready when the block begins.
 
     At the end its input closes, as when its parent dies; every such server must then end by itself.
     """
     port = port or free_port()
     argv = [sys.executable, "-m", "worker.serving.server", "--port", str(port), "--base", str(base)]
-    env = {**os.environ, "IMMUNOTUNE_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    stored = {f"IMMUNOTUNE_{name.upper()}": str(value) for name, value in BACKEND.storage(data).items()}
+    env = {**os.environ, **stored, "IMMUNOTUNE_DATA": str(data), "OMP_NUM_THREADS": "1"}
     with (data / "model-server.log").open("ab") as log:
         process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
     server = ModelServer(f"http://127.0.0.1:{port}", process)

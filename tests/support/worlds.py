@@ -28,6 +28,7 @@ from app.core.storage.tables import (
     Job,
 )
 from finetuning.contract.recipe import JobKind, OptimiserSettings, Recipe
+from tests.support.backends import BACKEND
 from tests.support.jobs import add_file, add_job
 from worker.attempt.launch import Launch, Launcher, Mode, launch_command
 from worker.attempt.supervisor import Host
@@ -49,14 +50,16 @@ SHORT = FAST.model_copy(update={"ttl_seconds": 12.0, "self_stop_seconds": 5.0, "
 
 
 def settings_in(folder: Path, **changes: object) -> Settings:
-    """Settings of a service of its own below `folder`."""
+    """Settings of a service of its own below `folder`, on the backend of this run."""
     values: dict[str, object] = {
         "data": folder,
         "lease": FAST,
         "database_seconds": 1.0,
         "limits": LimitSettings(free_bytes=0),
     }
-    return Settings.model_validate(values | changes)
+    runtime = changes.get("runtime")
+    broker = BACKEND.broker(runtime) if isinstance(runtime, Path) else {}
+    return Settings.model_validate(values | BACKEND.storage(folder) | broker | changes)
 
 
 def scripted(**script: object) -> Launcher:

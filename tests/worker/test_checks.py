@@ -14,8 +14,7 @@ from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs
 from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
-from app.core.storage.blobs import put_bytes
-from app.core.storage.blobs.folder import FolderBlobs
+from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import Database, Page
 from app.core.storage.tables import BaseRow, Event, FileStatus, Job, Project
 from finetuning.rows.report import SHOWN_ERRORS
@@ -75,9 +74,7 @@ class Shop:
 def shop(settings: Settings, database: Database, project: Project, base: BaseRow, tmp_path: Path) -> Shop:
     make_base(settings.data / "bases" / base.id)
     woken: list[Wake] = []
-    return Shop(
-        Host(settings, database, FolderBlobs(tmp_path / "blobs"), "worker_1", wake=woken.extend), project, woken
-    )
+    return Shop(Host(settings, database, open_blobs(settings), "worker_1", wake=woken.extend), project, woken)
 
 
 def test_a_good_job_is_queued_for_whole_epochs(shop: Shop) -> None:

@@ -20,12 +20,12 @@ from app.core.jobs.reaper import Reaper
 from app.core.settings import LeaseSettings, to_environment
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import Form
-from embedded import valkey
+from tests.support.backends import BACKEND, broker_answers
 from tests.support.processes import descendants, is_gone
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
 from worker.attempt.launch import SOURCE_ROOT
-from worker.processes import Program, StartedProgram, inherited_environment, start, stop
+from worker.processes import Program, StartedProgram, start, stop
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
 PROGRAMS = Path(__file__).parents[1] / "support" / "programs"
@@ -47,10 +47,10 @@ class Running:
         self.reaper.start()
 
     def start_broker(self) -> StartedProgram:
-        runtime = self.scene.settings.runtime
-        child = start(valkey.program(runtime, runtime, inherited_environment()))
+        settings = self.scene.settings
+        child = start(BACKEND.broker_program(settings.runtime))
         self.started.append(child)
-        wait_until(lambda: valkey.answers(runtime), seconds=SECONDS)
+        wait_until(lambda: broker_answers(settings), seconds=SECONDS)
         return child
 
     def start_worker(self, **script: object) -> StartedProgram:

@@ -8,6 +8,7 @@ from celery import Celery
 from fastapi import Depends, Request
 
 from app.api.gateway.client import Gateway
+from app.core.broker import Waker
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database
@@ -24,6 +25,7 @@ class Resources:
     pepper: bytes
     upload_threads: CapacityLimiter
     gateway: Gateway
+    waker: Waker
 
 
 def get_resources(request: Request) -> Resources:

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from app.api.http.auth import FilesReader, FilesWriter
 from app.api.http.downloads import Download, send_blob, send_bytes
-from app.api.http.idempotency import repeat_of, replay
+from app.api.http.idempotency import replay, taken_up
 from app.api.http.paging import one_value, order_query, page, page_query
 from app.api.http.path_params import FileId
 from app.api.http.resources import Resources, ResourcesDep
@@ -52,9 +52,8 @@ def _create_file(request: Request, caller: Caller, resources: Resources) -> Resp
 
 def _add_file(request: Request, caller: Caller, resources: Resources, new: NewFile) -> tuple[Response, bool]:
     meaning = [FilePurpose.FINE_TUNE, new.filename, new.expires_after_seconds, new.blob.sha256]
-    repeat = repeat_of(request, caller, meaning)
-    with resources.database.writing() as session:
-        stored = idempotency.lookup(session, repeat)
+    with taken_up(request, caller, meaning) as repeat, resources.database.writing() as session:
+        stored = idempotency.reserve(session, repeat)
         if stored is not None:
             return replay(stored), False
         file = files.add_file(session, caller.project_id, new, limits=resources.settings.limits)

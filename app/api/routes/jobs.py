@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from app.api.http.auth import JobsReader, JobsWriter
 from app.api.http.downloads import matches_etag, not_modified
-from app.api.http.idempotency import repeat_of, replay
+from app.api.http.idempotency import replay, taken_up
 from app.api.http.json_bodies import body_of
 from app.api.http.paging import page, page_query
 from app.api.http.path_params import JobId
@@ -27,7 +27,7 @@ from app.api.schemas.job_create import (
     to_create_job,
 )
 from app.api.schemas.jobs import JobFrame, checkpoint_to_body, event_to_body, job_to_body
-from app.core import broker, idempotency
+from app.core import idempotency
 from app.core.errors import InvalidRequest
 from app.core.jobs import jobs
 from app.core.storage.database import read_clock
@@ -47,9 +47,9 @@ def create_job(
 ) -> Response:
     """Accept a request to train: stored and committed first, then a worker is woken."""
     wanted = to_create_job(body)
-    repeat = repeat_of(request, caller, body.model_dump(mode="json"))
-    with resources.database.writing() as session:
-        stored = idempotency.lookup(session, repeat)
+    meaning = body.model_dump(mode="json")
+    with taken_up(request, caller, meaning) as repeat, resources.database.writing() as session:
+        stored = idempotency.reserve(session, repeat)
         if stored is not None:
             return replay(stored)
         job = jobs.add_job(session, resources.settings, caller.project, wanted)
@@ -57,7 +57,7 @@ def create_job(
         idempotency.store(session, repeat, status=200, body=reply)
         wake_up = jobs.wake_for(job)
         session.commit()
-    broker.wake(resources.celery, wake_up)
+    resources.waker.soon(wake_up)
     return JSONResponse(reply)
 
 
@@ -90,11 +90,15 @@ def get_job(job_id: JobId, request: Request, caller: JobsReader, resources: Reso
 
 
 @router.post("/{job_id}/cancel", dependencies=[Depends(body_of(EmptyBody))])
-def cancel_job(job_id: JobId, caller: JobsWriter, resources: ResourcesDep) -> Response:
+def cancel_job(job_id: JobId, request: Request, caller: JobsWriter, resources: ResourcesDep) -> Response:
     """Cancel at once: the reply already says `cancelled`; a repeat changes nothing."""
-    with resources.database.writing() as session:
+    with taken_up(request, caller, {}) as repeat, resources.database.writing() as session:
+        stored = idempotency.reserve(session, repeat)
+        if stored is not None:
+            return replay(stored)
         job = jobs.cancel(session, caller.project_id, job_id)
         body = job_to_body(job, JobFrame(caller.org.id))
+        idempotency.store(session, repeat, status=200, body=body)
         session.commit()
     return JSONResponse(body)
 

@@ -4,13 +4,16 @@ SQLite and Postgres differ here and nowhere else. Every function of app.core tak
 caller does, in plain sight, and wakes afterwards.
 """
 
+import hashlib
 import operator
 import sqlite3
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import (
@@ -50,6 +53,16 @@ T = TypeVar("T")
 
 # what a driver raises when the database cannot be reached or does not answer in time
 DATABASE_DOWN = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
+
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+# A table that must change may be in use: the change then waits for it this often, with pauses in between, because every
+# request of the running service waits behind it meanwhile.
+_MIGRATION_TRIES = 60
+_MIGRATION_PAUSE_SECONDS = 1.0
+_MIGRATION_SECONDS = 600.0  # SQLite: how long another writer, such as a migration, may take
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
 class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled like one)
@@ -166,30 +179,50 @@ class Listing(Generic[T]):
 
 def open_database(settings: Settings) -> Database:
     """Connect to `settings.database_url`; opens no connection before the first use."""
-    return Database(_engine(settings, foreign_keys=True))
+    return Database(_engine(settings, migrates=False))
 
 
-def migrate(settings: Settings) -> None:
-    """Bring the schema to the newest revision; the one place that changes tables. Safe to repeat.
+def migrate(settings: Settings, revision: str = "head") -> None:
+    """Bring the schema to a revision; the one place that changes tables. Safe to repeat.
 
-    Raises RuntimeError when rows point at absent rows afterwards.
+    Waits for another migration to end; a lock of a running service is asked for again and again, each time for no
+    longer than a request may wait behind it. Raises RuntimeError when rows point at absent rows afterwards, and
+    OperationalError when a table stays locked.
     """
     engine = migration_engine(settings)
     try:
-        with engine.begin() as connection:
-            one_at_a_time(connection)
-            config = Config()
-            config.set_main_option("script_location", str(_migrations()))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-            _check_references(connection)
+        for left in reversed(range(_MIGRATION_TRIES)):
+            try:
+                return _migrate(engine, revision)
+            except exc.OperationalError as error:
+                if left == 0 or getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+                log.warning("migration.waits", reason="a transaction holds a table that must change", tries_left=left)
+                time.sleep(_MIGRATION_PAUSE_SECONDS)
     finally:
         engine.dispose()
 
 
+def _migrate(engine: Engine, revision: str) -> None:
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # another migration may take as long as it needs; what comes behind it must not
+            connection.execute(text("SET LOCAL lock_timeout = 0"))
+            connection.execute(text("SELECT pg_advisory_xact_lock(7300101)"))
+            connection.execute(text("RESET lock_timeout"))
+        config = Config()
+        config.set_main_option("script_location", str(_migrations()))
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+        _check_references(connection)
+
+
 def migration_engine(settings: Settings) -> Engine:
-    """An engine for schema changes: with foreign keys on, rebuilding a parent table on SQLite deletes its children."""
-    return _engine(settings, foreign_keys=False).execution_options(write=True)
+    """An engine for schema changes, whose statements may take as long as they need.
+
+    Without foreign keys: with them, rebuilding a parent table on SQLite deletes its children.
+    """
+    return _engine(settings, migrates=True).execution_options(write=True)
 
 
 def one_at_a_time(session: Session | Connection) -> None:
@@ -200,6 +233,20 @@ def one_at_a_time(session: Session | Connection) -> None:
     connection = session.connection() if isinstance(session, Session) else session
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+
+
+def try_turn(session: Session, name: str, *, shared: bool = False) -> bool:
+    """Take the turn of this name until the transaction ends; False at once when somebody else has it.
+
+    Those who share it exclude only those who do not. A writing session on SQLite has every turn, and whoever comes
+    meanwhile waits.
+    """
+    connection = session.connection()  # on SQLite this begins, and so waits for the write lock
+    if connection.dialect.name != "postgresql":
+        return True
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
+    function = "pg_try_advisory_xact_lock_shared" if shared else "pg_try_advisory_xact_lock"
+    return bool(connection.execute(text(f"SELECT {function}(:number)"), {"number": number}).scalar_one())
 
 
 def read_clock(session: Session) -> float:
@@ -233,12 +280,15 @@ def fetch_page(
     return Listing(found[: page.limit], len(found) > page.limit)
 
 
-def _engine(settings: Settings, *, foreign_keys: bool) -> Engine:
+def _engine(settings: Settings, *, migrates: bool) -> Engine:
     url = make_url(settings.database_url)
     seconds = settings.database_seconds
     if url.get_backend_name() == "sqlite":
-        return _sqlite_engine(url, seconds, foreign_keys=foreign_keys)
+        return _sqlite_engine(url, _MIGRATION_SECONDS if migrates else seconds, foreign_keys=not migrates)
     milliseconds = int(seconds * 1000)
+    limits = f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000"
+    if migrates:
+        limits = f"-c statement_timeout=0 -c lock_timeout={milliseconds}"
     return create_engine(
         url,
         pool_size=10,
@@ -247,7 +297,7 @@ def _engine(settings: Settings, *, foreign_keys: bool) -> Engine:
         pool_pre_ping=True,
         connect_args={
             "connect_timeout": max(2, int(seconds)),
-            "options": f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000",
+            "options": limits,
         },
     )
 
@@ -261,7 +311,8 @@ def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
         connection.isolation_level = None  # the driver begins nothing by itself: the begin event below does
         connection.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        # NORMAL would lose the last commits in a power cut, after their requests were answered
+        connection.execute("PRAGMA synchronous=FULL")
         connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
 
     def begin(connection: Connection) -> None:

@@ -17,7 +17,7 @@ from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import Form
 from app.main import build_app
-from embedded import valkey
+from tests.support.backends import BACKEND
 from tests.support.http import WORKER, Customer, Served, safety_report
 from tests.support.jobs import QUICK
 from worker.processes import StartedProgram
@@ -29,15 +29,16 @@ def served(
 ) -> Iterator[Served]:
     """The API over real HTTP, with its base aligned."""
     assert broker_process.is_alive
-    settings = Settings(
-        data=tmp_path_factory.mktemp("api"),
-        broker_url=f"redis+socket://{broker_folder / valkey.SOCKET_NAME}",
-        runtime=broker_folder,
-        base="tiny",
-        database_seconds=2.0,
+    values = {
+        "base": "tiny",
+        "database_seconds": 2.0,
         # no worker runs here: what the reaper would end or wake must stay as the tests drive it
-        lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
-        limits=LimitSettings(live_jobs=15, file_bytes=2**20, json_body_bytes=128 * 2**10, rows_max=500),
+        "lease": QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
+        "limits": LimitSettings(live_jobs=15, file_bytes=2**20, json_body_bytes=128 * 2**10, rows_max=500),
+    }
+    data = tmp_path_factory.mktemp("api")
+    settings = Settings.model_validate(
+        {"data": data, **BACKEND.storage(data), **BACKEND.broker(broker_folder), **values}
     )
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.backends import BACKEND
 from tests.support.http import Customer, chat_row, chat_rows
 from tests.support.waiting import wait_until
 
@@ -216,7 +217,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(customer: Customer) -> None:
     incoming = customer.served.settings.data / "blobs" / ".incoming"
     with socket.create_connection((address.hostname, address.port or 0), timeout=10) as connection:
         connection.sendall(head.encode() + chat_rows(6000))
-        wait_until(lambda: incoming.is_dir() and any(incoming.iterdir()), seconds=20)
-    wait_until(lambda: not any(incoming.iterdir()), seconds=20)
+        if not BACKEND.is_production:  # an object store does not show what is still on its way
+            wait_until(lambda: incoming.is_dir() and any(incoming.iterdir()), seconds=20)
+    wait_until(lambda: not incoming.is_dir() or not any(incoming.iterdir()), seconds=20)
     assert customer.http.get("/files").json()["data"] == []
     assert list(customer.served.blobs.list(f"files/{customer.project.id}/")) == []

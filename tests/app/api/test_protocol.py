@@ -1,14 +1,21 @@
 """The protocol around every route: keys, methods, headers, repeats, and what a fault of ours says."""
 
 import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx2
 import openai
 import pytest
 from sqlalchemy import text
 
+from app.core import projects
+from app.core.storage.database import Database
 from tests.app.api.test_hostile_requests import check_envelope
 from tests.support.http import Customer, chat_rows
+from tests.support.waiting import wait_until
 
 ROUTES = [
     ("GET", "/files"),
@@ -187,14 +194,86 @@ def test_a_retried_upload_is_one_file_whatever_its_boundary(customer: Customer) 
 def test_the_sdk_retries_through_a_locked_database(customer: Customer) -> None:
     """A writer that holds the lock past the timeout gives 503 with Retry-After; nothing was done."""
     file_id = customer.file_id()
-    with customer.served.database.writing() as session:
-        session.execute(text("SELECT 1"))
+    with lock_out(customer.served.database):
         reply = customer.create(training_file=file_id)
     assert reply.status_code == 503
     error = reply.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "overloaded")
     assert reply.headers["retry-after"] == "5"
     assert customer.http.get("/fine_tuning/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize("repeated", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}])
+def test_a_retry_that_overlaps_its_first_attempt_makes_no_second_job(
+    customer: Customer, repeated: dict[str, str]
+) -> None:
+    """S3: the SDK repeats a create that is slow; the repeat waits or gets 409, and there is one job in the end."""
+    body = {"model": "tiny", "training_file": customer.file_id()}
+    first_headers = repeated if "Idempotency-Key" in repeated else {"x-stainless-retry-count": "0"}
+
+    def create(headers: dict[str, str]) -> httpx2.Response:
+        return customer.http.post("/fine_tuning/jobs", json=body, headers=headers)
+
+    with ThreadPoolExecutor(2) as pool:
+        with lock_out(customer.served.database) as waiting:
+            first = pool.submit(create, first_headers)
+            wait_until(lambda: waiting() >= 1, seconds=10)
+            second = pool.submit(create, repeated)
+            wait_until(lambda: second.done() or waiting() >= 2, seconds=10)
+        made, overlapping = first.result(30), second.result(30)
+    assert made.status_code == 200
+    if overlapping.status_code == 409:
+        check_envelope(overlapping, 409, "request_in_progress")
+        assert overlapping.headers["retry-after"] == "1"
+        overlapping = create(repeated)
+    assert overlapping.json() == made.json()
+    assert overlapping.headers["x-idempotent-replay"] == "true"
+    assert len(customer.http.get("/fine_tuning/jobs").json()["data"]) == 1
+
+
+def test_a_keyed_cancel_is_replayed(customer: Customer) -> None:
+    """S3: cancel honours Idempotency-Key like every POST that changes something."""
+    job_id = customer.create().json()["id"]
+    first, second = (
+        customer.http.post(f"/fine_tuning/jobs/{job_id}/cancel", headers={"Idempotency-Key": "k"}) for _ in range(2)
+    )
+    assert first.json() == second.json()
+    assert second.headers["x-idempotent-replay"] == "true"
+
+
+def test_two_keys_of_a_project_do_not_share_replies(customer: Customer) -> None:
+    """S3: the contract says per API key, not per project."""
+    secret = projects.new_secret()
+    with customer.served.database.writing() as session:
+        projects.add_key(session, customer.served.pepper, customer.project, secret)
+        session.commit()
+    body = {"model": "tiny", "training_file": customer.file_id()}
+    replies = [
+        customer.http.post(
+            "/fine_tuning/jobs", json=body, headers={"Authorization": f"Bearer {key}", "Idempotency-Key": "k"}
+        )
+        for key in (customer.key, secret)
+    ]
+    assert replies[0].json()["id"] != replies[1].json()["id"]
+
+
+@contextmanager
+def lock_out(database: Database) -> Iterator[Callable[[], int]]:
+    """Nobody else can write until the end of the block; yields how many wait to, as far as the database says."""
+    with database.writing() as session:
+        on_postgres = session.connection().dialect.name == "postgresql"
+        if on_postgres:
+            session.execute(text("LOCK TABLE projects, files, jobs, events, replies IN EXCLUSIVE MODE"))
+        begin = time.monotonic()
+
+        def waiting() -> int:
+            if not on_postgres:  # SQLite does not say; what was sent has reached the lock by then
+                return int((time.monotonic() - begin) / 0.3)
+            with database.reading() as other:
+                blocked = text("SELECT count(*) FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0")
+                return int(other.execute(blocked).scalar_one())
+
+        yield waiting
 
 
 def test_simultaneous_cancels_agree(customer: Customer) -> None:

@@ -1,14 +1,17 @@
 import os
 import shutil
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 from celery import Celery
 from redis import Redis
 
-from app.core.broker import CHECK_JOB, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, make_celery, queue_depth, wake
+from app.core.broker import CHECK_JOB, CHECKS_QUEUE, CPU_QUEUE, RUN_JOB, Wake, Waker, make_celery, queue_depth, wake
 from app.core.settings import Settings
 from embedded import valkey
+from tests.support.backends import BACKEND, broker_answers
 from tests.support.waiting import wait_until
 from worker.processes import inherited_environment, kill, start, stop
 
@@ -47,4 +50,34 @@ def test_a_broker_that_is_down_raises_nothing_and_works_again_after_its_restart(
     assert queue_depth(celery, CHECKS_QUEUE) == 2
     assert Redis(unix_socket_path=os.fspath(folder / valkey.SOCKET_NAME)).ping()
     stop([again])
+    shutil.rmtree(folder)
+
+
+def test_a_hung_broker_holds_a_sender_for_seconds_and_a_handler_not_at_all() -> None:
+    """S6: a broker that takes connections and answers nothing; each call waited for it 30 s and more."""
+    folder = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))
+    settings = Settings.model_validate(BACKEND.broker(folder))
+    running = start(BACKEND.broker_program(folder))
+    wait_until(lambda: broker_answers(settings), seconds=10)
+    celery = make_celery(settings)
+    wake(celery, Wake(CHECK_JOB, "first", CHECKS_QUEUE))
+    waker = Waker(celery)
+    waker.start()
+    os.kill(running.process.pid, signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        for number in range(3000):
+            waker.soon(Wake(CHECK_JOB, str(number), CHECKS_QUEUE))
+        assert time.monotonic() - begin < 1.0
+        assert not wake(celery, Wake(CHECK_JOB, "lost", CHECKS_QUEUE))
+        assert queue_depth(celery, CHECKS_QUEUE) is None
+        assert time.monotonic() - begin < 15.0
+    finally:
+        os.kill(running.process.pid, signal.SIGCONT)
+    wait_until(lambda: broker_answers(settings), seconds=10)
+    before = queue_depth(celery, CHECKS_QUEUE) or 0
+    waker.soon(Wake(CHECK_JOB, "after", CHECKS_QUEUE))
+    wait_until(lambda: (queue_depth(celery, CHECKS_QUEUE) or 0) > before, seconds=10)
+    waker.stop()
+    stop([running])
     shutil.rmtree(folder)

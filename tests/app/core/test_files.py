@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +52,35 @@ def test_expiry_counts_from_the_database_clock(database: Database, settings: Set
         assert files.hide_expired(session) == 0
         session.execute(update(File).values(expires_at=File.expires_at - 7200))
         assert files.hide_expired(session) == 1
+
+
+def test_a_file_that_a_job_is_being_created_on_does_not_expire(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """S18: on Postgres expiry waited for the create's lock, and then hid the file by what it had seen before."""
+    file = add_file(database, project, settings)
+    with database.writing() as session:
+        session.execute(update(File).values(expires_at=File.created_at - 1))
+        session.commit()
+    ended = threading.Event()
+
+    def hide() -> int:
+        try:
+            with database.writing() as session:
+                hidden = files.hide_expired(session)
+                session.commit()
+                return hidden
+        finally:
+            ended.set()
+
+    with ThreadPoolExecutor(1) as pool, database.writing() as session:
+        jobs.add_job(session, settings, project, CreateJob(model="tiny", training_file=file.id))
+        hiding = pool.submit(hide)
+        ended.wait(0.5)  # SQLite lets nobody else write meanwhile, so there it cannot end before the commit
+        session.commit()
+        assert hiding.result(10) == 0
+    with database.reading() as session:
+        assert files.get_file(session, project.id, file.id).deleted_at is None
 
 
 def test_a_project_cannot_store_more_than_it_may(database: Database, settings: Settings, project: Project) -> None:

@@ -1,3 +1,7 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 from sqlalchemy import update
 
@@ -18,7 +22,7 @@ def store(database: Database, repeat: Repeat, name: str = "first") -> None:
 
 def found(database: Database, repeat: Repeat) -> object:
     with database.reading() as session:
-        reply = idempotency.lookup(session, repeat)
+        reply = idempotency.reserve(session, repeat)
     return reply and reply.body["id"]
 
 
@@ -80,3 +84,88 @@ def test_old_replies_are_forgotten(database: Database, project: Project) -> None
     with database.writing() as session:
         assert idempotency.forget_old(session) == 0
     assert found(database, Repeat(project.id, "r", OTHER, key="k")) == "second"
+
+
+@pytest.mark.parametrize("named", [{"key": "k"}, {"retry_count": 1}])
+def test_a_repeat_that_overlaps_the_first_never_acts(
+    database: Database, project: Project, named: dict[str, Any]
+) -> None:
+    """S3: while the first request is being answered, a repeat waits for its reply or is told to come back."""
+    first = Repeat(project.id, "r", HASH, key=named.get("key"))
+    repeat, ended = Repeat(project.id, "r", HASH, **named), threading.Event()
+
+    def again() -> object:
+        try:
+            with database.writing() as session:
+                reply = idempotency.reserve(session, repeat)
+                return reply and reply.body["id"]
+        except RequestInProgress as told:
+            return told.retry_after
+        finally:
+            ended.set()
+
+    with ThreadPoolExecutor(1) as pool, database.writing() as session:
+        assert idempotency.reserve(session, first) is None
+        answer = pool.submit(again)
+        ended.wait(0.5)  # SQLite lets nobody else write meanwhile, so there it cannot end before the commit
+        idempotency.store(session, first, status=200, body={"id": "first"})
+        session.commit()
+        assert answer.result(10) in ("first", 1.0)
+    with database.writing() as session:
+        reply = idempotency.reserve(session, repeat)
+        assert reply is not None
+        assert reply.body == {"id": "first"}
+
+
+def test_two_first_attempts_do_not_hold_each_other_up(database: Database, project: Project) -> None:
+    """S3: equal requests that are no repeats are two requests, also while both are being answered."""
+    with database.writing() as session:
+        assert idempotency.reserve(session, Repeat(project.id, "r", HASH)) is None
+        if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer at a time
+            with database.writing() as other:
+                assert idempotency.reserve(other, Repeat(project.id, "r", HASH)) is None
+
+
+def test_another_key_of_the_project_sees_nothing(database: Database, project: Project) -> None:
+    """S3: requests are the same under one API key, not under one project."""
+    mine, other = Repeat(project.id, "r", HASH, "key_a", "k"), Repeat(project.id, "r", OTHER, "key_b", "k")
+    store(database, mine)
+    assert found(database, other) is None
+    assert found(database, Repeat(project.id, "r", HASH, "key_b", retry_count=1)) is None
+    store(database, other, "second")
+    assert (found(database, mine), found(database, other)) == ("first", "second")
+
+
+def test_a_reply_of_the_release_before_is_still_replayed(database: Database, project: Project) -> None:
+    """S3: what 0.1 stored names neither the API key nor its hash; a retry across the upgrade still gets it."""
+    with database.writing() as session:
+        old = {"project_id": project.id, "route": "r", "body_hash": HASH, "status": 200}
+        session.add(Reply(id="req_old", key="k", body={"id": "old"}, **old))
+        session.commit()
+    assert found(database, Repeat(project.id, "r", HASH, "key_a", "k")) == "old"
+    assert found(database, Repeat(project.id, "r", HASH, "key_a", retry_count=1)) == "old"
+
+
+def test_a_long_answer_is_reserved_until_it_is_there_or_given_up(database: Database, project: Project) -> None:
+    """S3: an answer that takes minutes is reserved by a row; a process that dies holds it no longer than it said."""
+    repeat = Repeat(project.id, "r", HASH, key="k")
+
+    def begin(seconds: float = 60.0) -> Reply:
+        with database.writing() as session:
+            reply = idempotency.open_pending(session, repeat, seconds=seconds)
+            session.commit()
+            return reply
+
+    with database.writing() as session:
+        idempotency.withdraw(session, begin().id)
+        session.commit()
+    begin(seconds=-1.0)
+    mine = begin()
+    assert idempotency.is_pending(mine)
+    with pytest.raises(RequestInProgress):
+        begin()
+    with database.writing() as session:
+        idempotency.complete(session, mine.id, {"id": "first"})
+        session.commit()
+    reply = begin()
+    assert (idempotency.is_pending(reply), reply.body) == (False, {"id": "first"})

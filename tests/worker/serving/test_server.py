@@ -11,10 +11,11 @@ import openai
 import pytest
 from openai import OpenAI
 
-from app.core.storage.blobs import put_bytes
-from app.core.storage.blobs.folder import FolderBlobs
+from app.core.settings import Settings
+from app.core.storage.blobs import open_blobs, put_bytes
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
+from tests.support.backends import BACKEND
 from tests.support.model_server import ModelServer, model_server
 from tests.support.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, served_name, zip_adapter
 from tests.worker.serving.engine.test_engine import generate
@@ -44,10 +45,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(folder: Path, data: Path) -> dict[str, ServedAdapter | None]:
     """Names as the protocol has them, with the adapters that they should answer with."""
     found: dict[str, ServedAdapter | None] = {"public": None}
+    store = open_blobs(Settings.model_validate({"data": data, **BACKEND.storage(data)}))
     for seed in (1, 2):
         made = save_adapter(folder, data / f"made-{seed}", seed=seed, rank=4 * seed)
         content = zip_adapter(made, data / f"{seed}.zip")
-        put_bytes(FolderBlobs(data / "blobs"), f"jobs/{seed}/adapter_stock.zip", content)
+        put_bytes(store, f"jobs/{seed}/adapter_stock.zip", content)
         found[served_name(f"jobs/{seed}/adapter_stock.zip", content)] = ServedAdapter(f"served_{seed}", made)
     return found
 

@@ -33,9 +33,10 @@ class FolderBlobs:
         try:
             incoming.parent.mkdir(parents=True, exist_ok=True)
             blob = self._write(incoming, key, chunks)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            made = _make_folders(target.parent)
             os.link(incoming, target)  # unlike a rename, a link refuses to replace
-            _sync_folder(target.parent)
+            for folder in (target.parent, *(new.parent for new in made)):
+                _sync_folder(folder)
         except FileExistsError as error:
             raise BlobExists(key) from error
         except OSError as error:
@@ -100,6 +101,17 @@ class FolderBlobs:
 
 def _storage_full() -> StorageFull:
     return StorageFull("The storage is full; nothing was kept. Delete files you no longer need or ask the operator.")
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder; what was made, the deepest first: the name of each lies in its parent, which must be synced."""
+    absent: list[Path] = []
+    while not folder.is_dir():
+        absent.append(folder)
+        folder = folder.parent
+    for new in reversed(absent):
+        new.mkdir(exist_ok=True)
+    return absent
 
 
 def _sync_folder(folder: Path) -> None:

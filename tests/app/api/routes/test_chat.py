@@ -20,9 +20,9 @@ from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import BaseRow, BaseStatus, Form
 from app.main import build_app
-from embedded import valkey
 from finetuning.model.base import load_base
 from finetuning.rows.chat_format import prompt_ids
+from tests.support.backends import BACKEND
 from tests.support.http import WORKER, Customer, Served
 from tests.support.jobs import QUICK
 from tests.support.model_server import ModelServer, model_server
@@ -69,13 +69,13 @@ def served(
 ) -> Iterator[Served]:
     """The API over real HTTP in front of the model server; its base is aligned by a random adapter."""
     assert broker_process.is_alive
-    settings = Settings(
-        data=data,
-        broker_url=f"redis+socket://{broker_folder / valkey.SOCKET_NAME}",
-        runtime=broker_folder,
-        base="tiny",
-        model_server_urls=(server.url,),
-        lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
+    values = {
+        "base": "tiny",
+        "model_server_urls": (server.url,),
+        "lease": QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
+    }
+    settings = Settings.model_validate(
+        {"data": data, **BACKEND.storage(data), **BACKEND.broker(broker_folder), **values}
     )
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))
