@@ -57,6 +57,7 @@ class LimitSettings(BaseModel):
     check_seconds: float = Field(default=900.0, gt=0, description="a job not checked by then fails")
     orphan_blob_seconds: float = Field(default=86_400.0, ge=0, description="a blob that no row needs goes after this")
     sweep_seconds: float = Field(default=1800.0, gt=0, description="between two looks for such blobs")
+    sweep_share: float = Field(default=0.1, ge=0, le=1, description="of the store; if more is nobody's, none goes")
     free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
 
 

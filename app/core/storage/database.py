@@ -6,7 +6,8 @@ caller does, in plain sight, and wakes afterwards.
 
 import operator
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -200,6 +201,24 @@ def one_at_a_time(session: Session | Connection) -> None:
     connection = session.connection() if isinstance(session, Session) else session
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+
+
+@contextmanager
+def alone(database: Database, number: int) -> Iterator[bool]:
+    """Whether no other process is inside a block of this number; it ends with the process that holds it, however that
+    ends. Nobody waits. On SQLite, where one API process is all there is, always True.
+    """
+    if database.engine.dialect.name != "postgresql":
+        yield True
+        return
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # a lock of the connection, not of a transaction: the work inside may take longer than one may idle
+        held = bool(connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": number}).scalar_one())
+        try:
+            yield held
+        finally:
+            if held:
+                connection.execute(text("SELECT pg_advisory_unlock(:number)"), {"number": number})
 
 
 def read_clock(session: Session) -> float:
