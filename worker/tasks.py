@@ -14,6 +14,8 @@ from celery.signals import worker_init, worker_process_init, worker_shutting_dow
 
 from app.core import broker
 from app.core.broker import CHECK_JOB, RUN_JOB, Wake
+from app.core.deployment import require_ours
+from app.core.errors import StartRefused
 from app.core.jobs import lease
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
@@ -51,6 +53,11 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     except BadOperatorRows as error:
         _log.error("operator_rows.refused", reason=str(error))
         return 1  # every job of this worker would be lost
+    try:
+        require_ours(settings)
+    except StartRefused as error:
+        _log.critical("start.refused", reason=str(error))
+        return 1
     celery = build_worker(settings, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]

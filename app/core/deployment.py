@@ -12,9 +12,11 @@ from sqlalchemy.orm import Session
 
 from app.core.ids import Prefix, new_id
 from app.core.jobs.sweep import PREFIXES, Audit, audit
+from app.core.jobs.waiting import route
+from app.core.models import require_base
 from app.core.settings import Settings
-from app.core.storage.blobs import BlobStore
-from app.core.storage.database import Database, db_now, one_at_a_time
+from app.core.storage.blobs import BlobStore, open_blobs
+from app.core.storage.database import Database, db_now, one_at_a_time, open_database
 from app.core.storage.identity import STORE_KEY, WrongDeployment, claim_store, deployment_of, id_in_store
 from app.core.storage.tables import Deployment, File, Job, SweepMark
 
@@ -46,6 +48,33 @@ def bind(database: Database, blobs: BlobStore, settings: Settings) -> str:
             session.execute(update(Deployment).where(Deployment.id == own.id).values(bound_at=db_now()))
             session.commit()
     return own.id
+
+
+def require_ours(settings: Settings) -> None:
+    """Raises StartRefused where this process is set to another store or base than the deployment's.
+
+    For processes that only work in a deployment: no keys, no queue. Raises what a database that is down raises.
+    """
+    database = open_database(settings)
+    try:
+        bind(database, open_blobs(settings), settings)
+        with database.reading() as session:
+            require_base(session, settings)
+    finally:
+        database.close()
+
+
+def serve_queue(session: Session, settings: Settings) -> None:
+    """Let jobs go to the configured queue from now on, those that wait already too: the newest start of an API decides.
+
+    Call after `bind`.
+    """
+    own = deployment_of(session)
+    assert own is not None, "a deployment is bound first"
+    if own.queue != settings.train_queue:
+        log.info("deployment.queue", before=own.queue, now=settings.train_queue)
+        own.queue = settings.train_queue
+    route(session, settings.train_queue)
 
 
 def adopt(database: Database, blobs: BlobStore) -> str:
@@ -94,7 +123,7 @@ def _first_start(session: Session, blobs: BlobStore, settings: Settings) -> Depl
         is_match = before.missing * 10 <= before.needed and before.unknown * 2 <= before.total
         if not (is_match and _in_one_folder(settings)):
             raise WrongDeployment(
-                "Database and blob store are of an earlier release, which did not write down that they belong together. "
+                "Database and blob store are of an earlier release and do not say that they belong together. "
                 f"Of {before.needed} files in the database {before.missing} are missing in the store, and of its "
                 f"{before.total} blobs the database does not know {before.unknown}. If they do belong together, run "
                 "`immunotune adopt` once."

@@ -9,6 +9,7 @@ ImmunotuneError             code, status, param, message (what to do next), opti
 ├── QuotaExceeded      429  retrying does not help
 ├── ServiceBusy        503  nothing was done; retry later
 └── StorageFull        507
+StartRefused                never reaches a client: the process does not start, and says what the operator can do
 LeaseLost                   never reaches a client: the attempt must stop and leave no trace
 """
 
@@ -96,6 +97,11 @@ class StorageFull(ImmunotuneError):
     status = 507
     code = "storage_full"
     type = "server_error"
+
+
+class StartRefused(RuntimeError):
+    """A process disagrees with its deployment (store, pepper, key, base) and must not start; the message says what to
+    do."""
 
 
 class LeaseLost(Exception):

@@ -105,7 +105,14 @@ class Settings(BaseModel):
     data: Path = Field(default=Path("var"), validate_default=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
-    api_key: str | None = Field(default=None, min_length=16, repr=False)
+    api_key: str | None = Field(default=None, min_length=32, repr=False)
+    pepper: str | None = Field(
+        default=None,
+        min_length=32,
+        repr=False,
+        description="hashes API keys; unset: pepper_file or <data>/keys/pepper",
+    )
+    pepper_file: Path | None = Field(default=None, description="a file that holds the pepper")
     draw_secret: str | None = Field(
         default=None,
         min_length=32,
@@ -144,7 +151,7 @@ class Settings(BaseModel):
     serving: ServingSettings = ServingSettings()
     release: ReleaseSettings = ReleaseSettings()
 
-    @field_validator("data", "operator_rows")
+    @field_validator("data", "operator_rows", "pepper_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()

@@ -47,6 +47,11 @@ def upgrade() -> None:
     op.add_column("files", sa.Column("erase_failures", sa.BigInteger(), nullable=True))
     for table, columns in _INDEXES:
         op.create_index(op.f(f"ix_{table}_{'_'.join(columns)}"), table, list(columns))
+    # earlier releases opened the undefended project `baseline` in every deployment; the demo makes itself a new key
+    op.execute(
+        "UPDATE api_keys SET revoked_at = created_at WHERE revoked_at IS NULL AND project_id IN "
+        "(SELECT id FROM projects WHERE name = 'baseline' AND policy = 'plain')"
+    )
 
 
 def downgrade() -> None:

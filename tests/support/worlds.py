@@ -52,6 +52,7 @@ def settings_in(folder: Path, **changes: object) -> Settings:
     """Settings of a service of its own below `folder`."""
     values: dict[str, object] = {
         "data": folder,
+        "base": BASE_ID,
         "lease": FAST,
         "database_seconds": 1.0,
         "limits": LimitSettings(free_bytes=0),

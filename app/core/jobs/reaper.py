@@ -19,12 +19,14 @@ from sqlalchemy.orm import Session
 from app.core import files, idempotency
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
 from app.core.jobs.ended import lose
-from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
+from app.core.jobs.jobs import JobError, NewEvent, fail_checks, move
 from app.core.jobs.lease import base_is_ready
 from app.core.jobs.sweep import sweep_in_turn
+from app.core.jobs.waiting import count_baseless, route
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
+from app.core.storage.identity import deployment_of
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import File, Job
 from app.core.telemetry import DUTIES_FAILED, DUTY_LAST_OK, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
@@ -87,7 +89,8 @@ class Reaper:
         in_database = {
             "expire": lambda session: self._note(expire(session, settings.lease)),
             "end_overdue_checks": lambda session: end_overdue_checks(session, limits.check_seconds),
-            "fail_baseless": fail_baseless,
+            "count_baseless": count_baseless,
+            "route": _route,
             "hide_expired": files.hide_expired,
             "forget_replies": idempotency.forget_old,
         }
@@ -196,6 +199,12 @@ def erase_deleted(database: Database, blobs: BlobStore) -> None:
 
 
 _CRASHED: dict[str, object] = {"code": "worker_crashed"}
+
+
+def _route(session: Session) -> None:
+    own = deployment_of(session)
+    if own is not None and own.queue is not None:
+        route(session, own.queue)
 
 
 def _committed(database: Database, work: Callable[[Session], object]) -> Callable[[], object]:

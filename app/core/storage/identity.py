@@ -3,13 +3,14 @@
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.core.errors import StartRefused
 from app.core.storage.blobs import BlobExists, BlobMissing, BlobStore, put_bytes, read_bytes
 from app.core.storage.tables import Deployment
 
 STORE_KEY = "deployment/id"
 
 
-class WrongDeployment(RuntimeError):
+class WrongDeployment(StartRefused):
     """This process, its database and its store do not belong together; the message says what to do."""
 
 

@@ -29,7 +29,7 @@ class Deployment(TableRow):
 
 
 class SweepMark(TableRow):
-    """A blob that a sweep found without a row that needs it, for the next one to delete; `id` is the sha256 of its key."""
+    """A blob that no row needed when a sweep looked; the next one deletes it. `id` is the sha256 of its key."""
 
     __tablename__ = "sweep_marks"
     seen_at: Mapped[float] = mapped_column(default=db_now())

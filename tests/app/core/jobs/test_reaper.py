@@ -6,7 +6,7 @@ from celery import Celery
 from prometheus_client import REGISTRY
 from sqlalchemy import select, text, update
 
-from app.core import files
+from app.core import deployment, files
 from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
 from app.core.jobs import ended, jobs, lease, reaper, sweep
 from app.core.settings import Settings
@@ -304,3 +304,25 @@ def test_what_is_due_is_found_by_an_index(database: Database, statement: str, ta
             plan = session.execute(text(f"EXPLAIN {statement}")).all()
     lines = [str(row[-1]) for row in plan]
     assert any(line.startswith(f"SEARCH {table} USING") or "Index Scan" in line for line in lines), lines
+
+
+def test_a_renamed_queue_orphans_no_job(
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
+) -> None:
+    """S22: after a start with another queue the waiting job is woken there, also one that an old replica adds later."""
+    blobs = FolderBlobs(settings.data / "blobs")
+    bind_as_it_is(database, blobs)
+    renamed = settings.model_copy(update={"train_queue": "train.gpu24"})
+    before = add_job(database, project, settings)
+    with database.writing() as session:
+        deployment.serve_queue(session, renamed)
+        session.commit()
+    assert now_of(database, before).queue == "train.gpu24"
+    late = add_job(database, project, settings)
+    ticking = reaper.Reaper(database, broker, blobs, settings)
+    ticking.start()
+    try:
+        wait_until(lambda: queue_depth(broker, "train.gpu24") == 2, seconds=10)
+    finally:
+        ticking.stop()
+    assert now_of(database, late).queue == "train.gpu24"
