@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 
 from app.core import deployment, models, projects
-from app.core.errors import NotFound, StartRefused
-from app.core.projects import UnknownKey
+from app.core.errors import NotFound, StartRefused, StoreDown
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, Database, open_database
@@ -91,8 +90,8 @@ def why_not_here(settings: Settings) -> str | None:
         deployment.require_ours(settings)
     except StartRefused as error:
         return str(error)
-    except DATABASE_DOWN as error:
-        _say(f"the database does not answer ({type(error).__name__}), so it is not known whether the base is right")
+    except (StoreDown, *DATABASE_DOWN) as error:
+        _say(f"database or store do not answer ({type(error).__name__}), so it is not known whether the base is right")
     return None
 
 
@@ -100,7 +99,7 @@ def _done(settings: Settings, work: Callable[[Database], str]) -> int:
     database = open_database(settings)
     try:
         _say(work(database))
-    except (StartRefused, UnknownKey) as error:
+    except (StartRefused, StoreDown) as error:
         _say(str(error))
         return 1
     except DATABASE_DOWN as error:

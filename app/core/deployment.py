@@ -93,7 +93,6 @@ def adopt(database: Database, blobs: BlobStore) -> str:
         kept = {} if before is None else {"pepper": before.pepper, "queue": before.queue}
         session.add(Deployment(id=own, bound_at=db_now(), audit_due=True, **kept))
         session.commit()
-    log.warning("deployment.adopted", deployment=own)
     return own
 
 
@@ -132,7 +131,6 @@ def _first_start(session: Session, blobs: BlobStore, settings: Settings) -> Depl
     row = Deployment(id=new_id(Prefix.DEPLOYMENT), audit_due=audit_due)
     session.add(row)
     session.flush()
-    log.info("deployment.made", deployment=row.id, audit_due=audit_due)
     return row
 
 

@@ -8,6 +8,7 @@ ImmunotuneError             code, status, param, message (what to do next), opti
 ├── RequestInProgress  409
 ├── QuotaExceeded      429  retrying does not help
 ├── ServiceBusy        503  nothing was done; retry later
+│   └── StoreDown           the blob store does not answer, or not as it should
 └── StorageFull        507
 StartRefused                never reaches a client: the process does not start, and says what the operator can do
 LeaseLost                   never reaches a client: the attempt must stop and leave no trace
@@ -89,6 +90,12 @@ class ServiceBusy(ImmunotuneError):
     status = 503
     code = "overloaded"
     type = "server_error"
+
+
+class StoreDown(ServiceBusy):
+    """The blob store does not answer, refuses us, or breaks off; no fault of the request or of the job."""
+
+    code = "storage_unavailable"
 
 
 class StorageFull(ImmunotuneError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from app.core import deployment
 from app.core.broker import Wake
 from app.core.ids import Prefix, new_id
 from app.core.jobs.lease import enrol_worker
@@ -161,12 +162,13 @@ class Scene:
 def open_scene(settings: Settings, *, base_status: BaseStatus = BaseStatus.READY) -> Scene:
     """Migrate and open a service with the base `tiny` and one enrolled worker."""
     migrate(settings)
-    database = open_database(settings)
+    database, blobs = open_database(settings), open_blobs(settings)
+    deployment.bind(database, blobs, settings)
     with database.writing() as session:
         session.add(BaseRow(id=BASE_ID, source=BASE_ID, status=base_status, context=512))
         worker_id = enrol_worker(session, host="test", devices="none")
         session.commit()
-    return Scene(settings, database, open_blobs(settings), worker_id)
+    return Scene(settings, database, blobs, worker_id)
 
 
 def pid_in(path: Path) -> Callable[[], int]:

@@ -11,7 +11,7 @@ from app.core.jobs import sweep as sweeping
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore, open_blobs, put_bytes
 from app.core.storage.blobs.objects import ObjectBlobs
-from app.core.storage.database import Database, migrate, open_database
+from app.core.storage.database import Database, open_database
 from app.core.storage.identity import STORE_KEY, WrongDeployment, id_in_store
 from app.core.storage.tables import Deployment, Project
 from tests.support.jobs import add_file
@@ -188,14 +188,3 @@ def test_one_process_sweeps_at_a_time_and_in_turn(database: Database, settings: 
             assert elected
             assert again(limits.sweep_seconds) == 0
     assert again(limits.sweep_seconds) == 1
-
-
-def test_processes_say_what_to_do_and_end(tmp_path: Path) -> None:
-    """S2: every process that opens the store refuses to start, with the verb that helps."""
-    settings = Settings(data=tmp_path, base="tiny")
-    migrate(settings)
-    put_bytes(open_blobs(settings), "files/proj_x/file-x", b"x")
-    database = open_database(settings)
-    with pytest.raises(WrongDeployment, match="immunotune adopt"):
-        deployment.bind(database, open_blobs(settings), settings)
-    database.close()
