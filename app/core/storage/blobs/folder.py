@@ -70,7 +70,7 @@ class FolderBlobs:
         try:
             size_bytes = path.stat().st_size
         except (FileNotFoundError, NotADirectoryError) as error:
-            if not self.root.is_dir():
+            if self.root.exists() and not self.root.is_dir():
                 raise _trouble(error) from error
             raise BlobMissing(key) from error
         except OSError as error:
