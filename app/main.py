@@ -6,6 +6,7 @@ The schema must be there already: one runner migrates before any API starts.
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import structlog
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 
@@ -14,14 +15,17 @@ from app.api.http import exception_handlers
 from app.api.http.middleware import RequestGuard, RequestLog
 from app.api.http.resources import Resources
 from app.api.routes import chat, files, health, jobs, models, results
-from app.core import projects
+from app.core import deployment, projects
 from app.core.broker import Waker, make_celery
+from app.core.errors import StartRefused
 from app.core.jobs.reaper import Reaper
 from app.core.models import ensure_base
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
 from app.core.storage.database import open_database
 from app.core.telemetry import configure_logging
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 ROUTERS = (files.router, results.router, jobs.router, models.router, chat.router, health.router)
 _UPLOADS_AT_ONCE = 16
@@ -34,7 +38,11 @@ def build_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging("api", settings.log_level)
         async with AsyncExitStack() as stack:
-            app.state.resources = resources = await to_thread.run_sync(_open_resources, settings, stack)
+            try:
+                app.state.resources = resources = await to_thread.run_sync(_open_resources, settings, stack)
+            except StartRefused as error:
+                log.critical("start.refused", reason=str(error))
+                raise
             stack.push_async_callback(resources.gateway.close)
             reaper = Reaper(resources.database, resources.celery, resources.blobs, settings)
             reaper.start()
@@ -56,10 +64,14 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
     stack.callback(database.close)
     celery = make_celery(settings)
     stack.callback(celery.close)
+    blobs = open_blobs(settings)
+    deployment.bind(database, blobs, settings)
     pepper = projects.load_pepper(settings)
     with database.writing() as session:
-        projects.bootstrap(session, settings, pepper)
         wakes = ensure_base(session, settings)
+        projects.bind_pepper(session, settings, pepper)
+        projects.bootstrap(session, settings, pepper)
+        deployment.serve_queue(session, settings)
         session.commit()
     waker = Waker(celery)
     waker.start()
@@ -71,4 +83,4 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         ping_seconds=settings.serving.ping_seconds,
     )
     uploads = CapacityLimiter(_UPLOADS_AT_ONCE)
-    return Resources(settings, database, open_blobs(settings), celery, pepper, uploads, gateway, waker)
+    return Resources(settings, database, blobs, celery, pepper, uploads, gateway, waker)

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     settings = settings.model_copy(update={"base": options.base or settings.base, "port": 0})
     try:
         require_fit(settings.operator_rows)
-        with running(settings, lambda line: say(f"  {line}")) as service:
+        with running(settings, lambda line: say(f"  {line}"), for_demo=True) as service:
             if options.align_only:
                 return _align(service)
             result = _demo(service, options, begin)

@@ -1,4 +1,4 @@
-"""The verbs up, base, train, serve, worker, models and migrate: their options, and the function behind each.
+"""The verbs up, base, train, serve, worker, models, migrate and the operator's: their options, and what is behind each.
 
 What only one verb needs (torch, the embedded broker, the web server) is imported by that verb, so that an image
 without it still runs the others.
@@ -19,6 +19,12 @@ def main(argv: list[str]) -> int:
     verbs.add_parser("serve")
     verbs.add_parser("migrate")
     verbs.add_parser("base").add_argument("name", help="smollm2, tiny, a hub id or a local folder")
+    verbs.add_parser("retire").add_argument("name", help="the id of the base that is served")
+    rekey = verbs.add_parser("rekey")
+    rekey.add_argument("--project", default="default")
+    rekey.add_argument("--none", action="store_true", help="only revoke; the project has no key afterwards")
+    verbs.add_parser("adopt")
+    verbs.add_parser("audit").add_argument("--accept", action="store_true", help="sweep on whatever is found")
     verbs.add_parser("worker").add_argument("--queues", default="checks,train.cpu")
     verbs.add_parser("models", add_help=False)  # its options are the model server's own
     verbs.add_parser("train", add_help=False)
@@ -31,9 +37,13 @@ def main(argv: list[str]) -> int:
         "base": lambda: _base(settings, options.name),
         "serve": lambda: _serve(settings),
         "worker": lambda: _worker(settings, options.queues),
-        "models": lambda: _models(rest),
+        "models": lambda: _models(settings, rest),
         "train": lambda: _train(settings, rest),
         "migrate": lambda: _migrate(settings),
+        "retire": lambda: _by_hand(settings, options),
+        "rekey": lambda: _by_hand(settings, options),
+        "adopt": lambda: _by_hand(settings, options),
+        "audit": lambda: _by_hand(settings, options),
     }
     return served_by[options.verb]()
 
@@ -94,7 +104,27 @@ def _migrate(settings: Settings) -> int:
     return 0
 
 
-def _models(options: list[str]) -> int:
+def _by_hand(settings: Settings, options: argparse.Namespace) -> int:
+    from embedded import operators
+
+    match options.verb:
+        case "retire":
+            return operators.retire(settings, options.name)
+        case "rekey":
+            return operators.rekey(settings, options.project, revoke_only=options.none)
+        case "adopt":
+            return operators.adopt(settings)
+        case _:
+            return operators.audit(settings, accept=options.accept)
+
+
+def _models(settings: Settings, options: list[str]) -> int:
+    from embedded import operators
+
+    refusal = operators.why_not_here(settings) if "--base" not in options else None
+    if refusal is not None:
+        _say(refusal)
+        return 1
     from worker.serving.server import main as serve_models
 
     return serve_models(options)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from app.core.errors import StartRefused
 from app.core.settings import Settings
 from embedded import programs, valkey
 from finetuning.bases.fetch import FetchFailed
@@ -63,15 +64,16 @@ class RunningService:
 
 
 @contextmanager
-def running(settings: Settings, say: Say) -> Iterator[RunningService]:
+def running(settings: Settings, say: Say, *, for_demo: bool = False) -> Iterator[RunningService]:
     """Run the service for the length of the block; afterwards no process of it is left.
 
-    Call from the main thread. Raises StartFailed, and Stopped on SIGINT, SIGTERM or SIGHUP.
+    With `for_demo` the base may be another than before, and the project `baseline` is open. Call from the main thread.
+    Raises StartFailed, and Stopped on SIGINT, SIGTERM or SIGHUP.
     """
     with _only_one(settings), _signals_raise():
         started: list[StartedProgram] = []
         try:
-            yield _start_all(settings, say, started)
+            yield _start_all(settings, say, started, for_demo=for_demo)
         finally:
             _end_all(started, say)
 
@@ -83,13 +85,16 @@ def serve_until_stopped(service: RunningService) -> None:
         time.sleep(POLL_SECONDS * 5)
 
 
-def _start_all(settings: Settings, say: Say, started: list[StartedProgram]) -> RunningService:
+def _start_all(settings: Settings, say: Say, started: list[StartedProgram], *, for_demo: bool) -> RunningService:
     settings, environment = programs.choose_ports(settings), inherited_environment()
     _fetch_base(settings, environment, say)
     say("starting broker, database, API, workers and model server")
     started.append(start(valkey.program(settings.runtime, settings.data, environment)))
     _wait("broker", lambda: valkey.answers(settings.runtime), BROKER_SECONDS, started)
-    keys = programs.prepare_database(settings)
+    try:
+        keys = programs.prepare_database(settings, for_demo=for_demo)
+    except StartRefused as error:
+        raise StartFailed(str(error)) from error
     started.extend(start(program) for program in programs.service_programs(settings, environment))
     address = f"http://{settings.host}:{settings.port}"
     _wait("API", lambda: _answers(address + "/readyz"), READY_SECONDS, started)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from app.core import models, projects
-from app.core.broker import CHECKS_QUEUE, CPU_QUEUE
-from app.core.projects import BootstrapKeys
+from app.core import deployment, models, projects
+from app.core.broker import CHECKS_QUEUE
+from app.core.projects import BootstrapKeys, UnknownKey
 from app.core.settings import Settings, to_environment
+from app.core.storage.blobs import open_blobs
 from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import BaseStatus
 from finetuning.bases.fetch import is_here
@@ -54,23 +55,39 @@ def is_base_aligned(settings: Settings) -> bool:
         database.close()
 
 
-def prepare_database(settings: Settings) -> BootstrapKeys:
-    """Migrate, and make the two projects with their keys."""
+def prepare_database(settings: Settings, *, for_demo: bool = False) -> BootstrapKeys:
+    """Migrate, bind database and store to each other, and make the default project with its key.
+
+    The demo's user has just named the base and compares with an undefended project: it alone gets both. Raises
+    StartRefused.
+    """
     migrate(settings)
     database = open_database(settings)
     try:
+        deployment.bind(database, open_blobs(settings), settings)
+        pepper = projects.load_pepper(settings)
         with database.writing() as session:
-            keys = projects.bootstrap(session, settings, projects.load_pepper(settings))
+            if for_demo:
+                models.retire_others(session, settings)
+            models.require_base(session, settings)
+            projects.bind_pepper(session, settings, pepper)
+            default = projects.bootstrap(session, settings, pepper)
+            baseline = projects.open_baseline(session, pepper) if for_demo else ""
             session.commit()
     finally:
         database.close()
-    return keys
+    if default is None:
+        raise UnknownKey(
+            f"No valid key of the default project is kept in {settings.data / 'keys'}. Set IMMUNOTUNE_API_KEY to one, "
+            "or run `immunotune rekey` for a new one; that revokes the others."
+        )
+    return BootstrapKeys(default, baseline)
 
 
 def service_programs(settings: Settings, environment: Mapping[str, str]) -> list[Program]:
     """Everything but the broker, in start order; `environment` is what they inherit beside the settings."""
     model_server_port = settings.model_server_urls[0].rpartition(":")[2]
-    training = _program(settings, environment, "training worker", _verb("worker", "--queues", CPU_QUEUE))
+    training = _program(settings, environment, "training worker", _verb("worker", "--queues", settings.train_queue))
     return [
         _program(settings, environment, "API", _verb("serve")),
         _program(settings, environment, "checks worker", _verb("worker", "--queues", CHECKS_QUEUE)),

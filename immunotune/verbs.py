@@ -31,6 +31,10 @@ VERBS = {
     "serve": Verb("production: one API process", (), _SERVICE),
     "worker": Verb("production: one worker  [--queues train.gpu24]", (), _SERVICE),
     "models": Verb("production: one model server", ("train",), _SERVICE),
+    "retire": Verb("operators: stop serving a base; the next start may serve another  [BASE]", (), _SERVICE),
+    "rekey": Verb("operators: a new key of a project; revokes its others  [--project P] [--none]", (), _SERVICE),
+    "adopt": Verb("operators: bind a restored database and blob store to each other", (), _SERVICE),
+    "audit": Verb("operators: hold rows against stored bytes; lets the sweep go on  [--accept]", (), _SERVICE),
     "migrate": Verb("production: bring the database to this release", (), _SERVICE),
 }
 # What to look for when asking whether an extra is installed.

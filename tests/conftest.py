@@ -171,7 +171,9 @@ def pepper(settings: Settings) -> bytes:
 def keys(database: Database, settings: Settings, pepper: bytes) -> projects.BootstrapKeys:
     """The plain keys of the projects `default` and `baseline`."""
     with database.writing() as session:
-        made = projects.bootstrap(session, settings, pepper)
+        default = projects.bootstrap(session, settings, pepper)
+        assert default is not None
+        made = projects.BootstrapKeys(default, projects.open_baseline(session, pepper))
         session.commit()
     return made
 

@@ -14,6 +14,8 @@ from celery.signals import worker_init, worker_process_init, worker_shutting_dow
 
 from app.core import broker
 from app.core.broker import CHECK_JOB, RUN_JOB, Wake
+from app.core.deployment import require_ours
+from app.core.errors import StartRefused, StoreDown
 from app.core.jobs import lease
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
@@ -46,11 +48,20 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
 
     SIGTERM drains: the job under way is saved, handed back and taken up by another worker.
     """
+    configure_logging("worker", settings.log_level)  # a refusal belongs on standard error, too
     try:
         require_fit(settings.operator_rows)
     except BadOperatorRows as error:
         _log.error("operator_rows.refused", reason=str(error))
         return 1  # every job of this worker would be lost
+    try:
+        require_ours(settings)
+    except StartRefused as error:
+        _log.critical("start.refused", reason=str(error))
+        return 1
+    except (StoreDown, *DATABASE_DOWN) as error:
+        _log.critical("start.failed", reason=type(error).__name__)
+        return 1  # whoever watches over this process starts it again
     celery = build_worker(settings, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]
@@ -78,7 +89,6 @@ def build_worker(settings: Settings, *, launcher: Launcher = launch_command) -> 
 
 def _connect_signals(settings: Settings, celery: Celery, process: _Process, launcher: Launcher) -> None:
     def enrol(**_: object) -> None:
-        configure_logging("worker", settings.log_level)
         database = open_database(settings)
         try:
             with database.writing() as session:

@@ -8,7 +8,9 @@ ImmunotuneError             code, status, param, message (what to do next), opti
 ├── RequestInProgress  409
 ├── QuotaExceeded      429  retrying does not help
 ├── ServiceBusy        503  nothing was done; retry later
+│   └── StoreDown           the blob store does not answer, or not as it should
 └── StorageFull        507
+StartRefused                never reaches a client: the process does not start, and says what the operator can do
 LeaseLost                   never reaches a client: the attempt must stop and leave no trace
 """
 
@@ -90,12 +92,23 @@ class ServiceBusy(ImmunotuneError):
     type = "server_error"
 
 
+class StoreDown(ServiceBusy):
+    """The blob store does not answer, refuses us, or breaks off; no fault of the request or of the job."""
+
+    code = "storage_unavailable"
+
+
 class StorageFull(ImmunotuneError):
     """The blob store has no room left."""
 
     status = 507
     code = "storage_full"
     type = "server_error"
+
+
+class StartRefused(RuntimeError):
+    """A process disagrees with its deployment (store, pepper, key, base) and must not start; the message says what to
+    do."""
 
 
 class LeaseLost(Exception):

@@ -26,6 +26,7 @@ class Prefix(Enum):
     ARTIFACT = ("art_", 24)
     WORKER = ("worker_", 24)
     REQUEST = ("req_", 24)
+    DEPLOYMENT = ("dep_", 24)
 
 
 def new_id(prefix: Prefix) -> str:

@@ -8,10 +8,10 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.core.broker import Wake
-from app.core.errors import Forbidden, NotFound, ServiceBusy, model_not_found
+from app.core.errors import Forbidden, NotFound, ServiceBusy, StartRefused, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.jobs.jobs import NewEvent, append_events, base_trouble, served_alignment, wake_for
+from app.core.jobs.jobs import NewEvent, append_events, base_trouble, served_alignment, tell_waiting, wake_for
 from app.core.jobs.policy import get_policy, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
@@ -45,8 +45,12 @@ class Target:
 PUBLIC_BASE = "public"
 
 
-class BaseTaken(RuntimeError):
+class BaseTaken(StartRefused):
     """Two sources claim one base id; the message says what to do."""
+
+
+class OtherBase(StartRefused):
+    """The deployment serves another base than this process is set to; the message names the verb that changes it."""
 
 
 def base_id_of(name: str) -> str:
@@ -55,13 +59,14 @@ def base_id_of(name: str) -> str:
 
 
 def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
-    """Serve the configured base: insert it with its align job unless it is there, and retire every other one.
+    """Serve the configured base: insert it with its align job unless it is there.
 
     Safe to repeat. A failed alignment is tried again at the next start, and a base that is aligned for another policy
     than the service's is aligned again. Returns wake-ups for after the commit. Raises BaseTaken when the id belongs to
-    another source.
+    another source, OtherBase while another base is served: `retire_base` ends that.
     """
     one_at_a_time(session)
+    require_base(session, settings)
     known = base_of(settings.base)
     base = session.scalars(select(BaseRow).where(BaseRow.id == known.id)).one_or_none()
     if base is None:
@@ -74,8 +79,6 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
             "Set IMMUNOTUNE_BASE back, rename the folder of the new base, or take another IMMUNOTUNE_DATA."
         )
     base.context = known.context  # an earlier release may have known another
-    others = BaseRow.id != base.id, BaseRow.status != BaseStatus.RETIRED
-    session.execute(update(BaseRow).where(*others).values(status=BaseStatus.RETIRED))
     if base.status == BaseStatus.RETIRED:
         return _bring_back(session, settings, base)
     is_of_today = served_alignment(session, base) == _alignment_recipe(settings).name
@@ -83,6 +86,41 @@ def ensure_base(session: Session, settings: Settings) -> tuple[Wake, ...]:
     if base.status == BaseStatus.FAILED or not (is_of_today or is_waiting):
         return _align(session, settings, base)
     return ()
+
+
+def require_base(session: Session, settings: Settings) -> None:
+    """Raises OtherBase where the deployment serves a base, and not the one that this process is set to."""
+    served = session.scalars(select(BaseRow).where(BaseRow.status != BaseStatus.RETIRED).order_by(BaseRow.seq)).all()
+    if served and base_id_of(settings.base) not in {base.id for base in served}:
+        now = served[0]
+        raise OtherBase(
+            f"This deployment serves the base '{now.id}', and IMMUNOTUNE_BASE is '{settings.base}'. Set it to "
+            f"'{now.source}'; or, to serve another base from now on, run `immunotune retire {now.id}` once and start "
+            "every process with the new one. Jobs of a retired base wait until it is served again."
+        )
+
+
+def retire_base(session: Session, base_id: str) -> int:
+    """Stop serving a base, so that the next start may serve another; returns how many jobs wait for it from now on.
+
+    Safe to repeat. Its rows and results stay, and a start with it after the other is retired serves it again. Raises
+    NotFound `model_not_found`.
+    """
+    one_at_a_time(session)
+    base = get_base(session, base_id)
+    if base.status == BaseStatus.RETIRED:
+        return 0
+    base.status = BaseStatus.RETIRED
+    session.flush()
+    return tell_waiting(session, base)
+
+
+def retire_others(session: Session, settings: Settings) -> None:
+    """Retire whatever is served beside the configured base: for one user's own machine, who just named the base."""
+    own = base_id_of(settings.base)
+    served = BaseRow.id != own, BaseRow.status != BaseStatus.RETIRED
+    for base_id in session.scalars(select(BaseRow.id).where(*served)).all():
+        retire_base(session, base_id)
 
 
 def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:

@@ -57,6 +57,7 @@ class LimitSettings(BaseModel):
     check_seconds: float = Field(default=900.0, gt=0, description="a job not checked by then fails")
     orphan_blob_seconds: float = Field(default=86_400.0, ge=0, description="a blob that no row needs goes after this")
     sweep_seconds: float = Field(default=1800.0, gt=0, description="between two looks for such blobs")
+    sweep_share: float = Field(default=0.1, ge=0, le=1, description="of the store; if more is nobody's, none goes")
     free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
 
 
@@ -104,7 +105,14 @@ class Settings(BaseModel):
     data: Path = Field(default=Path("var"), validate_default=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
-    api_key: str | None = Field(default=None, min_length=16, repr=False)
+    api_key: str | None = Field(default=None, min_length=32, repr=False)
+    pepper: str | None = Field(
+        default=None,
+        min_length=32,
+        repr=False,
+        description="hashes API keys; unset: pepper_file or <data>/keys/pepper",
+    )
+    pepper_file: Path | None = Field(default=None, description="a file that holds the pepper")
     draw_secret: str | None = Field(
         default=None,
         min_length=32,
@@ -143,7 +151,7 @@ class Settings(BaseModel):
     serving: ServingSettings = ServingSettings()
     release: ReleaseSettings = ReleaseSettings()
 
-    @field_validator("data", "operator_rows")
+    @field_validator("data", "operator_rows", "pepper_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()

@@ -14,6 +14,14 @@ BLOBS_SWEPT = Counter("immunotune_blobs_swept_total", "Blobs deleted because no 
 JOBS_QUEUED = Gauge("immunotune_jobs_queued", "Jobs that wait for a worker, all projects.")
 OLDEST_WAIT_SECONDS = Gauge("immunotune_oldest_wait_seconds", "Age of the oldest job that waits for a worker.")
 
+JOBS_WITHOUT_BASE = Gauge("immunotune_jobs_without_base", "Jobs that wait for a base that is not served.")
+DUTY_LAST_OK = Gauge("immunotune_duty_last_ok_seconds", "When the reaper last did this duty, unix seconds.", ["duty"])
+DUTIES_FAILED = Counter("immunotune_duties_failed_total", "Duties of the reaper that raised.", ["duty"])
+SWEEP_STOPPED = Gauge(
+    "immunotune_sweep_stopped",
+    "1 while the sweep deletes nothing: a foreign store, an audit due, or too much to go.",
+)
+
 
 def configure_logging(process: str, level: str) -> None:
     """One JSON line per event on standard error, `process` and all bound context in each. Once per process."""

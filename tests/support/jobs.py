@@ -2,7 +2,7 @@
 
 from obstore.store import MemoryStore
 
-from app.core import files
+from app.core import deployment, files
 from app.core.ids import Prefix, new_id
 from app.core.jobs import ended, jobs, lease, policy
 from app.core.settings import LeaseSettings, Settings
@@ -23,6 +23,12 @@ QUICK = LeaseSettings(
 )
 # what a job that may succeed has to publish
 SUCCESS = (Form.METRICS, Form.REPORTS, Form.ADAPTER, Form.ADAPTER_STOCK)
+
+
+def bind_as_it_is(database: Database, blobs: BlobStore) -> None:
+    """Make this store the database's own, whatever its rows name and it lacks, and let the sweep begin."""
+    deployment.adopt(database, blobs)
+    deployment.check(database, blobs, most_share=0.0, accept=True)
 
 
 def patient(settings: Settings) -> Settings:

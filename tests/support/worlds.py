@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from app.core import deployment
 from app.core.broker import Wake
 from app.core.ids import Prefix, new_id
 from app.core.jobs.lease import enrol_worker
@@ -53,6 +54,7 @@ def settings_in(folder: Path, **changes: object) -> Settings:
     """Settings of a service of its own below `folder`, on the backend of this run."""
     values: dict[str, object] = {
         "data": folder,
+        "base": BASE_ID,
         "lease": FAST,
         "database_seconds": 1.0,
         "limits": LimitSettings(free_bytes=0),
@@ -163,12 +165,13 @@ class Scene:
 def open_scene(settings: Settings, *, base_status: BaseStatus = BaseStatus.READY) -> Scene:
     """Migrate and open a service with the base `tiny` and one enrolled worker."""
     migrate(settings)
-    database = open_database(settings)
+    database, blobs = open_database(settings), open_blobs(settings)
+    deployment.bind(database, blobs, settings)
     with database.writing() as session:
         session.add(BaseRow(id=BASE_ID, source=BASE_ID, status=base_status, context=512))
         worker_id = enrol_worker(session, host="test", devices="none")
         session.commit()
-    return Scene(settings, database, open_blobs(settings), worker_id)
+    return Scene(settings, database, blobs, worker_id)
 
 
 def pid_in(path: Path) -> Callable[[], int]:

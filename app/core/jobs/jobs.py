@@ -37,7 +37,6 @@ from app.core.telemetry import JOBS_ENDED
 from finetuning.contract.recipe import JobKind, Recipe
 from finetuning.recipes.registry import ALIGNMENTS
 
-_AT_ONCE = 100
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -228,7 +227,7 @@ def pass_checks(session: Session, job_id: str, recipe: Recipe) -> tuple[Wake, ..
         return ()
     base = session.scalars(select(BaseRow).where(BaseRow.id == job.base_id)).one()
     if base.status != BaseStatus.READY:
-        append_events(session, job_id, [NewEvent(f"Waiting until the base {base.id} is aligned")])
+        append_events(session, job_id, [_waits_for(base)])
         return ()
     return (wake_for(job),)
 
@@ -273,20 +272,20 @@ def move(
         JOBS_ENDED.labels(state=target).inc()
         if job.kind == JobKind.ALIGN and target != JobState.SUCCEEDED:
             left = BaseRow.id == job.base_id, BaseRow.status == BaseStatus.ALIGNING
-            session.execute(update(BaseRow).where(*left).values(status=BaseStatus.FAILED))
-            fail_baseless(session)
+            failed = update(BaseRow).where(*left).values(status=BaseStatus.FAILED).returning(BaseRow)
+            for base in session.scalars(failed, execution_options={"populate_existing": True}).all():
+                tell_waiting(session, base)
     return job
 
 
-def fail_baseless(session: Session) -> None:
-    """validating_files or queued -> failed `base_retired` for jobs whose base will not come: nothing waits for ever."""
+def tell_waiting(session: Session, base: BaseRow) -> int:
+    """Tell the jobs that wait for a base why it does not come now; they wait on. Returns how many there are."""
     waiting = Job.kind == JobKind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
-    lost = select(Job.id, BaseRow).join(BaseRow, BaseRow.id == Job.base_id).where(*waiting, _will_not_come())
-    for job_id, base in session.execute(lost.order_by(Job.seq).limit(_AT_ONCE)).all():
-        error = JobError("base_retired", base_trouble(base) or "", "model")
-        event = NewEvent(error.message, level="error", data={"code": error.code})
-        ended = {"error": asdict(error), "finished_at": db_now()}
-        move(session, job_id, JobState.FAILED, *waiting, event=event, **ended)
+    ids = session.scalars(select(Job.id).where(*waiting, Job.base_id == base.id)).all()
+    event = _waits_for(base)
+    session.add_all(Event(id=new_id(Prefix.EVENT), job_id=job_id, **asdict(event)) for job_id in ids)
+    session.flush()
+    return len(ids)
 
 
 def served_alignment(session: Session, base: BaseRow) -> str:
@@ -308,8 +307,11 @@ def base_trouble(base: BaseRow) -> str | None:
     return None
 
 
-def _will_not_come() -> ColumnElement[bool]:
-    return BaseRow.status.in_((BaseStatus.FAILED, BaseStatus.RETIRED))
+def _waits_for(base: BaseRow) -> NewEvent:
+    trouble = base_trouble(base)
+    if trouble is None:
+        return NewEvent(f"Waiting until the base {base.id} is aligned")
+    return NewEvent(f"The job waits for its base. {trouble}", level="warn", data={"code": "base_not_served"})
 
 
 def count_rows(file: File) -> int:

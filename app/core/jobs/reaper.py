@@ -1,11 +1,15 @@
-"""The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, sweeps blobs.
+"""The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, erases and sweeps.
 
-Every statement is conditional and may run in any number of processes at once, so there is no leader.
+It is a list of duties. Each is tried by itself, in transactions of its own, so that one that fails or waits holds up no
+other; what asks the database, the broker and the blob store runs in a thread each. Every statement is conditional and
+may run in any number of processes at once, so there is no leader; only the sweep is one process's at a time.
 """
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from queue import Empty, SimpleQueue
 
 import structlog
 from celery import Celery
@@ -15,66 +19,116 @@ from sqlalchemy.orm import Session
 from app.core import files, idempotency
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
 from app.core.jobs.ended import lose
-from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
+from app.core.jobs.jobs import JobError, NewEvent, fail_checks, move
 from app.core.jobs.lease import base_is_ready
+from app.core.jobs.sweep import sweep_in_turn
+from app.core.jobs.waiting import count_baseless, route
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
-from app.core.storage.job_states import LIVE, JobState
+from app.core.storage.identity import deployment_of
+from app.core.storage.job_states import JobState
 from app.core.storage.tables import File, Job
-from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
+from app.core.telemetry import DUTIES_FAILED, DUTY_LAST_OK, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 _AT_ONCE = 100
+_MINUTE = 60.0
+# the longest pause before bytes that could not be deleted are tried again
+_LONGEST_REST = 6 * 3600.0
+
+
+@dataclass(frozen=True)
+class Duty:
+    """One thing that the reaper does, and how often; `run` raises where it failed."""
+
+    name: str
+    every_seconds: float
+    run: Callable[[], object]
 
 
 @dataclass
 class Reaper:
-    """A thread that ticks until stopped; one bad tick is logged and the next one comes."""
+    """Threads that do their duties until stopped; a duty that fails is logged and tried again when it is due."""
 
     database: Database
     celery: Celery
     blobs: BlobStore
     settings: Settings
     _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _wakes: SimpleQueue[Wake] = field(default_factory=SimpleQueue)
 
     def start(self) -> None:
-        """Begin to tick."""
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
-        self._thread.start()
+        """Begin."""
+        for name, duties in self._duties().items():
+            thread = threading.Thread(target=self._run, args=(duties,), name=f"reaper-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def stop(self) -> None:
-        """Stop after the tick under way; waits for it as long as one database call may take."""
+        """Stop after the duties under way; waits for them as long as one database call may take."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join(self.settings.database_seconds + 1.0)
+        deadline = time.monotonic() + self.settings.database_seconds + 1.0
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _run(self) -> None:
-        swept_at = time.monotonic()
+    def _run(self, duties: Sequence[Duty]) -> None:
+        due_at = {duty.name: 0.0 for duty in duties}
         while not self._stop.wait(self.settings.lease.reaper_tick_seconds):
-            try:
-                tick(self.database, self.celery, self.blobs, self.settings)
-                if time.monotonic() - swept_at >= self.settings.limits.sweep_seconds:
-                    swept_at = time.monotonic()
-                    sweep(self.database, self.blobs, older_than_seconds=self.settings.limits.orphan_blob_seconds)
-            except Exception:
-                log.exception("reaper.tick_failed")
+            for duty in duties:
+                if not self._stop.is_set() and time.monotonic() >= due_at[duty.name]:
+                    do(duty)
+                    due_at[duty.name] = time.monotonic() + duty.every_seconds
+
+    def _duties(self) -> dict[str, list[Duty]]:
+        """By what they wait for: a broker or a store that hangs must not keep a lease from being taken back."""
+        database, blobs, settings = self.database, self.blobs, self.settings
+        limits = settings.limits
+        in_database = {
+            "expire": lambda session: self._note(expire(session, settings.lease)),
+            "end_overdue_checks": lambda session: end_overdue_checks(session, limits.check_seconds),
+            "count_baseless": count_baseless,
+            "route": _route,
+            "hide_expired": files.hide_expired,
+            "forget_replies": idempotency.forget_old,
+        }
+        return {
+            "database": [Duty(name, 0.0, _committed(database, work)) for name, work in in_database.items()],
+            "broker": [
+                Duty("wake", 0.0, self._send),
+                Duty("rewake", 0.0, lambda: rewake(database, self.celery, settings)),
+            ],
+            "store": [
+                Duty("erase_deleted", 0.0, lambda: erase_deleted(database, blobs)),
+                Duty("sweep", min(_MINUTE, limits.sweep_seconds), lambda: sweep_in_turn(database, blobs, limits)),
+            ],
+        }
+
+    def _note(self, wakes: Sequence[Wake]) -> None:
+        # one that is sent before its commit finds nothing to do, and is sent again
+        for due in wakes:
+            self._wakes.put(due)
+
+    def _send(self) -> None:
+        try:
+            while True:
+                wake(self.celery, self._wakes.get_nowait())
+        except Empty:
+            pass
 
 
-def tick(database: Database, celery: Celery, blobs: BlobStore, settings: Settings) -> None:
-    """One round of everything but the sweep."""
-    with database.writing() as session:
-        wakes = expire(session, settings.lease)
-        end_overdue_checks(session, settings.limits.check_seconds)
-        fail_baseless(session)
-        files.hide_expired(session)
-        idempotency.forget_old(session)
-        session.commit()
-    wake(celery, *wakes)
-    rewake(database, celery, settings)
-    erase_deleted(database, blobs)
+def do(duty: Duty) -> bool:
+    """Try a duty, and say in log and metrics whether it was done."""
+    try:
+        duty.run()
+    except Exception:
+        DUTIES_FAILED.labels(duty=duty.name).inc()
+        log.exception("reaper.duty_failed", duty=duty.name)
+        return False
+    DUTY_LAST_OK.labels(duty=duty.name).set_to_current_time()
+    return True
 
 
 def expire(session: Session, timings: LeaseSettings) -> tuple[Wake, ...]:
@@ -126,64 +180,42 @@ def rewake(database: Database, celery: Celery, settings: Settings) -> None:
 
 
 def erase_deleted(database: Database, blobs: BlobStore) -> None:
-    """Delete the bytes of hidden files; the rows stay as cursors."""
+    """Delete the bytes of hidden files; the rows stay as cursors. One that cannot be deleted rests meanwhile."""
+    is_due = or_(File.erase_after.is_(None), File.erase_after <= db_now())
     with database.reading() as session:
-        hidden = File.deleted_at.is_not(None), File.erased_at.is_(None)
-        due = session.execute(select(File.id, File.blob_key).where(*hidden).limit(_AT_ONCE)).all()
-    for file_id, key in due:
-        blobs.delete(key)
+        hidden = File.deleted_at.is_not(None), File.erased_at.is_(None), is_due
+        due = session.execute(select(File.id, File.blob_key, File.erase_failures).where(*hidden).limit(_AT_ONCE)).all()
+    for file_id, key, failures in due:
+        values: dict[str, object] = {"erased_at": db_now()}
+        try:
+            blobs.delete(key)
+        except Exception:
+            log.exception("file.unerasable", file_id=file_id, failures=(failures or 0) + 1)
+            rest = min(_LONGEST_REST, _MINUTE * 2.0 ** min(failures or 0, 16))
+            values = {"erase_failures": (failures or 0) + 1, "erase_after": db_now() + rest}
         with database.writing() as session:
-            session.execute(update(File).where(File.id == file_id).values(erased_at=db_now()))
+            session.execute(update(File).where(File.id == file_id).values(values))
             session.commit()
-
-
-def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float) -> int:
-    """Delete blobs without a row that needs them: cut-off uploads, lost attempts, checkpoints of ended jobs.
-
-    Those of a cancelled job go whatever their age. Returns how many were deleted.
-    """
-    swept = blobs.discard_unfinished(older_than_seconds)
-    hurried: dict[str, bool] = {}
-    for prefix in ("files/", "jobs/"):
-        for blob in blobs.list(prefix):
-            job_id = blob.key.split("/")[1] if prefix == "jobs/" else ""
-            with database.reading() as session:
-                if job_id not in hurried:
-                    hurried[job_id] = _is_cancelled(session, job_id)
-                if blob.age_seconds < older_than_seconds and not hurried[job_id]:
-                    continue
-                needed = is_needed(session, blob.key)
-            if not needed:
-                blobs.delete(blob.key)
-                swept += 1
-    if swept:
-        BLOBS_SWEPT.inc(swept)
-        log.info("blobs.swept", count=swept)
-    return swept
-
-
-def is_needed(session: Session, key: str) -> bool:
-    """Whether a row still needs this blob: its file, its job's result, or its live job."""
-    of_file = select(File.id).where(File.blob_key == key, File.deleted_at.is_(None))
-    parts = key.split("/")
-    if parts[0] != "jobs" or len(parts) < 4:
-        return session.scalars(of_file).first() is not None
-    job = session.scalars(select(Job).where(Job.id == parts[1])).one_or_none()
-    if job is not None and (job.state in LIVE or (job.result or {}).get("prefix") in _folders_of(key)):
-        return True
-    return session.scalars(of_file).first() is not None
-
-
-def _is_cancelled(session: Session, job_id: str) -> bool:
-    return session.scalars(select(Job.state).where(Job.id == job_id)).one_or_none() == JobState.CANCELLED
 
 
 _CRASHED: dict[str, object] = {"code": "worker_crashed"}
 
 
-def _folders_of(key: str) -> list[str]:
-    parts = key.split("/")
-    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+def _route(session: Session) -> None:
+    own = deployment_of(session)
+    if own is not None and own.queue is not None:
+        route(session, own.queue)
+
+
+def _committed(database: Database, work: Callable[[Session], object]) -> Callable[[], object]:
+    """This work in a transaction of its own."""
+
+    def run() -> None:
+        with database.writing() as session:
+            work(session)
+            session.commit()
+
+    return run
 
 
 @dataclass(frozen=True)

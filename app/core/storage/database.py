@@ -8,7 +8,8 @@ import hashlib
 import operator
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -247,6 +248,24 @@ def try_turn(session: Session, name: str, *, shared: bool = False) -> bool:
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
     function = "pg_try_advisory_xact_lock_shared" if shared else "pg_try_advisory_xact_lock"
     return bool(connection.execute(text(f"SELECT {function}(:number)"), {"number": number}).scalar_one())
+
+
+@contextmanager
+def alone(database: Database, number: int) -> Iterator[bool]:
+    """Whether no other process is inside a block of this number; it ends with the process that holds it, however that
+    ends. Nobody waits. On SQLite, where one API process is all there is, always True.
+    """
+    if database.engine.dialect.name != "postgresql":
+        yield True
+        return
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # a lock of the connection, not of a transaction: the work inside may take longer than one may idle
+        held = bool(connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": number}).scalar_one())
+        try:
+            yield held
+        finally:
+            if held:
+                connection.execute(text("SELECT pg_advisory_unlock(:number)"), {"number": number})
 
 
 def read_clock(session: Session) -> float:

@@ -13,6 +13,28 @@ from app.core.storage.job_states import JobState
 from finetuning.contract.recipe import JobKind
 
 
+class Deployment(TableRow):
+    """The one row that says whose database this is; its `id` lies in the blob store too (`storage/identity.py`).
+
+    `pepper` is the fingerprint of what hashes API keys, `queue` the one that jobs are sent to. While `audit_due`
+    nothing is swept. `swept_at` elects the process whose turn the sweep is.
+    """
+
+    __tablename__ = "deployments"
+    pepper: Mapped[str | None]
+    queue: Mapped[str | None]
+    bound_at: Mapped[float | None]  # when the store was seen to carry the id
+    audit_due: Mapped[bool] = mapped_column(default=False)
+    swept_at: Mapped[float | None]
+
+
+class SweepMark(TableRow):
+    """A blob that no row needed when a sweep looked; the next one deletes it. `id` is the sha256 of its key."""
+
+    __tablename__ = "sweep_marks"
+    seen_at: Mapped[float] = mapped_column(default=db_now())
+
+
 class Org(TableRow):
     """A group of projects; `slug` is its word in model names."""
 
@@ -72,10 +94,18 @@ class File(TableRow):
     woken_at: Mapped[float | None] = mapped_column(default=db_now())  # no longer read
     deleted_at: Mapped[float | None]
     erased_at: Mapped[float | None]
+    erase_after: Mapped[float | None]  # after a failed try, not before this
+    erase_failures: Mapped[int | None]
 
     @classmethod
     def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
-        return (Index(None, "project_id", "created_at", "seq"), Index(None, "status", "created_at"))
+        return (
+            Index(None, "project_id", "created_at", "seq"),
+            Index(None, "status", "created_at"),
+            Index(None, "expires_at"),
+            Index(None, "erased_at", "deleted_at"),
+            Index(None, "blob_key"),
+        )
 
 
 class Job(TableRow):
@@ -120,6 +150,11 @@ class Job(TableRow):
             Index(None, "project_id", "created_at", "seq"),
             Index(None, "state", "run_after"),
             Index(None, "state", "lease_until"),
+            Index(None, "state", "saved_at"),
+            Index(None, "state", "created_at"),
+            Index(None, "state", "finished_at"),
+            Index(None, "training_file"),
+            Index(None, "validation_file"),
         )
 
 
@@ -182,7 +217,7 @@ class Artifact(TableRow):
 
     @classmethod
     def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
-        return (UniqueConstraint("job_id", "form"),)
+        return (UniqueConstraint("job_id", "form"), Index(None, "quarantined"))
 
 
 class BaseStatus(StrEnum):
@@ -224,7 +259,7 @@ class Model(TableRow):
 
     @classmethod
     def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
-        return (Index(None, "project_id", "created_at", "seq"),)
+        return (Index(None, "project_id", "created_at", "seq"), Index(None, "artifact_id"))
 
 
 class Worker(TableRow):
@@ -235,6 +270,10 @@ class Worker(TableRow):
     devices: Mapped[str]
     draining: Mapped[bool] = mapped_column(default=False)
     seen_at: Mapped[float] = mapped_column(default=db_now())
+
+    @classmethod
+    def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
+        return (Index(None, "seen_at"),)
 
 
 class Reply(TableRow):
@@ -250,4 +289,8 @@ class Reply(TableRow):
 
     @classmethod
     def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
-        return (UniqueConstraint("project_id", "route", "key"), Index(None, "project_id", "route", "body_hash"))
+        return (
+            UniqueConstraint("project_id", "route", "key"),
+            Index(None, "project_id", "route", "body_hash"),
+            Index(None, "created_at"),
+        )

@@ -1,15 +1,17 @@
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from app.core import files, models
 from app.core.errors import Forbidden, InvalidRequest, NotFound, ServiceBusy
-from app.core.jobs import ended, jobs, lease
+from app.core.jobs import ended, jobs, lease, waiting
 from app.core.jobs.jobs import JobError
 from app.core.jobs.policy import CreateJob
 from app.core.settings import Settings
-from app.core.storage.database import Database
+from app.core.storage.database import Database, Page
 from app.core.storage.tables import BaseRow, Form, Job, Project
 from tests.support.jobs import SUCCESS, add_file, add_job, published
 
@@ -71,21 +73,24 @@ def test_a_failed_alignment_is_tried_again_at_the_next_start(database: Database,
         assert models.get_base(session, "tiny").status == "aligning"
 
 
-def test_a_failed_alignment_ends_what_waits_and_refuses_what_comes(
+def test_a_failed_alignment_lets_jobs_wait_and_refuses_what_comes(
     database: Database, settings: Settings, project: Project
 ) -> None:
+    """S9: jobs wait for the operator's next start, which aligns the base again; new ones are told."""
     with database.writing() as session:
         (due,) = models.ensure_base(session, settings)
         session.commit()
-    waiting = [add_job(database, project, settings, queued=queued) for queued in (True, False)]
+    made = [add_job(database, project, settings, queued=queued) for queued in (True, False)]
     with database.writing() as session:
         held = lease.claim(session, settings, due.id, "w")
         assert held is not None
         ended.fail(session, held, JobError("non_finite_loss", "..."))
         session.commit()
     with database.reading() as session:
-        for job in (jobs.get_job(session, project.id, job.id) for job in waiting):
-            assert (job.state, (job.error or {})["code"]) == ("failed", "base_retired")
+        for job in made:
+            assert jobs.get_job(session, project.id, job.id).state == job.state
+            assert "failed" in newest_event(session, project, job)
+        assert waiting.count_baseless(session) == 2
         with pytest.raises(ServiceBusy) as busy:
             models.resolve(session, project.id, "tiny")
     assert "failed" in busy.value.message
@@ -93,16 +98,44 @@ def test_a_failed_alignment_ends_what_waits_and_refuses_what_comes(
     with pytest.raises(InvalidRequest) as refused:
         add_job(database, project, settings)
     assert (refused.value.code, refused.value.message) == ("model_not_fine_tunable", busy.value.message)
+    with database.writing() as session:
+        (again,) = models.ensure_base(session, settings)
+        held = lease.claim(session, settings, again.id, "w")
+        assert held is not None
+        ended.finish(session, held, published(held, Form.ALIGNMENT))
+        assert lease.claim(session, settings, made[0].id, "w") is not None
+        assert waiting.count_baseless(session) == 0
 
 
-def test_another_base_retires_the_first_until_it_is_served_again(
+def newest_event(session: Session, project: Project, job: Job) -> str:
+    return jobs.list_events(session, project.id, job.id, Page(limit=1)).rows[0].message
+
+
+def test_a_process_with_another_base_does_not_start_and_ends_no_job(
     database: Database, settings: Settings, project: Project, tuned: Job
 ) -> None:
+    """S9: one wrong IMMUNOTUNE_BASE retires nothing, the queued job stays, and the refusal names the verb."""
     other = settings.model_copy(update={"base": "smollm2"})
-    waiting = add_job(database, project, settings)
+    queued = add_job(database, project, settings)
+    for start in (models.ensure_base, models.require_base):
+        with database.writing() as session, pytest.raises(models.OtherBase, match="immunotune retire tiny"):
+            start(session, other)
+    with database.reading() as session:
+        assert models.resolve(session, project.id, name_of(tuned)).base_id == "tiny"
+        assert jobs.get_job(session, project.id, queued.id).state == "queued"
+        models.require_base(session, settings)
+
+
+def test_a_retired_base_gives_way_and_its_jobs_wait_until_it_is_served_again(
+    database: Database, settings: Settings, project: Project, tuned: Job
+) -> None:
+    """S9: jobs of the retired base wait, with an event and in the gauge, and go on when it is served again."""
+    other = settings.model_copy(update={"base": "smollm2"})
+    queued = add_job(database, project, settings)
     with database.writing() as session:
+        assert models.retire_base(session, "tiny") == 1
+        assert models.retire_base(session, "tiny") == 0
         (due,) = models.ensure_base(session, other)
-        jobs.fail_baseless(session)
         session.commit()
     with database.reading() as session:
         names = [item.id for item in models.list_models(session, project.id)]
@@ -111,14 +144,20 @@ def test_another_base_retires_the_first_until_it_is_served_again(
             with pytest.raises(NotFound) as gone:
                 models.resolve(session, project.id, name)
             assert "no longer served" in gone.value.message
-        assert (jobs.get_job(session, project.id, waiting.id).error or {})["code"] == "base_retired"
+        assert jobs.get_job(session, project.id, queued.id).state == "queued"
+        assert "waits for its base" in newest_event(session, project, queued)
+        assert waiting.count_baseless(session) == 1
+        assert REGISTRY.get_sample_value("immunotune_jobs_without_base") == 1
     with pytest.raises(InvalidRequest) as refused:
         add_job(database, project, settings)
     assert refused.value.code == "model_not_fine_tunable"
     with database.writing() as session:
+        models.retire_base(session, "smollm2-135m-instruct")
         assert models.ensure_base(session, settings) == ()
         assert lease.claim(session, settings, due.id, "w") is None
         assert models.resolve(session, project.id, name_of(tuned)).base_id == "tiny"
+        assert lease.claim(session, settings, queued.id, "w") is not None
+        models.retire_others(session, other)
         assert models.ensure_base(session, other) == (due,)
 
 
@@ -168,6 +207,8 @@ def add_request(database: Database, settings: Settings, project: Project) -> Job
 def test_one_base_id_is_one_source(database: Database, settings: Settings, tmp_path: Path) -> None:
     def serve(base: str) -> None:
         with database.writing() as session:
+            if base.startswith("smollm2"):
+                models.retire_others(session, settings.model_copy(update={"base": base}))
             models.ensure_base(session, settings.model_copy(update={"base": base}))
             session.commit()
 

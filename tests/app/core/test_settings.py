@@ -27,7 +27,7 @@ def test_a_child_process_rebuilds_equal_settings(tmp_path: Path, monkeypatch: py
     settings = Settings(
         data=tmp_path,
         port=1234,
-        api_key="sk-proj-0123456789abcdef",
+        api_key="sk-proj-0123456789abcdef0123456789abcdef",
         model_server_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
         lease=LeaseSettings(ttl_seconds=3.5),
         limits=LimitSettings(rows_min=11),
@@ -66,7 +66,11 @@ def test_a_judge_that_there_is_can_be_set(judge: str, monkeypatch: pytest.Monkey
 
 
 def test_secrets_do_not_show(tmp_path: Path) -> None:
-    shown = repr(Settings(data=tmp_path, api_key="sk-proj-0123456789abcdef", database_url="postgresql://u:pw@h/d"))
+    shown = repr(
+        Settings(
+            data=tmp_path, api_key="sk-proj-0123456789abcdef0123456789abcdef", database_url="postgresql://u:pw@h/d"
+        )
+    )
     assert "0123456789abcdef" not in shown
     assert "pw@" not in shown
 

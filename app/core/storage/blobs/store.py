@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from app.core.errors import StorageFull, StoreDown
+
 CHUNK_BYTES = 2**20
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
@@ -44,8 +46,12 @@ class CorruptBlob(Exception):
     """Bytes that came back differ from their recorded size or sha256."""
 
 
+class SourceFailed(Exception):
+    """Whoever makes the bytes of a put failed, not the store; its own error is the cause."""
+
+
 class BlobStore(Protocol):
-    """Where bytes live."""
+    """Where bytes live. Every call, and the reading of what a call returns, may raise StoreDown."""
 
     def put(self, key: str, chunks: Iterable[bytes]) -> Blob:
         """Store a stream under a new key, all or nothing. Raises BlobExists, StorageFull."""
@@ -66,6 +72,24 @@ class BlobStore(Protocol):
     def discard_unfinished(self, older_than_seconds: float) -> int:
         """Remove what uploads left that were cut off and never became a blob. Returns how many."""
         ...
+
+
+def storage_full() -> StorageFull:
+    """What a store without room answers."""
+    return StorageFull("The storage is full; nothing was kept. Delete files you no longer need or ask the operator.")
+
+
+def store_down() -> StoreDown:
+    """What stands for any other trouble of a store; its own words are for the log alone."""
+    return StoreDown("The file storage does not answer. Retry in a few seconds.", retry_after=5.0)
+
+
+def from_source(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks; an error of their maker comes as SourceFailed, so that nobody takes it for one of the store."""
+    try:
+        yield from chunks
+    except Exception as error:
+        raise SourceFailed from error
 
 
 def check_key(key: str) -> None:

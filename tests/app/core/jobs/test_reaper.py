@@ -1,20 +1,21 @@
-import os
-from pathlib import Path
+import time
+from functools import partial
 
 import pytest
 from celery import Celery
-from sqlalchemy import select, update
+from prometheus_client import REGISTRY
+from sqlalchemy import select, text, update
 
-from app.core import files
+from app.core import deployment, files
 from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
-from app.core.jobs import ended, jobs, lease, reaper
+from app.core.jobs import ended, jobs, lease, reaper, sweep
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobMissing, BlobStore, put_bytes
 from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, File, Job, Project
-from tests.support.jobs import SUCCESS, add_file, add_job, patient, published
+from tests.support.jobs import SUCCESS, add_file, add_job, bind_as_it_is, patient, published
 from tests.support.waiting import wait_until
 
 
@@ -173,10 +174,12 @@ def test_only_blobs_that_no_row_needs_are_swept(
         f"jobs/{done.id}/0/result/adapter.zip",
         f"{held.prefix}/checkpoints/2/loop.json",
     }
+    bind_as_it_is(database, blobs)
     for key in needed | orphans:
         put_bytes(blobs, key, b"x")
-    assert reaper.sweep(database, blobs, older_than_seconds=3600) == 0
-    assert reaper.sweep(database, blobs, older_than_seconds=-60) == len(orphans)
+    assert sweep.sweep(database, blobs, older_than_seconds=3600) == 0
+    assert sweep.sweep(database, blobs, older_than_seconds=-60) == 0  # it marks
+    assert sweep.sweep(database, blobs, older_than_seconds=-60) == len(orphans)
     left = {blob.key for blob in blobs.list("")}
     assert needed <= left
     assert not orphans & left
@@ -186,27 +189,17 @@ def test_only_blobs_that_no_row_needs_are_swept(
 def test_what_a_cancelled_job_stored_goes_soon(
     database: Database, settings: Settings, project: Project, base: BaseRow, blobs: BlobStore
 ) -> None:
+    bind_as_it_is(database, blobs)
     job = add_job(database, project, settings)
     held = claimed(database, settings, job)
     put_bytes(blobs, f"{held.prefix}/checkpoints/20/adapter.safetensors", b"x")
-    assert reaper.sweep(database, blobs, older_than_seconds=3600) == 0
+    assert sweep.sweep(database, blobs, older_than_seconds=3600) == 0
     with database.writing() as session:
         jobs.cancel(session, project.id, job.id)
         session.commit()
-    assert reaper.sweep(database, blobs, older_than_seconds=3600) == 1
+    assert sweep.sweep(database, blobs, older_than_seconds=3600) == 0
+    assert sweep.sweep(database, blobs, older_than_seconds=3600) == 1
     assert list(blobs.list("jobs/")) == []
-
-
-def test_cut_off_uploads_are_removed_when_old(database: Database, tmp_path: Path) -> None:
-    store = FolderBlobs(tmp_path / "blobs")
-    put_bytes(store, "files/kept", b"x")
-    left = tmp_path / "blobs" / ".incoming" / "0123"
-    left.write_bytes(b"half")
-    assert store.discard_unfinished(3600) == 0
-    assert reaper.sweep(database, store, older_than_seconds=3600) == 0
-    os.utime(left, (0, 0))
-    assert reaper.sweep(database, store, older_than_seconds=3600) == 1
-    assert not left.exists()
 
 
 def test_the_thread_takes_a_job_back_and_wakes_it(
@@ -224,19 +217,112 @@ def test_the_thread_takes_a_job_back_and_wakes_it(
         ticking.stop()
 
 
-def test_the_thread_outlives_a_bad_tick(
+def test_one_undeletable_blob_holds_up_nothing(
     database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
 ) -> None:
+    """S13: other files are erased, blobs are swept and leases taken back beside a blob that cannot be deleted."""
+    blobs = FolderBlobs(settings.data / "blobs")
+    bind_as_it_is(database, blobs)
+    bad, good = (add_file(database, project, settings, blobs=blobs) for _ in range(2))
     with database.writing() as session:
-        file = add_file(database, project, settings)
-        session.execute(update(File).where(File.id == file.id).values(blob_key="../not a key", deleted_at=1.0))
+        session.execute(update(File).values(deleted_at=1.0))
+        session.execute(update(File).where(File.id == bad.id).values(blob_key="../not a key"))
         session.commit()
+    put_bytes(blobs, "files/proj_x/file-orphan", b"x")
     job = add_job(database, project, settings)
-    ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
+    at_once = settings.limits.model_copy(update={"sweep_seconds": 0.1, "orphan_blob_seconds": 0.0})
+    ticking = reaper.Reaper(database, broker, blobs, settings.model_copy(update={"limits": at_once}))
     ticking.start()
     try:
         claimed(database, settings, job)
         age(database, lease_until=600)
         wait_until(lambda: now_of(database, job).state == JobState.QUEUED, seconds=10)
+        wait_until(lambda: list(blobs.list("files/")) == [], seconds=10)
+        wait_until(lambda: failures_of(database, bad) == 1, seconds=10)
     finally:
         ticking.stop()
+    with database.reading() as session:
+        assert session.scalars(select(File.erased_at).where(File.id == good.id)).one() is not None
+    reaper.erase_deleted(database, blobs)
+    assert failures_of(database, bad) == 1  # it rests
+
+
+def failures_of(database: Database, file: File) -> int | None:
+    with database.reading() as session:
+        return session.scalars(select(File.erase_failures).where(File.id == file.id)).one()
+
+
+def test_a_duty_that_fails_holds_up_no_other(
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
+) -> None:
+    """S13: with one table gone leases are still taken back, and the metrics say which duty is not done."""
+    job = add_job(database, project, settings)
+    claimed(database, settings, job)
+    age(database, lease_until=600)
+    ok = partial(REGISTRY.get_sample_value, "immunotune_duty_last_ok_seconds")
+    failed = partial(REGISTRY.get_sample_value, "immunotune_duties_failed_total")
+    before, began = failed({"duty": "forget_replies"}) or 0.0, time.time()
+    rename(database, "replies", "replies_away")
+    ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
+    ticking.start()
+    try:
+        wait_until(lambda: now_of(database, job).state == JobState.QUEUED, seconds=10)
+        wait_until(lambda: (failed({"duty": "forget_replies"}) or 0.0) > before, seconds=10)
+        wait_until(lambda: (ok({"duty": "expire"}) or 0.0) > began, seconds=10)
+        wait_until(lambda: (ok({"duty": "rewake"}) or 0.0) > began, seconds=10)
+    finally:
+        ticking.stop()
+        rename(database, "replies_away", "replies")
+
+
+def rename(database: Database, name: str, other: str) -> None:
+    with database.writing() as session:
+        session.execute(text(f"ALTER TABLE {name} RENAME TO {other}"))
+        session.commit()
+
+
+@pytest.mark.parametrize(
+    ("statement", "table"),
+    [
+        ("SELECT id FROM files WHERE deleted_at IS NULL AND expires_at <= 1", "files"),
+        ("SELECT id FROM files WHERE deleted_at IS NOT NULL AND erased_at IS NULL", "files"),
+        ("SELECT id FROM files WHERE blob_key IN ('a', 'b')", "files"),
+        ("DELETE FROM replies WHERE created_at < 1", "replies"),
+        ("SELECT id FROM jobs WHERE state IN ('queued', 'running') AND training_file = 'f'", "jobs"),
+        ("SELECT id FROM jobs WHERE state IN ('queued', 'running') AND validation_file = 'f'", "jobs"),
+        ("SELECT id FROM jobs WHERE state = 'running' AND saved_at < 1", "jobs"),
+        ("SELECT id FROM jobs WHERE state = 'validating_files' AND created_at < 1", "jobs"),
+    ],
+)
+def test_what_is_due_is_found_by_an_index(database: Database, statement: str, table: str) -> None:
+    """S13: no look for what is due reads a whole table."""
+    with database.reading() as session:
+        if database.engine.dialect.name == "sqlite":
+            plan = session.execute(text(f"EXPLAIN QUERY PLAN {statement}")).all()
+        else:
+            session.execute(text("SET LOCAL enable_seqscan = off"))  # these tables are too small for an index to pay
+            plan = session.execute(text(f"EXPLAIN {statement}")).all()
+    lines = [str(row[-1]) for row in plan]
+    assert any(line.startswith(f"SEARCH {table} USING") or "Index Scan" in line for line in lines), lines
+
+
+def test_a_renamed_queue_orphans_no_job(
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
+) -> None:
+    """S22: after a start with another queue the waiting job is woken there, also one that an old replica adds later."""
+    blobs = FolderBlobs(settings.data / "blobs")
+    bind_as_it_is(database, blobs)
+    renamed = settings.model_copy(update={"train_queue": "train.gpu24"})
+    before = add_job(database, project, settings)
+    with database.writing() as session:
+        deployment.serve_queue(session, renamed)
+        session.commit()
+    assert now_of(database, before).queue == "train.gpu24"
+    late = add_job(database, project, settings)
+    ticking = reaper.Reaper(database, broker, blobs, settings)
+    ticking.start()
+    try:
+        wait_until(lambda: queue_depth(broker, "train.gpu24") == 2, seconds=10)
+    finally:
+        ticking.stop()
+    assert now_of(database, late).queue == "train.gpu24"

@@ -1,0 +1,232 @@
+"""The sweep: which stored bytes some row still needs, and how the others go: marked by one sweep, deleted by the next.
+
+What no row of this database accounts for may be another deployment's or a newer database's, so the sweep stops where
+much of the store is that; bytes that an ended job left are its own to delete.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+import structlog
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from app.core.settings import LimitSettings
+from app.core.storage.blobs import BlobStore, StoredBlob
+from app.core.storage.database import Database, alone, change, db_now, read_clock
+from app.core.storage.identity import belong_together, deployment_of
+from app.core.storage.job_states import LIVE, JobState
+from app.core.storage.tables import Artifact, Checkpoint, Deployment, File, Job, SweepMark
+from app.core.telemetry import BLOBS_SWEPT, SWEEP_STOPPED
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+PREFIXES = ("files/", "jobs/")
+_AT_ONCE = 500
+# a share of little says nothing: uploads that were cut off leave a few blobs in any store
+_FEW = 20
+SWEEP_LOCK = 7300101
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the rows say of some blobs: keys that are needed, that no row accounts for, and of cancelled jobs."""
+
+    needed: frozenset[str]
+    unknown: frozenset[str]
+    hurried: frozenset[str]
+
+
+@dataclass
+class _Look:
+    """What one look at the store found: how many blobs there are, how many are nobody's, and which may be deleted."""
+
+    total: int = 0
+    unknown: int = 0
+    doomed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Rows against bytes: how many blobs rows need, how many of those are missing, and how many are nobody's."""
+
+    needed: int
+    missing: int
+    total: int
+    unknown: int
+
+    def passes(self, most_share: float) -> bool:
+        """Whether nothing is missing and the sweep may delete what is nobody's."""
+        return self.missing == 0 and not too_many(self.unknown, self.total, most_share)
+
+
+def sweep_in_turn(database: Database, blobs: BlobStore, limits: LimitSettings) -> int:
+    """Sweep if none did for `sweep_seconds`, in this process alone. Returns how many blobs were deleted."""
+    with alone(database, SWEEP_LOCK) as elected:
+        if not elected:
+            return 0
+        every = limits.sweep_seconds
+        is_due = (
+            Deployment.swept_at.is_(None)
+            | (Deployment.swept_at < db_now() - every)
+            | (Deployment.swept_at > db_now() + every)  # a clock went back
+        )
+        with database.writing() as session:
+            taken = change(session, update(Deployment).where(is_due).values(swept_at=db_now()))
+            session.commit()
+        if not taken:
+            return 0
+        return sweep(database, blobs, older_than_seconds=limits.orphan_blob_seconds, most_share=limits.sweep_share)
+
+
+def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float, most_share: float = 0.1) -> int:
+    """Mark blobs that no row needs, and delete those that an earlier sweep marked. Returns how many were deleted.
+
+    They are cut-off uploads, lost attempts, checkpoints of ended jobs; those of a cancelled job go whatever their age.
+    Nothing is deleted where the store is not this database's, an audit is due, or more than `most_share` is nobody's.
+    """
+    with database.reading() as session:
+        own, together, began = deployment_of(session), belong_together(session, blobs), read_clock(session)
+    if own is None or not together or own.audit_due:
+        SWEEP_STOPPED.set(1)
+        log.error("sweep.stopped", reason="audit due" if own is not None and together else "not this database's store")
+        return 0
+    found = _look(database, blobs, older_than_seconds, began)
+    if too_many(found.unknown, found.total, most_share):
+        SWEEP_STOPPED.set(1)
+        log.error("sweep.stopped", reason="too much is nobody's", unknown=found.unknown, total=found.total)
+        return 0
+    SWEEP_STOPPED.set(0)
+    swept = _delete(database, blobs, found.doomed)
+    with database.writing() as session:  # marks of what is needed again, or gone
+        session.execute(delete(SweepMark).where(SweepMark.seen_at < began))
+        session.commit()
+    if swept:
+        BLOBS_SWEPT.inc(swept)
+        log.info("blobs.swept", count=swept)
+    return swept
+
+
+def too_many(unknown: int, total: int, most_share: float) -> bool:
+    """Whether so much of a store is nobody's that it may be somebody else's."""
+    return unknown > max(_FEW, most_share * total)
+
+
+def standing_of(session: Session, keys: Sequence[str]) -> Standing:
+    """What the rows say of these keys, in a few statements however many keys there are."""
+    files = dict(session.execute(select(File.blob_key, File.deleted_at).where(File.blob_key.in_(keys))).all())
+    ids = {job_id for key in keys if (job_id := _job_of(key)) is not None}
+    found = session.execute(select(Job.id, Job.state, Job.result).where(Job.id.in_(ids))).all()
+    jobs = {job_id: (state, result or {}) for job_id, state, result in found}
+    erased = _without_files(session, ids)
+    needed: set[str] = {key for key, deleted_at in files.items() if deleted_at is None}
+    hurried: set[str] = set()
+    for key in keys:
+        job_id = _job_of(key)
+        state, result = jobs.get(job_id or "", ("", {}))
+        if state in LIVE or (job_id not in erased and result.get("prefix") in _folders_of(key)):
+            needed.add(key)
+        if state == JobState.CANCELLED:
+            hurried.add(key)
+    unknown = {key for key in keys if key not in files and _job_of(key) not in jobs}
+    return Standing(frozenset(needed), frozenset(unknown), frozenset(hurried))
+
+
+def audit(session: Session, blobs: BlobStore) -> Audit:
+    """Hold rows against bytes: every file that is shown, and the checkpoints of live jobs."""
+    total = unknown = 0
+    stored: set[str] = set()
+    for batch in _portions(_listed(blobs)):
+        keys = [blob.key for blob in batch]
+        stored.update(keys)
+        total += len(keys)
+        unknown += len(standing_of(session, keys).unknown)
+    wanted = set(session.scalars(select(File.blob_key).where(File.deleted_at.is_(None))))
+    of_live = select(Checkpoint.prefix).join(Job, Job.id == Checkpoint.job_id).where(Job.state.in_(LIVE))
+    wanted.update(f"{prefix}/contents.json" for prefix in session.scalars(of_live))
+    return Audit(len(wanted), len(wanted - stored), total, unknown)
+
+
+def _look(database: Database, blobs: BlobStore, older_than_seconds: float, began: float) -> _Look:
+    look = _Look()
+    for batch in _portions(_listed(blobs)):
+        with database.writing() as session:
+            standing = standing_of(session, [blob.key for blob in batch])
+            idle = [
+                blob.key
+                for blob in batch
+                if blob.key not in standing.needed
+                and (blob.age_seconds >= older_than_seconds or blob.key in standing.hurried)
+            ]
+            look.doomed += _mark(session, idle, began)
+            session.commit()
+        look.total += len(batch)
+        look.unknown += len(standing.unknown.intersection(idle))
+    return look
+
+
+def _mark(session: Session, keys: Iterable[str], began: float) -> list[str]:
+    """Mark these keys; returns those that an earlier sweep had marked."""
+    by_mark = {_mark_of(key): key for key in keys}
+    if not by_mark:
+        return []
+    again = update(SweepMark).where(SweepMark.id.in_(by_mark)).values(seen_at=began)
+    marked = dict(session.execute(again.returning(SweepMark.id, SweepMark.created_at)).all())
+    new = [{"id": mark, "created_at": began, "seen_at": began} for mark in by_mark.keys() - marked.keys()]
+    if new:
+        session.execute(insert(SweepMark), new)
+    return [by_mark[mark] for mark, created_at in marked.items() if created_at < began]
+
+
+def _delete(database: Database, blobs: BlobStore, doomed: Sequence[str]) -> int:
+    swept = 0
+    for keys in _portions(doomed):
+        with database.reading() as session:
+            if not belong_together(session, blobs):  # adopted meanwhile
+                return swept
+            needed = standing_of(session, keys).needed
+        for key in keys:
+            if key not in needed:
+                try:
+                    blobs.delete(key)
+                    swept += 1
+                except Exception:
+                    log.exception("sweep.undeletable", key=key)
+    return swept
+
+
+def _without_files(session: Session, job_ids: Iterable[str]) -> set[str]:
+    """Those of these jobs that had results, and have none that is still shown: their loose reports go, too."""
+    shown = func.count(File.id).filter(File.deleted_at.is_(None))
+    of_jobs = select(Artifact.job_id).join(File, File.id == Artifact.file_id).where(Artifact.job_id.in_(job_ids))
+    return set(session.scalars(of_jobs.group_by(Artifact.job_id).having(shown == 0)))
+
+
+def _portions(items: Iterable[T]) -> Iterator[list[T]]:
+    """The items in lists as long as one statement takes."""
+    left = iter(items)
+    while portion := list(islice(left, _AT_ONCE)):
+        yield portion
+
+
+def _listed(blobs: BlobStore) -> Iterator[StoredBlob]:
+    for prefix in PREFIXES:
+        yield from blobs.list(prefix)
+
+
+def _job_of(key: str) -> str | None:
+    parts = key.split("/")
+    return parts[1] if parts[0] == "jobs" and len(parts) >= 4 else None
+
+
+def _folders_of(key: str) -> list[str]:
+    parts = key.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _mark_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
