@@ -29,7 +29,7 @@ from app.api.schemas.job_create import (
 from app.api.schemas.jobs import JobFrame, checkpoint_to_body, event_to_body, job_to_body
 from app.core import broker, idempotency
 from app.core.errors import InvalidRequest
-from app.core.jobs import jobs
+from app.core.jobs import ended, jobs
 from app.core.storage.database import read_clock
 from app.core.storage.job_states import FINAL
 
@@ -93,9 +93,10 @@ def get_job(job_id: JobId, request: Request, caller: JobsReader, resources: Reso
 def cancel_job(job_id: JobId, caller: JobsWriter, resources: ResourcesDep) -> Response:
     """Cancel at once: the reply already says `cancelled`; a repeat changes nothing."""
     with resources.database.writing() as session:
-        job = jobs.cancel(session, caller.project_id, job_id)
+        job, wakes = ended.cancel(session, caller.project_id, job_id)
         body = job_to_body(job, JobFrame(caller.org.id))
         session.commit()
+    broker.wake(resources.celery, *wakes)
     return JSONResponse(body)
 
 

@@ -5,7 +5,7 @@ Every statement is conditional and may run in any number of processes at once, s
 
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import structlog
 from celery import Celery
@@ -14,15 +14,16 @@ from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
-from app.core.jobs.ended import lose
-from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
+from app.core.jobs.expiry import expire
+from app.core.jobs.jobs import JobError, fail_baseless, fail_checks
 from app.core.jobs.lease import base_is_ready
-from app.core.settings import LeaseSettings, Settings
+from app.core.jobs.workers import count_resting
+from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import File, Job
-from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
+from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, OLDEST_WAIT_SECONDS, WORKERS_RESTING
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -67,6 +68,7 @@ def tick(database: Database, celery: Celery, blobs: BlobStore, settings: Setting
     """One round of everything but the sweep."""
     with database.writing() as session:
         wakes = expire(session, settings.lease)
+        WORKERS_RESTING.set(count_resting(session))
         end_overdue_checks(session, settings.limits.check_seconds)
         fail_baseless(session)
         files.hide_expired(session)
@@ -75,28 +77,6 @@ def tick(database: Database, celery: Celery, blobs: BlobStore, settings: Setting
     wake(celery, *wakes)
     rewake(database, celery, settings)
     erase_deleted(database, blobs)
-
-
-def expire(session: Session, timings: LeaseSettings) -> tuple[Wake, ...]:
-    """Take running jobs back whose lease ran out, and end those that saved nothing for too long."""
-    running = Job.state == JobState.RUNNING
-    stalled = running, Job.saved_at < db_now() - timings.stall_seconds
-    for job_id in session.scalars(select(Job.id).where(*stalled).limit(_AT_ONCE)).all():
-        hours = timings.stall_seconds / 3600
-        error = JobError("job_stalled", f"The job saved no checkpoint for {hours:g} hours. Ask the operator.")
-        ended = {"fence": Job.fence + 1, "lease_until": None, "finished_at": db_now(), "error": asdict(error)}
-        move(session, job_id, JobState.FAILED, *stalled, event=NewEvent(error.message, level="error"), **ended)
-    wakes: list[Wake] = []
-    over = running, Job.lease_until < db_now()
-    for job_id in session.scalars(select(Job.id).where(*over).limit(_AT_ONCE)).all():
-        event = NewEvent("The worker was lost; the job goes on from its last checkpoint", "warn", data=_CRASHED)
-        job = lose(session, timings, job_id, *over, event=event, rests=False)
-        if job is not None:
-            LEASES_EXPIRED.inc()
-            log.warning("lease.expired", job_id=job_id, fence=job.fence, losses=job.losses)
-            if job.state == JobState.QUEUED:
-                wakes.append(Wake(RUN_JOB, job.id, job.queue))
-    return tuple(wakes)
 
 
 def end_overdue_checks(session: Session, check_seconds: float) -> None:
@@ -176,9 +156,6 @@ def is_needed(session: Session, key: str) -> bool:
 
 def _is_cancelled(session: Session, job_id: str) -> bool:
     return session.scalars(select(Job.state).where(Job.id == job_id)).one_or_none() == JobState.CANCELLED
-
-
-_CRASHED: dict[str, object] = {"code": "worker_crashed"}
 
 
 def _folders_of(key: str) -> list[str]:
