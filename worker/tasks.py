@@ -22,7 +22,7 @@ from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
 from finetuning.safety_rows.operator_file import BadOperatorRows, require_fit
-from worker import checks
+from worker import checks, presence
 from worker.attempt.launch import Launcher, launch_command, usable_cores
 from worker.attempt.supervisor import Host, supervise
 from worker.processes import die_with_parent
@@ -34,6 +34,7 @@ _log = structlog.get_logger(__name__)
 class _Process:
     """What this process opened: the parent enrols the worker, its pool process opens the rest after the fork."""
 
+    queues: Sequence[str]
     worker_id: str = ""
     host: Host | None = field(default=None)
 
@@ -62,22 +63,23 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     except (StoreDown, *DATABASE_DOWN) as error:
         _log.critical("start.failed", reason=type(error).__name__)
         return 1  # whoever watches over this process starts it again
-    celery = build_worker(settings, launcher=launcher)
+    celery = build_worker(settings, queues, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]
     celery.worker_main(arguments)
     return 0
 
 
-def build_worker(settings: Settings, *, launcher: Launcher = launch_command) -> Celery:
+def build_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher = launch_command) -> Celery:
     """The composition root of a worker: the Celery object with its tasks and signal handlers; opens nothing yet."""
     celery = broker.make_celery(settings)
     celery.conf.update(worker_hijack_root_logger=False, worker_redirect_stdouts=False, worker_disable_prefetch=True)
-    process = _Process()
+    process = _Process(queues)
     _connect_signals(settings, celery, process, launcher)
 
     def run_job(job_id: str) -> None:
         _guarded(lambda: supervise(process.opened, job_id))
+        presence.rest(process.opened)
 
     def check_job(job_id: str) -> None:
         _guarded(lambda: checks.check_job(process.opened, job_id))
@@ -92,9 +94,8 @@ def _connect_signals(settings: Settings, celery: Celery, process: _Process, laun
         database = open_database(settings)
         try:
             with database.writing() as session:
-                process.worker_id = lease.enrol_worker(
-                    session, host=socket.gethostname(), devices=f"{usable_cores()} cores"
-                )
+                host, devices = socket.gethostname(), f"{usable_cores()} cores"
+                process.worker_id = lease.enrol_worker(session, host=host, devices=devices, queues=process.queues)
                 session.commit()
         finally:
             database.close()  # a connection must not cross the fork
@@ -109,6 +110,7 @@ def _connect_signals(settings: Settings, celery: Celery, process: _Process, laun
             wake=_waker(celery),
             launcher=launcher,
         )
+        presence.say_present(process.host)
 
     def drain(**_: object) -> None:
         database = open_database(settings)

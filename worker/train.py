@@ -8,21 +8,23 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from finetuning.contract.exit_status import ORPHANED, STOPPED, UNAVAILABLE
 from finetuning.contract.order import read_order
 from finetuning.contract.progress import Progress, to_line
 from worker.processes import die_with_parent, exit_at_end_of_input
 
-STOPPED = 143
-ORPHANED = 144
-
 
 def main(argv: list[str]) -> int:
-    """Run or certify; 0 after a `finished` or `failed` line. Any other end is a loss to the supervisor."""
+    """Run or certify; 0 after a `finished` or `failed` line. Any other end is a loss to the supervisor.
+
+    UNAVAILABLE says that it is not the job's.
+    """
     parser = argparse.ArgumentParser(prog="worker.train")
     parser.add_argument("--parity", action="store_true", help="certify the result in SCRATCH from this fresh process")
     parser.add_argument("scratch", type=Path)
@@ -31,9 +33,17 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     exit_at_end_of_input(ORPHANED)
     lines = _claim_stdout()
-    for progress in _progress(arguments.scratch, parity=arguments.parity):
-        lines.write(to_line(progress) + "\n")
-        lines.flush()
+    try:
+        for progress in _progress(arguments.scratch, parity=arguments.parity):
+            lines.write(to_line(progress) + "\n")
+            lines.flush()
+    except Exception as error:
+        from finetuning.stages import pipeline  # loaded long since, or the error is of its import
+
+        if not pipeline.is_of_the_host(error):
+            raise
+        traceback.print_exception(error)
+        return UNAVAILABLE
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from finetuning.contract.progress import Stage
 from finetuning.contract.recipe import GateLimits
 from finetuning.judging.catalogue import require_keys, resolved
 from finetuning.judging.judges import BadGuard
@@ -38,7 +39,11 @@ class LeaseSettings(BaseModel):
     rewake_seconds: float = Field(default=30.0, gt=0, description="a message not acted on is sent again after this")
     backoff_seconds: float = Field(default=5.0, ge=0, description="first pause after a loss is twice this")
     max_losses: int = Field(default=3, ge=1, description="losses without a new checkpoint before the job fails")
-    stall_seconds: float = Field(default=3 * 3600.0, gt=0, description="running without a new checkpoint")
+    max_host_losses: int = Field(default=20, ge=1, description="lost hosts without a new checkpoint before it fails")
+    max_faults: int = Field(default=3, ge=1, description="jobs lost in a row before work began, then the worker rests")
+    rest_seconds: float = Field(default=60.0, ge=0, description="a worker's first rest; twice as long each time")
+    stall_seconds: float = Field(default=3 * 3600.0, gt=0, description="running without any progress")
+    stall_seconds_of: dict[Stage, float] = Field(default_factory=dict, description="the same for single stages")
 
 
 class LimitSettings(BaseModel):

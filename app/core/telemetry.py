@@ -12,6 +12,7 @@ LEASES_EXPIRED = Counter("immunotune_leases_expired_total", "Leases that this re
 WAKES_FAILED = Counter("immunotune_wakes_failed_total", "Messages that the broker did not take.")
 BLOBS_SWEPT = Counter("immunotune_blobs_swept_total", "Blobs deleted because no row needs them.")
 JOBS_QUEUED = Gauge("immunotune_jobs_queued", "Jobs that wait for a worker, all projects.")
+WORKERS_RESTING = Gauge("immunotune_workers_resting", "Workers that take no job: they lost several before any began.")
 OLDEST_WAIT_SECONDS = Gauge("immunotune_oldest_wait_seconds", "Age of the oldest job that waits for a worker.")
 
 JOBS_WITHOUT_BASE = Gauge("immunotune_jobs_without_base", "Jobs that wait for a base that is not served.")

@@ -90,8 +90,16 @@ class Finished(_ProgressLine):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
+CHECKPOINT_UNUSABLE = "checkpoint_unusable"
+HOST_UNFIT = "host_unfit"
+
+
 class Failed(_ProgressLine):
-    """The job cannot end well and must not be retried; `code` is an API job failure code."""
+    """The job cannot end well and must not be retried; `code` is an API job failure code.
+
+    Two codes end an attempt and not the job: CHECKPOINT_UNUSABLE (go on from an older one), HOST_UNFIT (what the
+    operator set up here cannot serve: the base's files, the judge, the safety rows).
+    """
 
     type: Literal["failed"] = "failed"
     code: str

@@ -3,18 +3,28 @@
 Where results lie, and which faults end a job. Must not know the queue, the database or who listens.
 """
 
+import errno
 import hashlib
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from finetuning.contract.order import TrainOrder, read_order
-from finetuning.contract.progress import Failed, Finished, Progress, StageStarted
+from finetuning.contract.progress import (
+    CHECKPOINT_UNUSABLE,
+    HOST_UNFIT,
+    Failed,
+    Finished,
+    Progress,
+    StageStarted,
+)
 from finetuning.contract.recipe import JobKind
 from finetuning.job.context import open_job
 from finetuning.job.preflight import CalibrationOverlap, NoUsableRow
 from finetuning.judging.catalogue import label
-from finetuning.judging.judges import BadGuard, JudgeFailed
+from finetuning.judging.judges import BadGuard, JudgeFailed, JudgeUnreachable
 from finetuning.model import lora
 from finetuning.model.base import UnknownLayers
 from finetuning.model.digest import OtherBase
@@ -25,21 +35,23 @@ from finetuning.safety_rows.operator_file import BadOperatorRows
 from finetuning.stages import align, finetune, parity
 from finetuning.stages.finetune import DataRejected
 from finetuning.training.batches import BATCHING
-from finetuning.training.checkpoint import fingerprint
+from finetuning.training.checkpoint import BadCheckpoint, fingerprint
 from finetuning.training.determinism import make_deterministic, secret_draw
 from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
 
-# Faults that no retry can fix: the job fails at once, with a code and a sentence for the client.
+# Faults that no retry of the same here can fix. The job fails at once, with a code and a sentence for the client; but
+# for the two codes of progress.py that are nobody's end.
 _FINAL: dict[type[Exception], str] = {
     NonFiniteLoss: "non_finite_loss",
     NonFiniteScore: "non_finite_loss",
     UnknownLayers: "internal_error",
     AdapterMismatch: "internal_error",
-    OtherBase: "internal_error",
     NoChatTemplate: "internal_error",
-    BadOperatorRows: "internal_error",
-    BadGuard: "internal_error",
-    JudgeFailed: "internal_error",
+    OtherBase: HOST_UNFIT,
+    BadOperatorRows: HOST_UNFIT,
+    BadGuard: HOST_UNFIT,
+    JudgeFailed: HOST_UNFIT,
+    BadCheckpoint: CHECKPOINT_UNUSABLE,
     InvalidRowError: "invalid_training_file",
     DataRejected: "training_data_rejected",
     NoUsableRow: "training_data_rejected",
@@ -50,6 +62,8 @@ _OF_THE_JUDGE = (BadGuard, JudgeFailed)
 _NO_JUDGE = "The judge of this service could not be used, so nothing was released. Ask the operator."
 # So are the safety rows that a service holds; an align job is the operator's own.
 _NO_ROWS = "The safety rows of this service could not be used, so nothing was released. Ask the operator."
+# A disk that is full, gone, or read-only.
+_GAVE_OUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 _OF_THE_FILE = (InvalidRowError, DataRejected, NoUsableRow, CalibrationOverlap)
 
 
@@ -68,6 +82,13 @@ def certify(scratch: Path) -> Iterator[Progress]:
     The last value is Finished, released where the certificate passed, or Failed.
     """
     yield from _reported(_parity(scratch))
+
+
+def is_of_the_host(error: Exception) -> bool:
+    """Whether the host, or a judge that it asks, gave out: no job can mend it, and another try may succeed."""
+    if isinstance(error, OSError):
+        return error.errno in _GAVE_OUT
+    return isinstance(error, (JudgeUnreachable, torch.AcceleratorError))
 
 
 def _parity(scratch: Path) -> Iterator[Progress]:

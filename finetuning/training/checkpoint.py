@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetuning.contract.progress import CheckpointSaved
@@ -65,6 +66,16 @@ def restore(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
     Raises BadCheckpoint.
     """
     _verify(folder)
+    try:
+        return _load(setup, folder)
+    except BadCheckpoint:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, SafetensorError) as error:
+        # whole, but not of this release: a key that is new, a tensor of another shape
+        raise BadCheckpoint(f"checkpoint {folder.name} does not fit: {error.__class__.__name__}") from error
+
+
+def _load(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
     loop: dict[str, Any] = json.loads((folder / _FILES[3]).read_text(encoding="utf-8"))
     adapter = load_file(folder / _FILES[0])
     shapes = [tuple(p.shape) for p in setup.parameters]
@@ -87,7 +98,10 @@ def restore(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
 def attempt_of(folder: Path) -> int:
     """Which attempt of the retry ladder saved this checkpoint. Raises BadCheckpoint."""
     _verify(folder)
-    return int(json.loads((folder / _FILES[3]).read_text(encoding="utf-8"))["attempt"])
+    try:
+        return int(json.loads((folder / _FILES[3]).read_text(encoding="utf-8"))["attempt"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"checkpoint {folder.name} does not fit: {error.__class__.__name__}") from error
 
 
 def _verify(folder: Path) -> None:

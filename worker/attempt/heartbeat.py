@@ -39,6 +39,7 @@ class Heartbeat:
         self._good_at = claimed_at
         self._lost = False
         self._draining = False
+        self._refusals = 0
         self._stopping = threading.Event()
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -95,10 +96,24 @@ class Heartbeat:
             _log.warning("beat.failed", error=type(error).__name__)
             with self._guard:
                 self._unwritten = join(carried, self._unwritten)
+        except Exception:  # noqa: BLE001 - a rim: without this thread a healthy training process would be stopped
+            _log.exception("beat.refused")
+            with self._guard:
+                self._unwritten = join(lighter(carried, self._refusals), self._unwritten)
+                self._refusals += 1
         else:
             with self._guard:
+                self._refusals = 0
                 self._good_at = sent_at
                 self._draining = self._draining or answer.draining
+
+
+def lighter(refused: Beat, times: int) -> Beat:
+    """What to send again of news that the database refused, after as many refusals in a row.
+
+    All of it at first (the refusal may pass), then checkpoints alone, then nothing: no news is worth the lease.
+    """
+    return (refused, Beat(checkpoints=refused.checkpoints), Beat())[min(times, 2)]
 
 
 def join(earlier: Beat, later: Beat) -> Beat:
@@ -109,4 +124,5 @@ def join(earlier: Beat, later: Beat) -> Beat:
         checkpoints=earlier.checkpoints + later.checkpoints,
         stage=later.stage or earlier.stage,
         progress=later.progress if later.progress is not None else earlier.progress,
+        advanced=earlier.advanced or later.advanced,
     )

@@ -5,6 +5,7 @@ Here stand the words of events, and how often a step is worth one.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import assert_never
 
 from app.core.jobs.jobs import NewEvent
@@ -44,6 +45,7 @@ class ProgressEvents:
         """`clock` is monotonic, in seconds."""
         self._clock = clock
         self._figures: JsonObject = {}
+        self._place: tuple[str, int] = ("", 0)
         self._metrics_at = clock()
         self._first: tuple[int, float] | None = None
         self.rows: RowsScreened | None = None
@@ -60,40 +62,43 @@ class ProgressEvents:
                 message = progress.detail or _STAGE_WORDS.get(progress.stage, f"Stage {progress.stage}")
                 return Beat(events=(NewEvent(message),), stage=progress.stage, progress={})
             case StageProgress():
-                return self._with(done=progress.done, total=progress.total)
+                return self._at((progress.stage, progress.done), done=progress.done, total=progress.total)
             case StepDone():
                 return self._step(progress)
             case RowsScreened():
                 self.rows = progress
-                return Beat(events=(NewEvent(_rows_sentence(progress)),))
+                return Beat(events=(NewEvent(_rows_sentence(progress)),), advanced=True)
             case Note():
                 return Beat(events=(NewEvent(progress.message, level=progress.level, data={"code": progress.code}),))
             case CheckpointSaved() | Finished() | Failed():
                 return Beat()
         assert_never(progress)
 
-    def _with(self, **figures: object) -> Beat:
+    def _at(self, place: tuple[str, int], **figures: object) -> Beat:
+        """New figures; only those of another place than before say that the job gets on."""
+        advanced, self._place = place != self._place, place
         self._figures = {**self._figures, **figures}
-        return Beat(progress=self._figures)
+        return Beat(progress=self._figures, advanced=advanced)
 
     def _step(self, step: StepDone) -> Beat:
         now = self._clock()
         first_step, first_at = self._first = self._first or (step.step, now)
         done = step.step - first_step
         left = (now - first_at) / done * (step.total_steps - step.step) if done else None
-        figures = self._with(
-            step=step.step, total_steps=step.total_steps, train_loss=step.train_loss, seconds_left=left
+        figures = self._at(
+            ("step", step.step),
+            step=step.step, total_steps=step.total_steps, train_loss=step.train_loss, seconds_left=left,
         )  # fmt: skip
         due = step.step % _METRICS_EVERY_STEPS == 0 or step.step == step.total_steps
         if not due and now - self._metrics_at < _METRICS_EVERY_SECONDS:
             return figures
         self._metrics_at = now
         message = f"Step {step.step}/{step.total_steps}: training loss={step.train_loss:.2f}"
-        return Beat(events=(NewEvent(message, type="metrics", data=_metrics(step)),), progress=figures.progress)
+        return replace(figures, events=(NewEvent(message, type="metrics", data=_metrics(step)),))
 
 
-def checkpoint_event(checkpoint: CheckpointSaved, prefix: str) -> Beat:
-    """The event and the row of a checkpoint that now lies under `prefix` in the blob store."""
+def checkpoint_event(checkpoint: CheckpointSaved, prefix: str, *, contents_sha256: str | None = None) -> Beat:
+    """The event and the row of a checkpoint that now lies under `prefix`, its list of contents with that digest."""
     metrics: JsonObject = {
         "step": checkpoint.step,
         "train_loss": checkpoint.train_loss,
@@ -104,7 +109,8 @@ def checkpoint_event(checkpoint: CheckpointSaved, prefix: str) -> Beat:
         "full_valid_mean_token_accuracy": None,
     }
     row = SavedCheckpoint(
-        step=checkpoint.step, prefix=prefix, fingerprint=checkpoint.fingerprint, metrics=metrics
+        step=checkpoint.step, prefix=prefix, fingerprint=checkpoint.fingerprint, metrics=metrics,
+        contents_sha256=contents_sha256,
     )  # fmt: skip
     return Beat(events=(NewEvent(f"Checkpoint created at step {checkpoint.step}"),), checkpoints=(row,))
 

@@ -8,8 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import structlog
@@ -18,28 +17,66 @@ from sqlalchemy.orm import Session
 
 from app.core.broker import Wake
 from app.core.errors import LeaseLost, StorageFull
-from app.core.jobs import ended
+from app.core.jobs import ended, workers
 from app.core.jobs import lease as leases
 from app.core.jobs.ended import Published, ReleaseCause
 from app.core.jobs.jobs import JobError
 from app.core.jobs.lease import Beat, BeatReply, Lease
-from app.core.settings import LeaseSettings, Settings
-from app.core.storage.blobs import BlobStore
+from app.core.settings import Settings
+from app.core.storage.blobs import BlobMissing, BlobStore, CorruptBlob
 from app.core.storage.database import DATABASE_DOWN, Database
-from finetuning.contract.progress import CheckpointSaved, Failed, Finished, Note, Progress, StepDone, from_line
+from finetuning.contract import progress as contract
+from finetuning.contract.progress import (
+    CheckpointSaved,
+    Failed,
+    Finished,
+    Note,
+    RowsScreened,
+    StageProgress,
+    StepDone,
+    from_line,
+)
 from finetuning.contract.recipe import JobKind
-from worker.attempt.heartbeat import Heartbeat, Standing
+from worker.attempt.breaker import Breaker
+from worker.attempt.heartbeat import Heartbeat, lighter
 from worker.attempt.launch import Launcher, Mode, launch_command
+from worker.attempt.losses import cause_of_error, cause_of_exit
+from worker.attempt.messages import (
+    CheckpointUploaded,
+    ChildLost,
+    ChildMessage,
+    ChildStopped,
+    End,
+    NothingYet,
+    StopCause,
+    cause_to_stop,
+    next_message,
+)
 from worker.attempt.progress_events import ProgressEvents, checkpoint_event
 from worker.attempt.publish import gate_error, publish
 from worker.attempt.training_process import TrainingProcess, describe_exit
-from worker.attempt.workspace import Workspace, drop, keep_log, open_workspace, read_steps, upload_folder, write_steps
+from worker.attempt.watched_store import WatchedStore
+from worker.attempt.workspace import (
+    RottenCheckpoint,
+    Workspace,
+    drop,
+    is_full,
+    keep_log,
+    open_workspace,
+    read_steps,
+    upload_folder,
+    write_steps,
+)
 
 _log = structlog.get_logger(__name__)
 _TICK_SECONDS = 0.2
 _EXIT_SECONDS = 20.0
 # A drain waits this many beats for the next checkpoint, then stops without one: resume repeats those steps exactly.
 _DRAIN_BEATS = 8
+# The first of these says that work began; a stage is only announced.
+_FIGURES = (StageProgress, RowsScreened, StepDone, CheckpointUploaded)
+_NOT_BEGUN = "The worker could not do its part"
+_ADVICE = "Several jobs in a row ended here before they began. Look at this log, the base's folder, disk and device."
 
 
 @dataclass(frozen=True)
@@ -52,72 +89,35 @@ class Host:
     worker_id: str
     wake: Callable[[tuple[Wake, ...]], None]
     launcher: Launcher = launch_command
-
-
-class StopCause(StrEnum):
-    """Why a supervisor stops a healthy training process."""
-
-    LEASE = "lease"
-    CONTACT = "contact"
-    DRAIN = "drain"
-    TIME = "time"
-
-
-@dataclass(frozen=True)
-class ChildStopped:
-    """The supervisor stopped the training process."""
-
-    cause: StopCause
-
-
-@dataclass(frozen=True)
-class ChildLost:
-    """The training process ended without a final message."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class CheckpointUploaded:
-    """A checkpoint lies in the blob store; `events` is what the next beat writes about it."""
-
-    events: Beat
-
-
-@dataclass(frozen=True)
-class NothingYet:
-    """No message came for a tick."""
-
-
-End = Finished | Failed | ChildStopped | ChildLost
-ChildMessage = Progress | CheckpointUploaded | ChildLost | NothingYet
+    breaker: Breaker = field(default_factory=Breaker)
 
 
 def supervise(host: Host, job_id: str) -> None:
     """Work on a job if it is there to be worked on; returns when no process of this attempt is left.
 
-    Raises what a database that is down raises at the claim; later trouble is decided here.
+    A worker that rests takes none, and its message goes on to others. Raises what a database that is down raises at the
+    claim; later trouble is decided here.
     """
+    if host.breaker.rest_seconds > 0:
+        return
     claimed_at = time.monotonic()
     with host.database.writing() as session:
         lease = leases.claim(session, host.settings, job_id, host.worker_id)
+        others = () if lease else leases.wakes_for_others(session, host.settings.lease, job_id, host.worker_id)
         session.commit()
     if lease is None:
+        _pass_on(host, others)
         return
     with structlog.contextvars.bound_contextvars(job_id=lease.job_id, fence=lease.fence):
         _log.info("attempt.started", resumes_at=lease.checkpoint.step if lease.checkpoint else 0)
         _Attempt(host, lease, claimed_at).run()
 
 
-def cause_to_stop(standing: Standing, timings: LeaseSettings, *, drained: bool, overdue: bool) -> StopCause | None:
-    """Whether a healthy training process must stop now, the most urgent cause first."""
-    if standing.lost:
-        return StopCause.LEASE
-    if standing.silent_seconds > timings.self_stop_seconds:
-        return StopCause.CONTACT
-    if drained:
-        return StopCause.DRAIN
-    return StopCause.TIME if overdue else None
+def _pass_on(host: Host, wakes: tuple[Wake, ...]) -> None:
+    """Send on the message of a job that this worker must leave to others, and take no message while they may."""
+    if wakes:
+        host.wake(wakes)
+        time.sleep(host.settings.lease.beat_seconds)
 
 
 class _Attempt:
@@ -127,7 +127,9 @@ class _Attempt:
         self._host = host
         self._lease = lease
         self._timings = host.settings.lease
+        self._store = WatchedStore(host.blobs)
         self._started_at = claimed_at
+        self._began = False
         self._draining_at: float | None = None
         self._events = ProgressEvents()
         self._steps: list[StepDone] = []
@@ -146,20 +148,36 @@ class _Attempt:
 
     def _work_or_hand_back(self) -> None:
         try:
-            workspace = open_workspace(self._host.settings, self._host.blobs, self._lease)
-            self._steps = read_steps(workspace)
+            while not self._goes_through():
+                pass
+        except (LeaseLost, *DATABASE_DOWN):
+            raise
+        except Exception as error:  # noqa: BLE001 - a rim: whatever went wrong, the job goes back to the queue
+            _log.exception("attempt.fault")
+            cause = cause_of_error(error)
+            # bytes of this one job that are gone or altered say nothing about the worker
+            of_job = isinstance(error, (BlobMissing, CorruptBlob))
+            words = "No room is left, or the store does not answer" if cause is ReleaseCause.STORAGE else _NOT_BEGUN
+            self._lose(cause, f"{words}; trying again later", of_worker=not (self._began or of_job))
+
+    def _goes_through(self) -> bool:
+        """Work from the newest checkpoint to the end; False when that one is rotten: then there is an older one."""
+        try:
+            workspace = open_workspace(self._host.settings, self._store, self._lease)
             try:
+                self._steps = read_steps(workspace)
                 self._work(workspace)
             finally:
                 drop(workspace)
-        except (LeaseLost, *DATABASE_DOWN):
-            raise
-        except StorageFull as error:
-            _log.error("attempt.storage_full", message=error.message)
-            self._hand_back(ReleaseCause.STORAGE, "No room is left to work or to publish; trying again later")
-        except Exception:  # noqa: BLE001 - a rim: whatever went wrong, the attempt ends in a counted loss
-            _log.exception("attempt.fault")
-            self._hand_back(ReleaseCause.FAULT, "The worker met an internal error; trying again")
+        except RottenCheckpoint as rotten:
+            if self._lease.checkpoint is None:
+                raise
+            _log.error("checkpoint.unusable", step=self._lease.checkpoint.step, reason=str(rotten))
+            with self._host.database.writing() as session:
+                self._lease = leases.discard_checkpoint(session, self._lease, reason=str(rotten))
+                session.commit()
+            return False
+        return True
 
     def _work(self, workspace: Workspace) -> None:
         end = self._follow(workspace, "run")
@@ -171,18 +189,42 @@ class _Attempt:
                 self._settle(lambda session: ended.finish(session, self._lease, published))
             case Finished():
                 self._fail(gate_error(end), self._publish(workspace, end.trained_tokens))
+            case Failed(code=contract.CHECKPOINT_UNUSABLE):
+                _log.warning("child.refused_checkpoint", log=str(keep_log(self._host.settings, workspace)))
+                raise RottenCheckpoint("it is not of this release")
+            case Failed(code=contract.HOST_UNFIT):
+                _log.error("child.host_unfit", log=str(keep_log(self._host.settings, workspace)))
+                self._lose(ReleaseCause.HOST, end.message, of_worker=not self._began)
             case Failed():
                 if end.code == "internal_error":  # the operator's to fix
                     _log.warning("child.failed", log=str(keep_log(self._host.settings, workspace)))
                 error = JobError(code=end.code, message=end.message, param=end.param, details=end.details)
                 self._fail(error, self._publish(workspace, 0))
             case ChildLost():
-                _log.warning("child.lost", reason=end.reason, log=str(keep_log(self._host.settings, workspace)))
-                self._hand_back(ReleaseCause.FAULT, f"The training process {end.reason}; resuming from what is saved")
+                self._after_loss(workspace, end)
             case ChildStopped():
                 self._after_stop(end.cause)
             case _:
                 assert_never(end)
+
+    def _after_loss(self, workspace: Workspace, end: ChildLost) -> None:
+        reason = describe_exit(end.status)
+        _log.warning("child.lost", reason=reason, log=str(keep_log(self._host.settings, workspace)))
+        cause = cause_of_exit(end.status, began=self._began, garbled=end.garbled)
+        if is_full(self._host.settings, workspace):
+            cause = ReleaseCause.STORAGE
+        message = f"The training process {reason}; resuming from what is saved"
+        self._lose(cause, message, of_worker=not (self._began or end.garbled))
+
+    def _lose(self, cause: ReleaseCause, message: str, *, of_worker: bool) -> None:
+        """Hand the job back as lost; `of_worker`: before it began, so the worker may be what is sick."""
+        breaker = self._host.breaker
+        if of_worker:
+            breaker.lose(self._lease.job_id, self._timings)
+            cause = breaker.judged(cause)
+            if breaker.rest_seconds > 0:
+                _log.error("worker.rests", faults=breaker.faults, seconds=breaker.rest_seconds, advice=_ADVICE)
+        self._hand_back(cause, message)
 
     def _after_stop(self, cause: StopCause) -> None:
         match cause:
@@ -217,7 +259,10 @@ class _Attempt:
     def _listen(self, messages: "queue.SimpleQueue[ChildMessage]") -> End:
         """Report progress until the child's final message or a cause to stop it."""
         while True:
-            message = _next(messages)
+            message = next_message(messages, _TICK_SECONDS)
+            if isinstance(message, _FIGURES) and not self._began:
+                self._began = True
+                self._host.breaker.reset()
             match message:
                 case Finished() | Failed() | ChildLost():
                     return message
@@ -243,6 +288,7 @@ class _Attempt:
 
     def _carry(self, child: TrainingProcess, workspace: Workspace, messages: "queue.SimpleQueue[ChildMessage]") -> None:
         """The courier: read the child's lines, upload the checkpoints that they announce, pass all on in order."""
+        garbled = False
         try:
             for line in child.lines():
                 progress = from_line(line)
@@ -252,23 +298,25 @@ class _Attempt:
                 messages.put(found)
         except ValidationError:
             _log.error("child.bad_line")
+            garbled = True
         finally:
-            messages.put(ChildLost(describe_exit(child.reap(timeout_seconds=_EXIT_SECONDS))))
+            messages.put(ChildLost(child.reap(timeout_seconds=_EXIT_SECONDS), garbled))
 
     def _upload(self, workspace: Workspace, checkpoint: CheckpointSaved) -> ChildMessage:
         prefix = f"{self._lease.prefix}/checkpoints/{checkpoint.step}"
         try:
             write_steps(workspace.folder / checkpoint.folder, self._steps)
-            upload_folder(self._host.blobs, prefix, workspace.folder / checkpoint.folder)
-        except StorageFull as error:
-            _log.error("checkpoint.skipped", step=checkpoint.step, message=error.message)
-            words = f"The checkpoint at step {checkpoint.step} was not kept: the store is full"
+            contents = upload_folder(self._store, prefix, workspace.folder / checkpoint.folder)
+        except Exception as error:  # noqa: BLE001 - a rim: a checkpoint is worth less than the training process
+            _log.error("checkpoint.skipped", step=checkpoint.step, error=repr(error))
+            why = "the store is full" if isinstance(error, StorageFull) else "the store did not take it"
+            words = f"The checkpoint at step {checkpoint.step} was not kept: {why}"
             return Note(level="warn", code="checkpoint_skipped", message=words)
-        return CheckpointUploaded(checkpoint_event(checkpoint, prefix))
+        return CheckpointUploaded(checkpoint_event(checkpoint, prefix, contents_sha256=contents.sha256))
 
     def _publish(self, workspace: Workspace, trained_tokens: int) -> Published:
         return publish(
-            self._host.blobs,
+            self._store,
             self._lease,
             workspace.folder,
             steps=self._steps,
@@ -284,12 +332,19 @@ class _Attempt:
 
     def _hand_back(self, cause: ReleaseCause, message: str) -> None:
         _log.info("attempt.released", cause=cause)
-        self._settle(lambda session: ended.release(session, self._timings, self._lease, cause, message=message))
+        breaker, worker_id = self._host.breaker, self._host.worker_id
+
+        def write(session: Session) -> tuple[Wake, ...]:
+            workers.note_faults(session, worker_id, faults=breaker.faults, rest_seconds=breaker.rest_seconds)
+            return ended.release(session, self._timings, self._lease, cause, message=message)
+
+        self._settle(write)
 
     def _settle(self, write: Callable[[Session], tuple[Wake, ...]]) -> None:
         """End the lease and write what is left to report in one transaction; a database that is down is asked again."""
         left = self._heartbeat.stop(timeout_seconds=self._host.settings.database_seconds)
         deadline = time.monotonic() + self._timings.self_stop_seconds
+        refusals = 0
         while True:
             try:
                 with self._host.database.writing() as session:
@@ -302,6 +357,14 @@ class _Attempt:
                     raise
                 _log.warning("settle.retried", error=type(error).__name__)
                 time.sleep(_TICK_SECONDS)
+            except LeaseLost:
+                raise
+            except Exception:
+                if left == Beat():
+                    raise
+                _log.exception("settle.news_refused")
+                refusals += 1
+                left = lighter(left, refusals)
         self._host.wake(wakes)
 
     def _beat(self, carried: Beat) -> BeatReply:
@@ -316,10 +379,3 @@ def _with_parity(end: Finished, certified: End) -> End:
     if not isinstance(certified, Finished):
         return certified
     return end if certified.released else Failed(code="parity_failed", message="; ".join(certified.reasons))
-
-
-def _next(messages: "queue.SimpleQueue[ChildMessage]") -> ChildMessage:
-    try:
-        return messages.get(timeout=_TICK_SECONDS)
-    except queue.Empty:
-        return NothingYet()

@@ -2,19 +2,29 @@
 
 import contextlib
 import fcntl
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.core.errors import StorageFull
-from app.core.jobs.lease import Lease
+from app.core.jobs.lease import Lease, SavedCheckpoint
 from app.core.kept_secrets import job_secret
 from app.core.settings import Settings
-from app.core.storage.blobs import Blob, BlobStore, fetch_file, put_bytes, put_file, read_bytes
+from app.core.storage.blobs import (
+    Blob,
+    BlobMissing,
+    BlobStore,
+    CorruptBlob,
+    fetch_file,
+    put_bytes,
+    put_file,
+    read_bytes,
+)
 from finetuning.contract.order import TrainOrder, write_order
 from finetuning.contract.progress import StepDone, to_line
 from finetuning.model.digest import weights_digest
@@ -27,6 +37,10 @@ _CONTENTS, _STEPS, _OWNER = "contents.json", "steps.jsonl", "owner.lock"
 _KEPT_LOGS = 50
 # Checkpoints, cached hidden states and the result together, measured on the 135M base: 180 MiB
 _WORKING_BYTES = 512 * 2**20
+
+
+class RottenCheckpoint(Exception):
+    """The lease's checkpoint cannot be resumed from; the message is a few words for people."""
 
 
 class _Contents(BaseModel):
@@ -50,13 +64,13 @@ class Workspace:
 def open_workspace(settings: Settings, store: BlobStore, lease: Lease) -> Workspace:
     """Fetch and verify an attempt's inputs and write its order.
 
-    Raises StorageFull before anything is fetched; BlobMissing and CorruptBlob.
+    Raises StorageFull before anything is fetched; BlobMissing and CorruptBlob of a file; RottenCheckpoint once all else
+    is there, so that it does not come from a store that is gone as a whole.
     """
-    folder = settings.data / "scratch" / f"{lease.job_id}.{lease.fence}"
+    folder = settings.data / "scratch" / f"{lease.job_id}.{lease.fence}-{lease.attempt}"
     _remove_left_folders(folder.parent)
     folder.mkdir(parents=True)
-    owner = (folder / _OWNER).open("wb")
-    fcntl.flock(owner, fcntl.LOCK_EX)
+    owner = _owned(folder)
     try:
         _require_room(folder, settings.limits.free_bytes, lease)
         write_order(folder, _fetch_inputs(settings, store, lease, folder))
@@ -91,27 +105,70 @@ def write_steps(checkpoint: Path, steps: Sequence[StepDone]) -> None:
 
 
 def read_steps(workspace: Workspace) -> list[StepDone]:
-    """The steps that the fetched checkpoint stands on; none without one."""
+    """The steps that the fetched checkpoint stands on; none without one. Raises RottenCheckpoint."""
     kept = workspace.folder / CHECKPOINT / _STEPS
     if not kept.exists():
         return []
-    return [StepDone.model_validate_json(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [StepDone.model_validate_json(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    except ValidationError as error:
+        raise RottenCheckpoint("its steps cannot be read") from error
 
 
-def upload_folder(store: BlobStore, prefix: str, folder: Path) -> None:
-    """Store every file of a folder under `prefix`, the list of contents last. Raises BlobExists, StorageFull."""
+def is_full(settings: Settings, workspace: Workspace) -> bool:
+    """Whether the scratch folder's disk is below its low-water mark: what a process that lacks room left behind."""
+    return shutil.disk_usage(workspace.folder).free <= settings.limits.free_bytes
+
+
+def upload_folder(store: BlobStore, prefix: str, folder: Path) -> Blob:
+    """Store every file of a folder under `prefix`, and last the list of contents, which is returned.
+
+    Raises BlobExists, StorageFull.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     stored = [put_file(store, f"{prefix}/{path.relative_to(folder).as_posix()}", path) for path in files]
-    put_bytes(store, f"{prefix}/{_CONTENTS}", _Contents(files=tuple(stored)).model_dump_json().encode())
+    return put_bytes(store, f"{prefix}/{_CONTENTS}", _Contents(files=tuple(stored)).model_dump_json().encode())
 
 
-def fetch_folder(store: BlobStore, prefix: str, folder: Path) -> None:
-    """Fetch what `upload_folder` stored and verify each file. Raises BlobMissing, CorruptBlob."""
-    contents = _Contents.model_validate_json(read_bytes(store, f"{prefix}/{_CONTENTS}"))
+def fetch_folder(store: BlobStore, prefix: str, folder: Path, *, contents_sha256: str | None = None) -> None:
+    """Fetch what `upload_folder` stored and verify each file, and their list where its digest is known.
+
+    Raises BlobMissing, CorruptBlob.
+    """
+    listed = read_bytes(store, f"{prefix}/{_CONTENTS}")
+    if contents_sha256 not in (None, hashlib.sha256(listed).hexdigest()):
+        raise CorruptBlob(f"{prefix}/{_CONTENTS}")
+    try:
+        contents = _Contents.model_validate_json(listed)
+    except ValidationError as error:
+        raise CorruptBlob(f"{prefix}/{_CONTENTS}") from error
     for blob in contents.files:
         target = folder / blob.key.removeprefix(f"{prefix}/")
         target.parent.mkdir(parents=True, exist_ok=True)
         fetch_file(store, blob, target)
+
+
+def _owned(folder: Path) -> IO[bytes]:
+    """The folder's lock; it gets its name once it is held, so that nobody takes the folder for one that was left."""
+    new = folder / f"{_OWNER}.new"
+    owner = new.open("wb")
+    fcntl.flock(owner, fcntl.LOCK_EX)
+    new.rename(folder / _OWNER)
+    return owner
+
+
+def _fetch_checkpoint(store: BlobStore, saved: SavedCheckpoint, folder: Path) -> None:
+    """Fetch the checkpoint, twice if need be: one answer that breaks off says little. Raises RottenCheckpoint."""
+    for last in (False, True):
+        try:
+            fetch_folder(store, saved.prefix, folder, contents_sha256=saved.contents_sha256)
+        except (BlobMissing, CorruptBlob) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if last:
+                words = "a part is missing" if isinstance(error, BlobMissing) else "it was altered"
+                raise RottenCheckpoint(words) from error
+        else:
+            return
 
 
 def _remove_left_folders(scratch: Path) -> None:
@@ -134,14 +191,15 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         fetch_file(store, lease.alignment, packed)
         unpack(packed, folder / ALIGNMENT)
         packed.unlink()
-    if lease.checkpoint is not None:
-        fetch_folder(store, lease.checkpoint.prefix, folder / CHECKPOINT)
     base = _base(settings, lease)
+    base_sha256 = weights_digest(Path(base))
+    if lease.checkpoint is not None:
+        _fetch_checkpoint(store, lease.checkpoint, folder / CHECKPOINT)
     return TrainOrder(
         job_id=lease.job_id,
         recipe=lease.recipe,
         base=base,
-        base_sha256=weights_digest(Path(base)),
+        base_sha256=base_sha256,
         rows=ROWS if lease.training else None,
         validation=VALIDATION if lease.validation else None,
         alignment=ALIGNMENT if lease.alignment else None,

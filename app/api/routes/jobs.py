@@ -29,7 +29,7 @@ from app.api.schemas.job_create import (
 from app.api.schemas.jobs import JobFrame, checkpoint_to_body, event_to_body, job_to_body
 from app.core import idempotency
 from app.core.errors import InvalidRequest
-from app.core.jobs import jobs
+from app.core.jobs import ended, jobs
 from app.core.storage.database import read_clock
 from app.core.storage.job_states import FINAL
 
@@ -96,10 +96,11 @@ def cancel_job(job_id: JobId, request: Request, caller: JobsWriter, resources: R
         stored = idempotency.reserve(session, repeat)
         if stored is not None:
             return replay(stored)
-        job = jobs.cancel(session, caller.project_id, job_id)
+        job, wakes = ended.cancel(session, caller.project_id, job_id)
         body = job_to_body(job, JobFrame(caller.org.id))
         idempotency.store(session, repeat, status=200, body=body)
         session.commit()
+    resources.waker.soon(*wakes)
     return JSONResponse(body)
 
 

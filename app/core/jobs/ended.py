@@ -1,4 +1,4 @@
-"""How an attempt ends: it finishes, fails, hands its job back or is lost; and which job is then woken.
+"""How an attempt ends: it finishes, fails, hands its job back, is cancelled or lost; and which job is then woken.
 
 Each end is one conditional UPDATE on the fence first, results after it, all in one transaction. The bytes are stored
 before: whoever publishes them writes blobs, this writes their rows.
@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from sqlalchemy import ColumnElement, case, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.core.broker import Wake
 from app.core.errors import LeaseLost
 from app.core.ids import Prefix, new_id
+from app.core.jobs import jobs
 from app.core.jobs.jobs import JobError, NewEvent, append_events, model_name, move, wake_for
 from app.core.jobs.lease import Lease, base_is_ready, fenced
 from app.core.settings import LeaseSettings
@@ -64,27 +65,55 @@ class Published:
 
 
 class ReleaseCause(StrEnum):
-    """Why an attempt hands its job back: drained after saving, lost its training process, or found no room."""
+    """Why an attempt hands its job back.
+
+    DRAIN: saved, for a worker that stops. FAULT: the training process ended by itself after its work had begun, which
+    counts against the job. HOST: the worker could not begin, or the process was killed from outside. UNFIT: the same of
+    a worker that has just lost other jobs too. STORAGE: the store or the disk could not be used.
+    """
 
     DRAIN = "drain"
     FAULT = "fault"
+    HOST = "host"
+    UNFIT = "unfit"
     STORAGE = "storage"
 
 
 def release(
     session: Session, timings: LeaseSettings, lease: Lease, cause: ReleaseCause, *, message: str
 ) -> tuple[Wake, ...]:
-    """Hand the job back: DRAIN is due at once, FAULT counts a loss and rests (or fails the job `worker_crashed` at
-    the last allowed loss), STORAGE rests without counting. Raises LeaseLost. Returns wake-ups for after the commit."""
-    event = NewEvent(message, level="info" if cause is ReleaseCause.DRAIN else "warn")
-    if cause is ReleaseCause.FAULT:
-        job = lose(session, timings, lease.job_id, fenced(lease), event=event, rests=True)
+    """Hand the job back: DRAIN is due at once, anything else rests, longer each time, and is left to other workers.
+
+    FAULT and HOST count (`lose`); UNFIT and STORAGE say nothing about the job and count for nothing. Raises LeaseLost.
+    Returns wake-ups for after the commit.
+    """
+    held = fenced(lease)
+    if cause is ReleaseCause.DRAIN:
+        job = move(session, lease.job_id, JobState.QUEUED, held, event=NewEvent(message), **_back_in_queue(0.0))
+    elif cause in (ReleaseCause.FAULT, ReleaseCause.HOST):
+        kind = LossKind.JOB if cause is ReleaseCause.FAULT else LossKind.HOST
+        job = lose(session, timings, lease.job_id, held, kind=kind, message=message)
     else:
-        rest = 0.0 if cause is ReleaseCause.DRAIN else timings.rewake_seconds
-        job = move(session, lease.job_id, JobState.QUEUED, fenced(lease), event=event, **_back_in_queue(rest))
+        job = _rest(session, timings, lease, message)
     if job is None:
         raise LeaseLost(lease.job_id)
     return (wake_for(job),) if cause is ReleaseCause.DRAIN else next_wakes(session, job)
+
+
+class LossKind(StrEnum):
+    """What was lost. Each kind has its own count and ceiling; a new checkpoint sets both counts to 0."""
+
+    JOB = "job"
+    HOST = "host"
+
+
+@dataclass(frozen=True)
+class _Ceiling:
+    """Which column counts a kind, how high it may go, and the error of a job that goes there."""
+
+    column: InstrumentedAttribute[int]
+    highest: int
+    error: JobError
 
 
 def lose(
@@ -92,22 +121,30 @@ def lose(
     timings: LeaseSettings,
     job_id: str,
     *conditions: ColumnElement[bool],
-    event: NewEvent,
-    rests: bool,
+    kind: LossKind,
+    message: str,
+    error: JobError | None = None,
 ) -> Job | None:
-    """Count a loss of the running attempt: back to the queue, or failed at the last allowed loss. None: it moved on."""
+    """Count a loss of the running attempt: back to the queue, or failed (with `error`) at the last allowed one.
+
+    Alignments are never ended by hosts: their end would end every job that waits for the base. None: it moved on.
+    """
+    ceiling = _ceiling(timings, kind)
     running = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.state == JobState.RUNNING, *conditions)
-        .values(losses=Job.losses + 1)
-        .returning(Job.losses)
-    ).scalar_one_or_none()
+        .values({ceiling.column.key: ceiling.column + 1})
+        .returning(ceiling.column, Job.kind)
+    ).one_or_none()
     if running is None:
         return None
-    if after_loss(running, max_losses=timings.max_losses) is JobState.FAILED:
-        return _fail_lost(session, job_id, running)
-    rest = backoff_seconds(running, first_seconds=timings.backoff_seconds) if rests else 0.0
-    return move(session, job_id, JobState.QUEUED, event=event, **_back_in_queue(rest))
+    losses, job_kind = running
+    endless = kind is LossKind.HOST and job_kind == JobKind.ALIGN
+    if not endless and after_loss(losses, max_losses=ceiling.highest) is JobState.FAILED:
+        return _fail_lost(session, job_id, error or ceiling.error)
+    rest = backoff_seconds(losses, first_seconds=timings.backoff_seconds)
+    event = NewEvent(message, level="warn", data={"code": f"{kind}_lost"}) if _is_told(losses) else None
+    return move(session, job_id, JobState.QUEUED, event=event, **_back_in_queue(rest), **_left_by(timings, rest))
 
 
 def fail(
@@ -163,6 +200,16 @@ def finish(session: Session, lease: Lease, published: Published) -> tuple[Wake, 
     return next_wakes(session, job)
 
 
+def cancel(session: Session, project_id: str, job_id: str) -> tuple[Job, tuple[Wake, ...]]:
+    """`jobs.cancel`, and the wake-up of what the project may run instead, if the job was running.
+
+    Raises NotFound, InvalidRequest `invalid_job_state`.
+    """
+    ran = session.scalars(select(Job.state).where(Job.id == job_id)).one_or_none() == JobState.RUNNING
+    job = jobs.cancel(session, project_id, job_id)
+    return job, next_wakes(session, job) if ran else ()
+
+
 def next_wakes(session: Session, ended: Job) -> tuple[Wake, ...]:
     """The project's next queued job, now that one of its running jobs has ended."""
     return _waiting_wakes(session, Job.project_id == ended.project_id, limit=1)
@@ -174,10 +221,39 @@ def _back_in_queue(rest_seconds: float) -> dict[str, object]:
     return {"run_after": db_now() + rest_seconds, "woken_at": woken_at, "lease_until": None, "worker_id": None}
 
 
-def _fail_lost(session: Session, job_id: str, losses: int) -> Job | None:
-    error = JobError(
-        "worker_crashed", f"The training process was lost {losses} times without a new checkpoint. Ask the operator."
-    )
+def _rest(session: Session, timings: LeaseSettings, lease: Lease, message: str) -> Job | None:
+    """running -> queued without a loss, for longer each time; the 1st, 2nd, 4th, 8th .. such return has an event."""
+    held = Job.id == lease.job_id, Job.state == JobState.RUNNING, fenced(lease)
+    counting = update(Job).where(*held).values(rests=Job.rests + 1).returning(Job.rests)
+    rests = session.execute(counting).scalar_one_or_none()
+    if rests is None:
+        return None
+    rest = backoff_seconds(rests - 1, first_seconds=timings.rewake_seconds)
+    event = NewEvent(message, level="warn") if _is_told(rests) else None
+    return move(session, lease.job_id, JobState.QUEUED, event=event, **_back_in_queue(rest), **_left_by(timings, rest))
+
+
+def _is_told(times: int) -> bool:
+    return times & (times - 1) == 0
+
+
+def _left_by(timings: LeaseSettings, rest_seconds: float) -> dict[str, object]:
+    # the values are those before the update, so this is the worker that has it now
+    until = db_now() + rest_seconds + timings.ttl_seconds
+    return {"avoid_worker": Job.worker_id, "avoid_until": until}
+
+
+def _ceiling(timings: LeaseSettings, kind: LossKind) -> _Ceiling:
+    if kind is LossKind.JOB:
+        times = timings.max_losses
+        words = f"The training process was lost {times} times without a new checkpoint. Ask the operator."
+        return _Ceiling(Job.losses, times, JobError("worker_crashed", words))
+    times = timings.max_host_losses
+    words = f"{times} times the worker that had the job was lost without a new checkpoint. Ask the operator."
+    return _Ceiling(Job.host_losses, times, JobError("hosts_lost", words))
+
+
+def _fail_lost(session: Session, job_id: str, error: JobError) -> Job | None:
     event = NewEvent(error.message, level="error", data={"code": error.code})
     return move(session, job_id, JobState.FAILED, event=event, **_ended(None), error=asdict(error))
 

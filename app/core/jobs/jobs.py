@@ -6,7 +6,7 @@ ended.py.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import cast
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -52,12 +52,16 @@ class JobError:
 
 @dataclass(frozen=True)
 class NewEvent:
-    """An event to append; `data` goes with type `metrics`."""
+    """An event to append; `data` goes with type `metrics`.
+
+    Its `id` is given here, so that one whose commit is in doubt is written once however often it is sent.
+    """
 
     message: str
     level: str = "info"
     type: str = "message"
     data: JsonObject | None = None
+    id: str = field(default_factory=lambda: new_id(Prefix.EVENT), compare=False)
 
 
 @dataclass(frozen=True)
@@ -242,7 +246,7 @@ def fail_checks(session: Session, job_id: str, error: JobError) -> bool:
 
 def append_events(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
     """Append to the job's story, in this order."""
-    session.add_all(Event(id=new_id(Prefix.EVENT), job_id=job_id, **asdict(event)) for event in events)
+    session.add_all(Event(job_id=job_id, **asdict(event)) for event in events)
     session.flush()
 
 
@@ -251,10 +255,10 @@ def move(
     job_id: str,
     target: JobState,
     *conditions: ColumnElement[bool],
-    event: NewEvent,
+    event: NewEvent | None,
     **values: object,
 ) -> Job | None:
-    """The one way a job changes state: a conditional UPDATE along a legal move, and its event.
+    """The one way a job changes state: a conditional UPDATE along a legal move, and its event, if it is worth one.
 
     None when no row was in a state (and under the conditions) from which it may move: somebody else was faster.
     """
@@ -267,7 +271,8 @@ def move(
     job = session.scalars(statement, execution_options={"populate_existing": True}).one_or_none()
     if job is None:
         return None
-    append_events(session, job_id, [event])
+    if event is not None:
+        append_events(session, job_id, [event])
     if target in FINAL:
         JOBS_ENDED.labels(state=target).inc()
         if job.kind == JobKind.ALIGN and target != JobState.SUCCEEDED:

@@ -8,7 +8,7 @@ may run in any number of processes at once, so there is no leader; only the swee
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 import structlog
@@ -18,18 +18,19 @@ from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
-from app.core.jobs.ended import lose
-from app.core.jobs.jobs import JobError, NewEvent, fail_checks, move
+from app.core.jobs.expiry import expire
+from app.core.jobs.jobs import JobError, fail_checks
 from app.core.jobs.lease import base_is_ready
 from app.core.jobs.sweep import sweep_in_turn
 from app.core.jobs.waiting import count_baseless, route
-from app.core.settings import LeaseSettings, Settings
+from app.core.jobs.workers import count_resting
+from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
 from app.core.storage.identity import deployment_of
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import File, Job
-from app.core.telemetry import DUTIES_FAILED, DUTY_LAST_OK, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
+from app.core.telemetry import DUTIES_FAILED, DUTY_LAST_OK, JOBS_QUEUED, OLDEST_WAIT_SECONDS, WORKERS_RESTING
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -89,6 +90,7 @@ class Reaper:
         in_database = {
             "expire": lambda session: self._note(expire(session, settings.lease)),
             "end_overdue_checks": lambda session: end_overdue_checks(session, limits.check_seconds),
+            "count_resting": lambda session: WORKERS_RESTING.set(count_resting(session)),
             "count_baseless": count_baseless,
             "route": _route,
             "hide_expired": files.hide_expired,
@@ -129,28 +131,6 @@ def do(duty: Duty) -> bool:
         return False
     DUTY_LAST_OK.labels(duty=duty.name).set_to_current_time()
     return True
-
-
-def expire(session: Session, timings: LeaseSettings) -> tuple[Wake, ...]:
-    """Take running jobs back whose lease ran out, and end those that saved nothing for too long."""
-    running = Job.state == JobState.RUNNING
-    stalled = running, Job.saved_at < db_now() - timings.stall_seconds
-    for job_id in session.scalars(select(Job.id).where(*stalled).limit(_AT_ONCE)).all():
-        hours = timings.stall_seconds / 3600
-        error = JobError("job_stalled", f"The job saved no checkpoint for {hours:g} hours. Ask the operator.")
-        ended = {"fence": Job.fence + 1, "lease_until": None, "finished_at": db_now(), "error": asdict(error)}
-        move(session, job_id, JobState.FAILED, *stalled, event=NewEvent(error.message, level="error"), **ended)
-    wakes: list[Wake] = []
-    over = running, Job.lease_until < db_now()
-    for job_id in session.scalars(select(Job.id).where(*over).limit(_AT_ONCE)).all():
-        event = NewEvent("The worker was lost; the job goes on from its last checkpoint", "warn", data=_CRASHED)
-        job = lose(session, timings, job_id, *over, event=event, rests=False)
-        if job is not None:
-            LEASES_EXPIRED.inc()
-            log.warning("lease.expired", job_id=job_id, fence=job.fence, losses=job.losses)
-            if job.state == JobState.QUEUED:
-                wakes.append(Wake(RUN_JOB, job.id, job.queue))
-    return tuple(wakes)
 
 
 def end_overdue_checks(session: Session, check_seconds: float) -> None:
@@ -196,9 +176,6 @@ def erase_deleted(database: Database, blobs: BlobStore) -> None:
         with database.writing() as session:
             session.execute(update(File).where(File.id == file_id).values(values))
             session.commit()
-
-
-_CRASHED: dict[str, object] = {"code": "worker_crashed"}
 
 
 def _route(session: Session) -> None:

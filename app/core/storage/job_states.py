@@ -26,7 +26,7 @@ MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset(),
 }
 
-_LONGEST_BACKOFF_SECONDS = 300.0
+LONGEST_BACKOFF_SECONDS = 300.0
 
 
 def sources_of(target: JobState) -> frozenset[JobState]:
@@ -35,10 +35,10 @@ def sources_of(target: JobState) -> frozenset[JobState]:
 
 
 def after_loss(losses: int, *, max_losses: int) -> JobState:
-    """Where a job goes that has now lost `losses` attempts since its last checkpoint."""
+    """Where a job goes that has now lost `losses` attempts of one kind since its last checkpoint."""
     return JobState.FAILED if losses >= max_losses else JobState.QUEUED
 
 
 def backoff_seconds(losses: int, *, first_seconds: float) -> float:
     """How long a job rests after `losses` losses: doubling, five minutes at most."""
-    return min(first_seconds * 2.0 ** min(losses, 30), _LONGEST_BACKOFF_SECONDS)
+    return min(first_seconds * 2.0 ** min(losses, 30), LONGEST_BACKOFF_SECONDS)

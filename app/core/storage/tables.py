@@ -134,6 +134,14 @@ class Job(TableRow):
     lease_until: Mapped[float | None]
     worker_id: Mapped[str | None]
     losses: Mapped[int] = mapped_column(default=0)
+    # since the last checkpoint: hosts that were lost with it, and returns that nobody is charged with
+    host_losses: Mapped[int] = mapped_column(default=0, server_default="0")
+    rests: Mapped[int] = mapped_column(default=0, server_default="0")
+    # which attempt holds the fence: a restored backup gives a number out again, and nobody else has this word
+    attempt: Mapped[str | None]
+    avoid_worker: Mapped[str | None]
+    avoid_until: Mapped[float | None]
+    progress_at: Mapped[float | None]
     run_after: Mapped[float] = mapped_column(default=db_now())
     woken_at: Mapped[float | None] = mapped_column(default=db_now())
     started_at: Mapped[float | None]
@@ -186,6 +194,9 @@ class Checkpoint(TableRow):
     prefix: Mapped[str] = mapped_column(String(512))
     metrics: Mapped[JsonObject]
     fingerprint: Mapped[str]
+    # what its list of contents must hash to (earlier releases did not say), and when it was found to be rotten
+    contents_sha256: Mapped[str | None] = mapped_column(String(64))
+    unusable_at: Mapped[float | None]
 
     @classmethod
     def keys(cls) -> tuple[Index | UniqueConstraint, ...]:
@@ -263,13 +274,20 @@ class Model(TableRow):
 
 
 class Worker(TableRow):
-    """A Celery process that takes jobs; `draining` tells its supervisor to save and hand back."""
+    """A Celery process that takes jobs; `draining` tells its supervisor to save and hand back.
+
+    `faults`: jobs that it lost in a row before any of them began; after some it takes none until `resting_until`.
+    `queues`: the names of its queues with a comma before and after each; None of an earlier release's workers.
+    """
 
     __tablename__ = "workers"
     host: Mapped[str]
     devices: Mapped[str]
     draining: Mapped[bool] = mapped_column(default=False)
     seen_at: Mapped[float] = mapped_column(default=db_now())
+    queues: Mapped[str | None]
+    faults: Mapped[int] = mapped_column(default=0, server_default="0")
+    resting_until: Mapped[float | None]
 
     @classmethod
     def keys(cls) -> tuple[Index | UniqueConstraint, ...]:

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from finetuning.contract.order import TrainOrder
-from finetuning.contract.progress import Failed, Progress
+from finetuning.contract.progress import HOST_UNFIT, Failed, Progress
 from finetuning.judging.catalogue import guard_of
 from finetuning.recipes.library import align_recipe
 from finetuning.stages import pipeline
@@ -55,7 +55,7 @@ def test_a_guard_that_cannot_judge_fails_the_job_without_its_name(
     lines: list[Progress] = list(pipeline.run(order, tmp_path))
     failed = lines[-1]
     assert isinstance(failed, Failed)
-    assert failed.code == "internal_error"
+    assert failed.code == HOST_UNFIT
     assert failed.message == "The judge of this service could not be used, so nothing was released. Ask the operator."
     assert not any("beaver" in line.model_dump_json() for line in lines)
     printed = capfd.readouterr()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.contract.order import TrainOrder
-from finetuning.contract.progress import Failed, Note, Progress, StepDone
+from finetuning.contract.progress import HOST_UNFIT, Failed, Note, Progress, StepDone
 from finetuning.model.digest import ABOUT_FILE
 from finetuning.recipes.library import tune_recipe
 from finetuning.stages import pipeline
@@ -44,7 +44,7 @@ def test_an_alignment_of_another_template_is_refused(order: TrainOrder, tmp_path
     template.write_text(template.read_text() + "\n")
     (last,) = until_the_first_step(other, tmp_path)
     assert isinstance(last, Failed)
-    assert last.code == "internal_error"
+    assert last.code == HOST_UNFIT
     assert "align the base again" in last.message
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 
 from finetuning.contract.order import read_order
 from finetuning.contract.progress import (
+    CHECKPOINT_UNUSABLE,
     CheckpointSaved,
     Failed,
     Finished,
@@ -34,6 +35,8 @@ def main() -> None:
     stubborn = script.get("ignore_sigterm", False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else stop)
     exit_at_end_of_input(144)
+    if is_there(script.get("exit_while")):
+        sys.exit(1)
     if "pid_file" in script:
         Path(script["pid_file"]).write_text(str(os.getpid()))
     if "--parity" in sys.argv[3:]:
@@ -46,6 +49,9 @@ def train(scratch: Path, script: dict[str, object]) -> None:
     order = read_order(scratch)
     total = order.recipe.steps or 8  # a stand-in counts no rows
     step, chain = resume(scratch, order.checkpoint)
+    if step and script.get("refuses_step") == step:
+        say(Failed(code=CHECKPOINT_UNUSABLE, message="it has another shape"))
+        return
     chain = chain or hashlib.sha256((scratch / order.rows).read_bytes() if order.rows else b"align").hexdigest()
     say(StageStarted(stage="train"))
     if "needs" in script:
@@ -59,6 +65,8 @@ def train(scratch: Path, script: dict[str, object]) -> None:
         time.sleep(float(script.get("step_seconds", 0.0)))
         if script.get("hang_at") == step:
             threading.Event().wait()
+        if script.get("exit_at") == step:
+            sys.exit(int(str(script.get("exit_status", 1))))
         if should_die(script, step):
             os.kill(os.getpid(), signal.SIGKILL)
         chain = hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
@@ -72,6 +80,8 @@ def train(scratch: Path, script: dict[str, object]) -> None:
 def should_die(script: dict[str, object], step: int) -> bool:
     if script.get("die_at") != step:
         return False
+    if "die_while" in script:
+        return is_there(script["die_while"])
     tombstone = script.get("die_once")
     if tombstone is None:
         return True
@@ -79,6 +89,10 @@ def should_die(script: dict[str, object], step: int) -> bool:
         return False
     Path(str(tombstone)).touch()
     return True
+
+
+def is_there(path: object) -> bool:
+    return path is not None and Path(str(path)).exists()
 
 
 def resume(scratch: Path, checkpoint: str | None) -> tuple[int, str]:

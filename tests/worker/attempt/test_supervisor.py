@@ -73,7 +73,7 @@ def test_the_summary_holds_the_safety_report_and_parity(scene: Scene) -> None:
     assert result is not None
     assert result["parity"] == {"passed": True}
     assert json.dumps(result["safety"]).count('"decision": "pass"') == 1
-    assert result["prefix"] == f"jobs/{job_id}/1/result"
+    assert str(result["prefix"]).startswith(f"jobs/{job_id}/1-")
 
 
 def test_a_second_message_for_a_finished_job_does_nothing(scene: Scene) -> None:
@@ -89,7 +89,7 @@ def test_a_killed_child_resumes_and_ends_with_the_same_bytes(scene: Scene, tmp_p
     killed = scripted(die_at=17, die_once=str(tmp_path / "died"))
     supervise(scene.host(killed), broken)
     job = scene.job(broken)
-    assert (job.state, job.losses) == (JobState.QUEUED, 1)
+    assert (job.state, job.losses, job.host_losses) == (JobState.QUEUED, 0, 1)
     assert "The training process was ended by SIGKILL; resuming from what is saved" in scene.messages(broken)
     supervise(scene.host(killed), broken)
     job = scene.job(broken)
@@ -104,7 +104,7 @@ def test_a_killed_child_resumes_and_ends_with_the_same_bytes(scene: Scene, tmp_p
 def test_the_third_loss_without_a_new_checkpoint_fails_the_job(scene: Scene) -> None:
     job_id = scene.add_job(recipe())
     for _ in range(3):
-        supervise(scene.host(scripted(die_at=5)), job_id)
+        supervise(scene.host(scripted(exit_at=5)), job_id)
     job = scene.job(job_id)
     assert job.state == JobState.FAILED
     assert job.error is not None
@@ -231,11 +231,13 @@ def test_no_room_to_work_rests_without_a_loss(tmp_path: Path) -> None:
 
 def test_an_altered_checkpoint_is_not_resumed_from(scene: Scene, tmp_path: Path) -> None:
     job_id = scene.add_job(recipe())
-    supervise(scene.host(scripted(die_at=17)), job_id)
+    supervise(scene.host(scripted(exit_at=17)), job_id)
     (stored,) = (scene.settings.data / "blobs").rglob("checkpoints/10/loop.json")
     stored.write_text("{}")
-    supervise(scene.host(scripted()), job_id)
-    assert (scene.job(job_id).state, scene.job(job_id).losses) == (JobState.QUEUED, 2)
+    supervise(scene.host(scripted(needs="checkpoints")), job_id)
+    job = scene.job(job_id)
+    assert (job.state, job.losses, job.host_losses) == (JobState.QUEUED, 1, 1)  # it began at step 0, and ended there
+    assert scene.messages(job_id)[-3].endswith("cannot be used (it was altered); starting from the beginning")
 
 
 def test_an_alignment_opens_its_base(tmp_path: Path) -> None:
@@ -307,9 +309,10 @@ def test_a_scratch_folder_is_removed_once_its_owner_is_gone(scene: Scene, tmp_pa
     (left / "owner.lock").touch()
     attempt = in_background(scene, job_id, hang_at=12)
     wait_until(lambda: scene.checkpoints(job_id), seconds=60)
+    (ours,) = [folder.name for folder in left.parent.iterdir()]
     other = scene.add_job(recipe())
     supervise(scene.host(scripted()), other)
-    assert [folder.name for folder in (scene.settings.data / "scratch").iterdir()] == [f"{job_id}.1"]
+    assert [folder.name for folder in (scene.settings.data / "scratch").iterdir()] == [ours]
     with scene.database.writing() as session:
         jobs.cancel(session, scene.job(job_id).project_id, job_id)
         session.commit()

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import select, update
@@ -72,7 +73,7 @@ def test_a_claim_gives_all_that_an_attempt_needs(
     assert (held.training.key, held.training.sha256) == (file.blob_key, file.sha256)
     assert held.alignment is not None
     assert (held.validation, held.checkpoint, held.base_source) == (None, None, "tiny")
-    assert held.prefix == f"jobs/{job.id}/1"
+    assert held.prefix == f"jobs/{job.id}/1-{held.attempt}"
 
 
 def test_a_claim_refuses_a_live_lease(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
@@ -314,3 +315,76 @@ def test_a_claim_of_an_unknown_job_is_none(database: Database, settings: Setting
         assert lease.claim(session, settings, "ftjob-absent", "w") is None
         with pytest.raises(NotFound):
             jobs.get_job(session, project.id, "ftjob-absent")
+
+
+def test_the_same_news_twice_are_stored_once(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """S19: the commit was done and its answer lost, so the same beat comes again."""
+    job = add_job(database, project, settings)
+    held = claimed(database, settings, job)
+    news = Beat((NewEvent("one"), NewEvent("one")), (saved(held, 20), saved(held, 40)), "train", {"step": 40})
+    for _ in range(3):
+        beat(database, settings, held, news)
+    with database.reading() as session:
+        steps = [row.step for row in jobs.list_checkpoints(session, project.id, job.id, Page()).rows]
+        messages = [event.message for event in jobs.list_events(session, project.id, job.id, Page()).rows]
+    assert (steps, messages.count("one")) == ([40, 20], 2)
+
+
+def test_an_attempt_from_before_a_restored_backup_holds_nothing(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """S29: the number of its lease is given out again, to somebody else."""
+    job = add_job(database, project, settings)
+    before = claimed(database, settings, job)
+    with database.writing() as session:
+        backup = {"state": "queued", "fence": 0, "attempt": None, "lease_until": None, "worker_id": None}
+        session.execute(update(Job).where(Job.id == job.id).values(backup))
+        session.commit()
+    after = claimed(database, settings, job)
+    assert after.fence == before.fence
+    assert after.prefix != before.prefix
+    with pytest.raises(LeaseLost):
+        beat(database, settings, before)
+    with pytest.raises(LeaseLost):
+        release(database, settings, before, ReleaseCause.DRAIN)
+    beat(database, settings, after)
+
+
+def test_a_rotten_checkpoint_is_passed_over_by_its_holder_alone(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """S10: a fenced update with an event, no loss; the next older one, then none."""
+    job = add_job(database, project, settings)
+    first = claimed(database, settings, job)
+    beat(database, settings, first, Beat(checkpoints=(saved(first, 20), saved(first, 40))))
+    release(database, settings, first, ReleaseCause.DRAIN)
+    second = claimed(database, settings, job)
+    with database.writing() as session, pytest.raises(LeaseLost):
+        lease.discard_checkpoint(session, replace(first, checkpoint=saved(first, 40)), reason="it was altered")
+    with database.writing() as session:
+        older = lease.discard_checkpoint(session, second, reason="it was altered")
+        session.commit()
+    assert older.checkpoint == saved(first, 20)
+    release(database, settings, older, ReleaseCause.DRAIN)
+    third = claimed(database, settings, job)
+    assert third.checkpoint == saved(first, 20)
+    with database.writing() as session:
+        none = lease.discard_checkpoint(session, third, reason="it was altered")
+        session.commit()
+    assert none.checkpoint is None
+    assert (now_of(database, job).losses, now_of(database, job).host_losses) == (0, 0)
+
+
+def test_a_cancelled_job_lets_the_projects_next_one_run(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """Small: a cancel woke nobody, so the next job waited for the reaper."""
+    running, waiting = add_job(database, project, settings), add_job(database, project, settings)
+    claimed(database, settings, running)
+    for expected in ((Wake("immunotune.run_job", waiting.id, "train.cpu"),), ()):
+        with database.writing() as session:
+            job, wakes = ended.cancel(session, project.id, running.id)
+            session.commit()
+        assert (job.state, wakes) == ("cancelled", expected)  # a repeat frees nothing

@@ -7,14 +7,14 @@ from prometheus_client import REGISTRY
 from sqlalchemy import select, text, update
 
 from app.core import deployment, files
-from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, Wake, queue_depth, wake
-from app.core.jobs import ended, jobs, lease, reaper, sweep
+from app.core.broker import CHECKS_QUEUE, CPU_QUEUE, queue_depth, wake
+from app.core.jobs import ended, jobs, lease, reaper, sweep, workers
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobMissing, BlobStore, put_bytes
 from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import BaseRow, File, Job, Project
+from app.core.storage.tables import BaseRow, File, Job, Project, Worker
 from tests.support.jobs import SUCCESS, add_file, add_job, bind_as_it_is, patient, published
 from tests.support.waiting import wait_until
 
@@ -40,51 +40,9 @@ def claimed(database: Database, settings: Settings, job: Job) -> lease.Lease:
     return held
 
 
-def expire(database: Database, settings: Settings) -> tuple[Wake, ...]:
-    with database.writing() as session:
-        wakes = reaper.expire(session, settings.lease)
-        session.commit()
-    return wakes
-
-
 def now_of(database: Database, job: Job) -> Job:
     with database.reading() as session:
         return session.scalars(select(Job).where(Job.id == job.id)).one()
-
-
-def test_a_live_lease_is_left_alone(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
-    job = add_job(database, project, settings)
-    claimed(database, settings, job)
-    assert expire(database, settings) == ()
-    assert now_of(database, job).state == "running"
-
-
-def test_a_lost_worker_gives_its_job_back_until_the_third_loss(
-    database: Database, settings: Settings, project: Project, base: BaseRow
-) -> None:
-    job = add_job(database, project, settings)
-    for losses in (1, 2):
-        claimed(database, settings, job)
-        age(database, lease_until=600)
-        assert expire(database, settings) == (Wake("immunotune.run_job", job.id, "train.cpu"),)
-        assert expire(database, settings) == ()
-        assert (now_of(database, job).state, now_of(database, job).losses) == ("queued", losses)
-    claimed(database, settings, job)
-    age(database, lease_until=600)
-    assert expire(database, settings) == ()
-    found = now_of(database, job)
-    assert (found.state, (found.error or {})["code"]) == ("failed", "worker_crashed")
-
-
-def test_a_job_that_saves_nothing_for_hours_is_ended_though_it_beats(
-    database: Database, settings: Settings, project: Project, base: BaseRow
-) -> None:
-    job = add_job(database, project, settings)
-    held = claimed(database, settings, job)
-    age(database, saved_at=settings.lease.stall_seconds + 1)
-    expire(database, settings)
-    found = now_of(database, job)
-    assert (found.state, (found.error or {})["code"], found.fence) == ("failed", "job_stalled", held.fence + 1)
 
 
 def test_a_lost_wake_up_is_sent_again(
@@ -326,3 +284,31 @@ def test_a_renamed_queue_orphans_no_job(
     finally:
         ticking.stop()
     assert now_of(database, late).queue == "train.gpu24"
+
+
+def test_a_resting_worker_shows_in_metrics(
+    database: Database, settings: Settings, project: Project, broker: Celery
+) -> None:
+    """S1: the circuit breaker is visible where operators look."""
+
+    def shows(count: int) -> None:
+        wait_until(lambda: REGISTRY.get_sample_value("immunotune_workers_resting") == count, seconds=10)
+
+    with database.writing() as session:
+        worker_id = lease.enrol_worker(session, host="a", devices="cpu")
+        lease.enrol_worker(session, host="b", devices="cpu")
+        session.commit()
+    ticking = reaper.Reaper(database, broker, FolderBlobs(settings.data / "blobs"), settings)
+    ticking.start()
+    try:
+        shows(0)
+        with database.writing() as session:
+            workers.note_faults(session, worker_id, faults=3, rest_seconds=60.0)
+            session.commit()
+        shows(1)
+        with database.writing() as session:
+            session.execute(update(Worker).values(resting_until=Worker.resting_until + 7200))  # the clock went back
+            session.commit()
+        shows(0)
+    finally:
+        ticking.stop()

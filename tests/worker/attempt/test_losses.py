@@ -1,0 +1,211 @@
+"""Faults of a host or a store cost a job time and never its outcome; what is the job's own ends it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from app.core.jobs.waiting import count_baseless
+from app.core.jobs.workers import count_resting
+from app.core.storage.job_states import JobState
+from app.core.storage.tables import BaseRow, BaseStatus, Worker
+from finetuning.contract.recipe import JobKind
+from tests.support.sick_store import SickStore
+from tests.support.waiting import wait_until
+from tests.support.worlds import FAST, Scene, open_scene, recipe, scripted, settings_in
+from worker.attempt.launch import Launch, Launcher, Mode
+from worker.attempt.supervisor import Host, supervise
+
+# rests are over before the next round
+HASTY = FAST.model_copy(update={"rewake_seconds": 0.01, "rest_seconds": 0.01})
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    opened = open_scene(settings_in(tmp_path / "data", lease=HASTY))
+    yield opened
+    opened.database.close()
+
+
+def with_lease(scene: Scene, **changes: object) -> Scene:
+    lease = scene.settings.lease.model_copy(update=changes)
+    return replace(scene, settings=scene.settings.model_copy(update={"lease": lease}))
+
+
+def without_program(sick: Path) -> Launcher:
+    """The stand-in's launcher; while `sick` exists its program does not."""
+    well = scripted()
+
+    def launch(scratch: Path, mode: Mode) -> Launch:
+        found = well(scratch, mode)
+        return replace(found, argv=("/nowhere/python", *found.argv[1:])) if sick.exists() else found
+
+    return launch
+
+
+def sick_host(scene: Scene, fault: str, sick: Path) -> Host:
+    """A worker on which this fault lasts for as long as the file `sick` exists."""
+    store = SickStore(scene.blobs, lambda key: sick.exists() and fault == f"store of {key.split('/')[0]}")
+    script: dict[str, dict[str, object]] = {
+        "dies before it begins": {"exit_while": str(sick)},
+        "killed": {"die_at": 5, "die_while": str(sick)},
+    }
+    launcher = without_program(sick) if fault == "no program" else scripted(**script.get(fault, {}))
+    return replace(scene.host(launcher), blobs=store)
+
+
+def work_until_done(scene: Scene, host: Host, jobs: list[str]) -> None:
+    """What messages do: try every job until all have ended."""
+
+    def all_ended() -> bool:
+        for job_id in jobs:
+            supervise(host, job_id)
+        return all(scene.job(job_id).finished_at is not None for job_id in jobs)
+
+    wait_until(all_ended, seconds=90)
+
+
+@pytest.mark.parametrize("fault", ["store of files", "store of jobs", "no program", "dies before it begins", "killed"])
+def test_what_a_host_or_store_does_wrong_fails_no_job(scene: Scene, tmp_path: Path, fault: str) -> None:
+    """S1: five queued jobs on a host or a store that fails; all five end well once that is over."""
+    sick = tmp_path / "sick"
+    sick.touch()
+    host = sick_host(scene, fault, sick)
+    jobs = [scene.add_job(recipe(steps=10)) for _ in range(5)]
+    for _ in range(4):
+        for job_id in jobs:
+            supervise(host, job_id)
+    assert {scene.job(job_id).state for job_id in jobs} == {JobState.QUEUED}
+    sick.unlink()
+    work_until_done(scene, host, jobs)
+    assert {scene.job(job_id).state for job_id in jobs} == {JobState.SUCCEEDED}
+    assert {scene.job(job_id).losses for job_id in jobs} == {0}
+
+
+def test_a_sick_host_does_not_end_the_alignment_nor_who_waits_for_it(tmp_path: Path) -> None:
+    """S1: the base stays to come, so no fine-tune that waits for it is failed."""
+    opened = open_scene(settings_in(tmp_path / "data", lease=HASTY), base_status=BaseStatus.ALIGNING)
+    scene = with_lease(opened, max_host_losses=2)
+    sick = tmp_path / "sick"
+    sick.touch()
+    host = sick_host(scene, "dies before it begins", sick)
+    waiting, aligning = scene.add_job(recipe()), scene.add_job(recipe(kind=JobKind.ALIGN))
+
+    def lost_often() -> bool:
+        supervise(host, aligning)
+        return scene.job(aligning).host_losses > 4 or scene.job(aligning).state == JobState.FAILED
+
+    wait_until(lost_often, seconds=60)
+    with scene.database.writing() as session:
+        count_baseless(session)
+        session.commit()
+        assert session.scalars(select(BaseRow.status)).one() == BaseStatus.ALIGNING
+    assert scene.job(waiting).state == JobState.QUEUED
+    sick.unlink()
+    work_until_done(scene, host, [aligning])
+    work_until_done(scene, host, [waiting])
+    assert [scene.job(job_id).state for job_id in (aligning, waiting)] == [JobState.SUCCEEDED] * 2
+    scene.database.close()
+
+
+def test_a_job_that_takes_its_hosts_along_ends_at_a_ceiling_of_its_own(scene: Scene) -> None:
+    """S1: a real poison ends, later than a job's own faults and with another code."""
+    scene = with_lease(scene, max_host_losses=5)
+    job_id = scene.add_job(recipe())
+    work_until_done(scene, scene.host(scripted(die_at=5)), [job_id])
+    job = scene.job(job_id)
+    assert job.error is not None
+    assert (job.state, job.error["code"], job.losses, job.host_losses) == (JobState.FAILED, "hosts_lost", 0, 5)
+    assert "5 times" in str(job.error["message"])
+
+
+def test_a_worker_that_fails_in_a_row_stops_claiming_and_says_so(scene: Scene, tmp_path: Path) -> None:
+    """S1: the circuit breaker; what the worker lost after another job is not counted for a job."""
+    scene = with_lease(scene, rest_seconds=600.0)
+    sick = tmp_path / "sick"
+    sick.touch()
+    host = sick_host(scene, "no program", sick)
+    jobs = [scene.add_job(recipe()) for _ in range(5)]
+    for job_id in jobs:
+        supervise(host, job_id)
+    assert [scene.job(job_id).fence for job_id in jobs] == [1, 1, 1, 0, 0]
+    assert [scene.job(job_id).host_losses for job_id in jobs] == [1, 0, 0, 0, 0]
+    with scene.database.reading() as session:
+        worker = session.scalars(select(Worker)).one()
+        assert (worker.faults, count_resting(session)) == (3, 1)
+    restarted = scene.host(scripted())
+    supervise(restarted, jobs[3])
+    assert scene.job(jobs[3]).state == JobState.SUCCEEDED
+    with scene.database.reading() as session:
+        worker = session.scalars(select(Worker)).one()
+        assert (worker.faults, worker.resting_until) == (0, None)
+
+
+def test_work_that_begins_sets_the_breaker_back(scene: Scene, tmp_path: Path) -> None:
+    """S1: a job here and there that is lost early does not stop a worker that works."""
+    sick = tmp_path / "sick"
+    host = sick_host(with_lease(scene, rest_seconds=600.0), "no program", sick)
+    for _ in range(4):
+        sick.touch()
+        supervise(host, scene.add_job(recipe(steps=10)))
+        sick.unlink()
+        done = scene.add_job(recipe(steps=10))
+        supervise(host, done)
+        assert scene.job(done).state == JobState.SUCCEEDED
+    assert host.breaker.rest_seconds == 0
+
+
+def test_a_checkpoint_that_the_store_does_not_take_costs_nothing_else(scene: Scene) -> None:
+    """S1: it is skipped, the next one is stored, and the training process lives on."""
+    job_id = scene.add_job(recipe(steps=40))
+    store = SickStore(scene.blobs, lambda key: "/checkpoints/10/" in key or "/checkpoints/30/" in key)
+    supervise(replace(scene.host(scripted()), blobs=store), job_id)
+    job = scene.job(job_id)
+    assert (job.state, job.fence, job.losses) == (JobState.SUCCEEDED, 1, 0)
+    assert scene.checkpoints(job_id) == [(20, 1)]
+    assert "The checkpoint at step 10 was not kept: the store did not take it" in scene.messages(job_id)
+
+
+@pytest.mark.parametrize("status", [7, 0])
+def test_what_a_job_does_to_itself_still_ends_it(scene: Scene, status: int) -> None:
+    """S1: a process that ends by its own status after its work began counts, and the third time is the last."""
+    job_id = scene.add_job(recipe())
+    work_until_done(scene, scene.host(scripted(exit_at=5, exit_status=status)), [job_id])
+    job = scene.job(job_id)
+    assert job.error is not None
+    assert (job.error["code"], job.losses, job.fence) == ("worker_crashed", 3, 3)
+
+
+@pytest.mark.parametrize("status", [143, 145])
+def test_a_status_that_blames_the_host_is_no_loss_of_the_job(scene: Scene, status: int) -> None:
+    """S1: a full disk, a judge that does not answer, a stop from outside."""
+    job_id = scene.add_job(recipe())
+    supervise(scene.host(scripted(exit_at=5, exit_status=status)), job_id)
+    job = scene.job(job_id)
+    assert (job.state, job.losses, job.host_losses) == (JobState.QUEUED, 0, 1)
+
+
+def test_what_the_operator_set_up_wrongly_fails_no_job(scene: Scene) -> None:
+    """S1: a judge whose key has run out ended every job at once."""
+    job_id = scene.add_job(recipe())
+    supervise(scene.host(scripted(failed="host_unfit")), job_id)
+    assert (scene.job(job_id).state, scene.job(job_id).error) == (JobState.QUEUED, None)
+    supervise(scene.host(scripted()), job_id)
+    assert scene.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_a_job_that_waits_for_its_store_tells_so_less_and_less(scene: Scene) -> None:
+    """Small: a store that is down wrote two events per 30 s for ever."""
+    job_id = scene.add_job(recipe())
+    host = replace(scene.host(scripted()), blobs=SickStore(scene.blobs, lambda _key: True))
+
+    def tried_often() -> bool:
+        supervise(host, job_id)
+        return scene.job(job_id).fence >= 9
+
+    wait_until(tried_often, seconds=90)
+    job, told = scene.job(job_id), [m for m in scene.messages(job_id) if "store" in m or "started" in m]
+    assert (job.state, job.losses, job.host_losses, job.rests) == (JobState.QUEUED, 0, 0, 9)
+    assert len(told) == 5  # started; the 1st, 2nd, 4th, 8th return
