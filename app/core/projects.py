@@ -64,9 +64,9 @@ def bootstrap(session: Session, settings: Settings, pepper: bytes) -> BootstrapK
     The default key is `settings.api_key`; keys not given are generated once and kept under <data>/keys, mode 600.
     Whatever else opened these projects is revoked: who changes the configured key wants the old one dead.
     """
-    folder = settings.data / "keys"
+    folder, given = settings.data / "keys", settings.api_key
     keys = BootstrapKeys(
-        default=settings.api_key or keep_secret(folder / "default", new_secret()),
+        default=given.get_secret_value() if given else keep_secret(folder / "default", new_secret()),
         baseline=keep_secret(folder / "baseline", new_secret()),
     )
     for name, policy, secret in (("default", settings.policy, keys.default), ("baseline", "plain", keys.baseline)):
