@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.http.exception_handlers import ProtocolError, crash_response, error_response
+from app.api.http.paging import check_query
 from app.core.errors import ImmunotuneError
 from app.core.ids import Prefix, new_id
 from app.core.settings import LimitSettings
@@ -102,6 +103,7 @@ def _routable(path: str) -> str:
 def _check_headers(scope: Scope, headers: Headers, limit_bytes: int) -> None:
     if len(scope["path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
         raise ProtocolError(431, "headers_too_large", f"The URL is longer than {MAX_URL_BYTES} bytes.")
+    check_query(scope["query_string"])
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ProtocolError(415, "unsupported_media_type", "Send the request body without Content-Encoding.")
     if len(headers.getlist("authorization")) > 1:

@@ -1,22 +1,44 @@
 """Lists: their query parameters `after`, `limit` and `order`, and the page envelope."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 
 from app.core.errors import InvalidRequest, invalid_cursor
+from app.core.ids import Prefix, is_id
 from app.core.storage.database import Page
 
 Order = Literal["asc", "desc"]
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
-def page_query(request: Request, *, default: int, maximum: int, descending: bool = True) -> Page:
-    """Read `after` and `limit`. Raises InvalidRequest `invalid_limit` or `invalid_cursor`."""
+def page_query(
+    request: Request, of: Prefix | re.Pattern[str], *, default: int, maximum: int, descending: bool = True
+) -> Page:
+    """Read `after`, an id `of` such items, and `limit`. Raises InvalidRequest `invalid_limit` or `invalid_cursor`."""
     after = one_value(request, "after")
-    if after == "":
+    if after is not None and not (is_id(of, after) if isinstance(of, Prefix) else of.fullmatch(after)):
         raise invalid_cursor()
     return Page(after, _limit(request.query_params.getlist("limit"), default, maximum), descending)
+
+
+def check_query(query: bytes) -> None:
+    """Raises InvalidRequest when a name or a value holds a control character: no parameter means one by it.
+
+    Asked once for every request, since a database may refuse such a value where another one takes it.
+    """
+    if b"%" not in query:
+        return  # a raw control character does not get past the HTTP parser
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if _CONTROL.search(name + value):
+            if name == "after":
+                raise invalid_cursor()
+            param = _CONTROL.split(name)[0].partition("[")[0][:64] or None
+            message = f"{param or 'The query'} holds a control character. Leave it out."
+            raise InvalidRequest(message, code="invalid_value", param=param)
 
 
 def order_query(request: Request, *, default: Order = "desc") -> Order:

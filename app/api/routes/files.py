@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from app.api.http.auth import FilesReader, FilesWriter
+from app.api.http.auth import FilesReader, FilesWriter, require_scope
 from app.api.http.downloads import Download, send_blob, send_bytes
 from app.api.http.idempotency import repeat_of, replay
 from app.api.http.paging import one_value, order_query, page, page_query
@@ -81,7 +81,7 @@ def _new_file(upload: Upload, file_id: str) -> NewFile:
 def list_files(request: Request, caller: FilesReader, resources: ResourcesDep) -> Response:
     """The project's files, newest first unless `order=asc`."""
     descending = order_query(request) == "desc"
-    asked = page_query(request, default=10_000, maximum=10_000, descending=descending)
+    asked = page_query(request, Prefix.FILE, default=10_000, maximum=10_000, descending=descending)
     purpose = one_value(request, "purpose")
     if purpose is not None and purpose not in set(FilePurpose):
         return JSONResponse(page([], has_more=False))
@@ -118,6 +118,8 @@ def get_content(file_id: FileId, request: Request, caller: FilesReader, resource
         file = files.get_file(session, caller.project_id, file_id)
         artifact = jobs.find_artifact_of(session, file)
     if artifact is not None:
+        if artifact.form != Form.METRICS:
+            require_scope(caller, "artifacts:r")  # the same bytes lie behind the routes of artifacts
         jobs.check_released(artifact)
     form = None if artifact is None else artifact.form
     match form, one_value(request, "format"):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request, Response
@@ -30,6 +31,7 @@ from finetuning.contract.report import RowVerdict
 router = APIRouter(prefix="/v1/fine_tuning/jobs/{job_id}")
 
 _LEDGER: TypeAdapter[list[RowVerdict]] = TypeAdapter(list[RowVerdict])
+_VERDICT_ID = re.compile(r"row-[0-9]{1,9}", re.ASCII)
 _VERDICTS = ("kept", "downweighted", "excluded")
 _CSV_COLUMNS = ("line", "row_sha256", "verdict", "weight", "reasons", "tokens", "trained_tokens", "truncated")
 
@@ -77,7 +79,7 @@ def get_parity(job_id: JobId, caller: SafetyReader, resources: ResourcesDep) -> 
 @router.get("/rows")
 def list_rows(job_id: JobId, request: Request, caller: SafetyReader, resources: ResourcesDep) -> Response:
     """The ledger: a verdict for every row of the training file."""
-    asked = page_query(request, default=100, maximum=1000)
+    asked = page_query(request, _VERDICT_ID, default=100, maximum=1000)
     wants_csv = _choice(request, "format", ("json", "csv"), default="json") == "csv"
     _refuse_preview(request)
     rows = _select(request, _ledger(resources, caller.project_id, job_id))
