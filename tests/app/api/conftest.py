@@ -8,11 +8,11 @@ from uuid import uuid4
 
 import httpx2
 import pytest
-import uvicorn
 
+from app.api.http.server import make_server
 from app.core import models, projects
 from app.core.jobs import ended, lease
-from app.core.settings import LimitSettings, Settings
+from app.core.settings import EdgeSettings, LimitSettings, Settings
 from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import Form
@@ -38,10 +38,12 @@ def served(
         # no worker runs here: what the reaper would end or wake must stay as the tests drive it
         lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
         limits=LimitSettings(live_jobs=15, file_bytes=2**20, json_body_bytes=128 * 2**10, rows_max=500),
+        # all tests are one client with many keys, most of them wrong
+        edge=EdgeSettings(wrong_keys_per_minute=100_000, requests_per_minute=10_000),
     )
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(build_app(settings), log_config=None, access_log=False))
+    server = make_server(build_app(settings), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
