@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from finetuning.rows.shapes import WARNINGS, Format, Problem
-from finetuning.rows.strict_json import Path, locate, pointer
+from finetuning.rows.strict_json import Path, Patience, locate, pointer
 
 SHOWN_ERRORS = 100
 STORED_ERRORS = 10_000
@@ -87,9 +87,10 @@ class RowReport:
 
 
 class Findings:
-    """Errors and warnings so far: counted all, kept up to the limits."""
+    """Errors and warnings so far: counted all, kept up to the limits; `patience` bounds the search for their places."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
         self.errors: list[RowError] = []
         self.warnings: list[RowError] = []
         self.warned: Counter[str] = Counter()
@@ -101,7 +102,7 @@ class Findings:
         warnings = [problem for problem in problems if problem.code in WARNINGS]
         room = max(0, STORED_ERRORS - len(self.errors))
         kept = errors[:room] + [w for w in warnings if self.warned[w.code] < STORED_WARNINGS_PER_CODE]
-        places = locate(text, {_target(problem) for problem in kept}) if kept else {}
+        places = locate(text, {_target(problem) for problem in kept}, self._patience) if kept else {}
 
         def placed(problem: Problem) -> RowError:
             column = places.get(_target(problem), 0) + 1
