@@ -18,7 +18,7 @@ def get_caller(request: Request, resources: ResourcesDep) -> Caller:
     with resources.database.reading() as session:
         caller = projects.authenticate(session, resources.pepper, _bearer(request))
     _check_tenant(request, caller)
-    request.state.org = caller.org.id
+    request.state.org, request.state.project = caller.org.id, caller.project_id
     return caller
 
 

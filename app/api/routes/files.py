@@ -32,14 +32,18 @@ router = APIRouter(prefix="/v1/files")
 @router.post("")
 async def create_file(request: Request, caller: FilesWriter, resources: ResourcesDep) -> Response:
     """Store, hash and scan the file while it arrives, so the reply already says whether it is good."""
-    # uploads have threads of their own: slow clients must not starve the other routes
-    return await to_thread.run_sync(partial(_create_file, request, caller, resources), limiter=resources.upload_threads)
+    edge = resources.settings.edge
+    # a project that has all its places leaves the others': slow clients must not starve anybody else
+    async with resources.uploads.hold(caller.project_id, 1, seconds=edge.upload_wait_seconds):
+        # uploads have threads of their own: they must not starve the other routes
+        receive = partial(_create_file, request, caller, resources)
+        return await to_thread.run_sync(receive, limiter=resources.upload_threads)
 
 
 def _create_file(request: Request, caller: Caller, resources: Resources) -> Response:
     file_id = new_id(Prefix.FILE)
     key = files.blob_key(caller.project_id, file_id)
-    upload = receive_upload(request, resources.blobs, resources.settings.limits, key)
+    upload = receive_upload(request, resources, key)
     try:
         reply, is_new = _add_file(request, caller, resources, _new_file(upload, file_id))
     except ImmunotuneError:  # after any other fault the commit may have happened; the sweep knows
