@@ -1,5 +1,6 @@
 """File rows: add, read, list, hide; who may see a file and when it may go."""
 
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class NewFile:
     validation: JsonObject
     status_details: str | None = None
     expires_after_seconds: float | None = None
+    report: str | None = None
 
 
 def clean_filename(name: str) -> str:
@@ -73,6 +75,7 @@ def add_file(session: Session, project_id: str, new: NewFile, *, limits: LimitSe
         sha256=new.blob.sha256,
         size_bytes=new.blob.size_bytes,
         validation=new.validation,
+        report=new.report,
         expires_at=new.expires_after_seconds and read_clock(session) + new.expires_after_seconds,
     )
     session.add(file)
@@ -91,6 +94,13 @@ def get_file(session: Session, project_id: str, file_id: str) -> File:
     if file is None:
         raise not_found("file", file_id)
     return file
+
+
+def read_report(session: Session, project_id: str, file_id: str) -> str:
+    """All that the check of a visible file found, as JSON text. Raises NotFound."""
+    file = get_file(session, project_id, file_id)
+    whole = session.scalars(select(File.report).where(File.id == file.id)).one()
+    return whole or json.dumps(file.validation or {})  # files of before the whole was kept, and files of jobs
 
 
 def list_files(session: Session, project_id: str, page: Page, *, purpose: FilePurpose | None = None) -> Listing[File]:
@@ -112,7 +122,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
             code="file_in_use",
             param="file_id",
         )
-    file.deleted_at = read_clock(session)
+    file.deleted_at, file.report = read_clock(session), None
     session.flush()
     return file
 
@@ -125,7 +135,7 @@ def lock_file(session: Session, project_id: str, file_id: str) -> None:
 def hide_expired(session: Session) -> int:
     """Hide files whose time is up and that nothing uses; how many."""
     due = SHOWN, File.expires_at <= db_now(), ~_in_use(File.id)
-    return change(session, update(File).where(*due).values(deleted_at=db_now()))
+    return change(session, update(File).where(*due).values(deleted_at=db_now(), report=None))
 
 
 def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:

@@ -1,5 +1,6 @@
 """What a scan found in a file: errors and warnings with their places, counted all and kept up to limits."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from finetuning.rows.strict_json import Path, Patience, locate, pointer
 SHOWN_ERRORS = 100
 STORED_ERRORS = 10_000
 STORED_WARNINGS_PER_CODE = 100
+STORED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,22 @@ class RowReport:
             "warnings": [warning.to_json() for warning in self.warnings[:limit]],
             **self.details(limit),
         }
+
+    def to_text(self) -> str:
+        """All that is kept of the scan, as JSON text of at most STORED_BYTES; what is too much is left out."""
+        size_bytes, kept = 0, dict[str, list[str]]()
+        for name, found in (("warnings", self.warnings), ("errors", self.errors)):
+            kept[name] = []
+            for one in found:
+                text = json.dumps(one.to_json())
+                size_bytes += len(text) + 1
+                if size_bytes > STORED_BYTES:
+                    break
+                kept[name].append(text)
+        head = self.to_json(0) | {"truncated": self.errors_total > len(kept["errors"])}
+        lists = ",".join(f'"{name}":[{",".join(texts)}]' for name, texts in kept.items())
+        del head["warnings"], head["errors"]
+        return json.dumps(head).removesuffix("}") + f",{lists}}}"
 
 
 class Findings:

@@ -1,16 +1,20 @@
 """Lists: their query parameters `after`, `limit` and `order`, and the page envelope."""
 
+import json
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 from urllib.parse import parse_qsl
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.core.errors import InvalidRequest, invalid_cursor
 from app.core.ids import Prefix, is_id
-from app.core.storage.database import Page
+from app.core.storage.database import Listing, Page, TableRow
 
+R = TypeVar("R", bound=TableRow)
+BIT_ROWS = 100
 Order = Literal["asc", "desc"]
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
@@ -71,6 +75,40 @@ def page(items: Sequence[dict[str, object]], *, has_more: bool) -> dict[str, obj
         "first_id": items[0]["id"] if items else None,
         "last_id": items[-1]["id"] if items else None,
     }
+
+
+def long_page(
+    first: Listing[R], asked: Page, rest: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+) -> Response:
+    """A page of a list that may be asked for in thousands: `first` as it is, more of it bit by bit while it is sent.
+
+    `first` are the page's first rows, at most BIT_ROWS, and `rest` reads what follows; each bit is a read of its own,
+    so that neither a long page nor a slow client holds a connection or much memory.
+    """
+    if asked.limit <= len(first.rows) or not first.has_more:
+        return JSONResponse(page([show(row) for row in first.rows], has_more=first.has_more))
+    return StreamingResponse(_bits(first, asked, rest, show), media_type="application/json")
+
+
+def bit_of(asked: Page, after: str | None, given: int = 0) -> Page:
+    """The page's next bit."""
+    return Page(after, min(BIT_ROWS, asked.limit - given), asked.descending)
+
+
+def _bits(
+    found: Listing[R], asked: Page, rest: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+) -> Iterator[str]:
+    given, first_id, last_id = 0, found.rows[0].id, found.rows[0].id
+    yield '{"object":"list","data":['
+    while found.rows:
+        text = ",".join(json.dumps(show(row), separators=(",", ":")) for row in found.rows)
+        yield f",{text}" if given else text
+        given, last_id = given + len(found.rows), found.rows[-1].id
+        if not found.has_more or given >= asked.limit:
+            break
+        found = rest(bit_of(asked, last_id, given))
+    end = {"has_more": found.has_more, "first_id": first_id, "last_id": last_id}
+    yield "]," + json.dumps(end).removeprefix("{")
 
 
 def _limit(values: list[str], default: int, maximum: int) -> int:

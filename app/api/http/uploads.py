@@ -34,6 +34,7 @@ class Upload:
 
     blob: Blob
     report: RowReport
+    report_text: str
     filename: str
     expires_after_seconds: float | None
 
@@ -94,7 +95,7 @@ def _complete(fields: dict[str, str], stored: tuple[Blob, RowReport, str] | None
     blob, report, filename = stored
     if blob.size_bytes == 0:
         raise InvalidRequest("The file is empty.", code="invalid_value", param="file")
-    return Upload(blob, report, filename, _expiry_seconds(fields))
+    return Upload(blob, report, report.to_text(), filename, _expiry_seconds(fields))
 
 
 def _check_purpose(fields: dict[str, str]) -> None:

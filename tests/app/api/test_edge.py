@@ -19,7 +19,7 @@ from tests.support.jobs import QUICK
 from tests.support.waiting import wait_until
 from worker.processes import StartedProgram
 
-PIECE = b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"t.jsonl\"\r\n\r\n"
+PIECE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n'
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ ROUTES = [
     ("GET", "/files/file-0000000000000000000000"),
     ("DELETE", "/files/file-0000000000000000000000"),
     ("GET", "/files/file-0000000000000000000000/content"),
+    ("GET", "/files/file-0000000000000000000000/validation"),
     ("GET", "/fine_tuning/jobs"),
     ("POST", "/fine_tuning/jobs"),
     ("GET", "/fine_tuning/jobs/ftjob-000000000000000000000000"),
