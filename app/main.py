@@ -3,6 +3,7 @@
 The schema must be there already: one runner migrates before any API starts.
 """
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -14,6 +15,7 @@ from app.api.gateway.client import Gateway
 from app.api.http import exception_handlers
 from app.api.http.middleware import RequestGuard, RequestLog
 from app.api.http.resources import Resources
+from app.api.http.shares import Shares
 from app.api.routes import chat, files, health, jobs, models, results
 from app.core import deployment, projects
 from app.core.broker import Waker, make_celery
@@ -28,7 +30,7 @@ from app.core.telemetry import configure_logging
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 ROUTERS = (files.router, results.router, jobs.router, models.router, chat.router, health.router)
-_UPLOADS_AT_ONCE = 16
+_COMPUTING_AT_ONCE = 2
 
 
 def build_app(settings: Settings) -> FastAPI:
@@ -54,7 +56,7 @@ def build_app(settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     exception_handlers.install(app, ROUTERS)
-    app.add_middleware(RequestGuard, limits=settings.limits)
+    app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(RequestLog)
     return app
 
@@ -82,5 +84,18 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         chat_seconds=settings.serving.chat_seconds,
         ping_seconds=settings.serving.ping_seconds,
     )
-    uploads = CapacityLimiter(_UPLOADS_AT_ONCE)
-    return Resources(settings, database, blobs, celery, pepper, uploads, gateway, waker)
+    edge = settings.edge
+    return Resources(
+        settings,
+        database,
+        blobs,
+        celery,
+        pepper,
+        gateway,
+        waker,
+        upload_threads=CapacityLimiter(edge.uploads),
+        uploads=Shares(edge.uploads, edge.uploads_per_project),
+        body_bytes=Shares(edge.body_bytes, edge.body_bytes // 3),
+        computing=CapacityLimiter(_COMPUTING_AT_ONCE),
+        scanning=threading.Semaphore(_COMPUTING_AT_ONCE),
+    )

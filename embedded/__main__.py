@@ -83,11 +83,10 @@ def _base(settings: Settings, name: str) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    import uvicorn
-
+    from app.api.http.server import serve
     from app.main import build_app
 
-    uvicorn.run(build_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False)
+    serve(build_app(settings), settings)
     return 0
 
 

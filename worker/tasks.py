@@ -128,7 +128,7 @@ def _connect_signals(settings: Settings, celery: Celery, process: _Process, laun
     worker_shutting_down.connect(drain, weak=False)
 
 
-def _waker(celery: Celery) -> Callable[[tuple[Wake, ...]], None]:
+def _waker(celery: Celery) -> Callable[[tuple[Wake, ...]], object]:
     return lambda wakes: broker.wake(celery, *wakes)
 
 

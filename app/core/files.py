@@ -1,5 +1,6 @@
 """File rows: add, read, list, hide; who may see a file and when it may go."""
 
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class NewFile:
     validation: JsonObject
     status_details: str | None = None
     expires_after_seconds: float | None = None
+    report: str | None = None
 
 
 def clean_filename(name: str) -> str:
@@ -74,6 +76,7 @@ def add_file(session: Session, project_id: str, new: NewFile, *, limits: LimitSe
         sha256=new.blob.sha256,
         size_bytes=new.blob.size_bytes,
         validation=new.validation,
+        report=new.report,
         expires_at=new.expires_after_seconds and read_clock(session) + new.expires_after_seconds,
     )
     session.add(file)
@@ -92,6 +95,13 @@ def get_file(session: Session, project_id: str, file_id: str) -> File:
     if file is None:
         raise not_found("file", file_id)
     return file
+
+
+def read_report(session: Session, project_id: str, file_id: str) -> str:
+    """All that the check of a visible file found, as JSON text. Raises NotFound."""
+    file = get_file(session, project_id, file_id)
+    whole = session.scalars(select(File.report).where(File.id == file.id)).one()
+    return whole or json.dumps(file.validation or {})  # files of before the whole was kept, and files of jobs
 
 
 def list_files(session: Session, project_id: str, page: Page, *, purpose: FilePurpose | None = None) -> Listing[File]:
@@ -113,7 +123,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
             code="file_in_use",
             param="file_id",
         )
-    file.deleted_at = read_clock(session)
+    file.deleted_at, file.report = read_clock(session), None
     session.flush()
     return file
 
@@ -130,7 +140,7 @@ def hide_expired(session: Session) -> int:
     free = select(File.id).where(*due).order_by(File.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)
     found = session.scalars(free).all()
     # asked again in a statement of its own, which sees the jobs that were committed before the locks were had
-    return change(session, update(File).where(File.id.in_(found), *due).values(deleted_at=db_now()))
+    return change(session, update(File).where(File.id.in_(found), *due).values(deleted_at=db_now(), report=None))
 
 
 def _in_use(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:

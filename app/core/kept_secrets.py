@@ -16,7 +16,8 @@ def job_secret(settings: Settings, job_id: str) -> str:
     Made of the job's id and of IMMUNOTUNE_DRAW_SECRET, or, where that is unset, of <data>/keys/draws. Nothing can be
     said from it of another job's.
     """
-    own = settings.draw_secret or keep_secret(settings.data / "keys" / "draws", secrets.token_hex(32))
+    given = settings.draw_secret
+    own = given.get_secret_value() if given else keep_secret(settings.data / "keys" / "draws", secrets.token_hex(32))
     return hmac.new(own.encode(), f"draws of {job_id}".encode(), hashlib.sha256).hexdigest()
 
 

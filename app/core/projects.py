@@ -58,7 +58,7 @@ def load_pepper(settings: Settings) -> bytes:
 
     Raises WrongPepper when a file that is named cannot be read or holds less than 32 characters.
     """
-    text = settings.pepper
+    text = settings.pepper.get_secret_value() if settings.pepper else None
     if text is None and settings.pepper_file is not None:
         try:
             text = settings.pepper_file.read_text(encoding="utf-8").strip()
@@ -121,10 +121,10 @@ def bootstrap(session: Session, settings: Settings, pepper: bytes) -> str | None
     project.policy = settings.policy  # whoever changes the setting means the jobs that come
     kept = settings.data / "keys" / "default"
     if session.scalars(select(ApiKey.seq).where(ApiKey.project_id == project.id).limit(1)).first() is None:
-        secret = settings.api_key or keep_secret(kept, new_secret())
+        secret = _configured_key(settings) or keep_secret(kept, new_secret())
         add_key(session, pepper, project, secret)
         return secret
-    known = settings.api_key or (kept.read_text().strip() if kept.is_file() else None)
+    known = _configured_key(settings) or (kept.read_text().strip() if kept.is_file() else None)
     if known is not None and _opens(session, pepper, project, known):
         return known
     if settings.api_key is not None:
@@ -159,7 +159,7 @@ def new_key(session: Session, settings: Settings, pepper: bytes, *, name: str = 
         session.execute(update(ApiKey).where(ApiKey.revoked_at.is_(None)).values(revoked_at=db_now()))
     if own is not None:
         own.pepper = _fingerprint(pepper)
-    chosen = settings.api_key if name == "default" else None
+    chosen = _configured_key(settings) if name == "default" else None
     secret = chosen or new_secret()
     if _opens(session, pepper, project, secret):
         revoke_keys(session, project, but=_hash(pepper, secret))
@@ -229,8 +229,13 @@ def _opens(session: Session, pepper: bytes, project: Project, secret: str) -> bo
 
 
 def _known_secrets(settings: Settings) -> list[str]:
+    configured = _configured_key(settings)
     kept = [path for name in ("default", "baseline") if (path := settings.data / "keys" / name).is_file()]
-    return [*([settings.api_key] if settings.api_key else []), *(path.read_text().strip() for path in kept)]
+    return [*([configured] if configured else []), *(path.read_text().strip() for path in kept)]
+
+
+def _configured_key(settings: Settings) -> str | None:
+    return settings.api_key.get_secret_value() if settings.api_key else None
 
 
 def _fingerprint(pepper: bytes) -> str:

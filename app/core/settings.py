@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from finetuning.contract.progress import Stage
@@ -20,12 +20,14 @@ from finetuning.judging.judges import BadGuard
 from finetuning.recipes.registry import OFFERED
 
 _PREFIX = "IMMUNOTUNE_"
+# no error may show what was set: it may be a secret, or lie beside one in a JSON value
+_FIXED = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class LeaseSettings(BaseModel):
     """Timings of leases, all in seconds; tests shrink them together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _FIXED
 
     beat_seconds: float = Field(default=5.0, gt=0)
     ttl_seconds: float = Field(default=60.0, gt=0)
@@ -49,7 +51,7 @@ class LeaseSettings(BaseModel):
 class LimitSettings(BaseModel):
     """What one project may ask for; sizes in bytes, ages in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _FIXED
 
     file_bytes: int = Field(default=512 * 2**20, ge=1)
     project_bytes: int = Field(default=100 * 2**30, ge=1)
@@ -69,7 +71,7 @@ class LimitSettings(BaseModel):
 class ServingSettings(BaseModel):
     """One model server: how much it takes at once and keeps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _FIXED
 
     threads: int = Field(default=1, ge=1, description="torch threads; training on the same machine wants the others")
     rows: int = Field(default=16, ge=1, description="answers decoded together")
@@ -88,7 +90,7 @@ class ReleaseSettings(BaseModel):
     `limits` are fields of the recipe's GateLimits. A project may ask for stricter ones, never for looser ones.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _FIXED
 
     harmful_prompts: int | None = Field(default=None, ge=8, description="unset: 60 on a CPU, 400 on a GPU")
     benign_prompts: int | None = Field(default=None, ge=8, description="unset: 48 on a CPU, 200 on a GPU")
@@ -102,26 +104,59 @@ class ReleaseSettings(BaseModel):
         return value
 
 
+class EdgeSettings(BaseModel):
+    """What one connection, one address and one key may take of an API process (docs/getting-started/operator.md)."""
+
+    model_config = _FIXED
+
+    header_seconds: float = Field(default=10.0, gt=0, description="until the headers of a request are complete")
+    header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    headers: int = Field(default=100, ge=16, description="header lines of one request")
+    connections: int = Field(default=1000, ge=1, description="open at once, from all addresses")
+    connections_per_address: int = Field(default=256, ge=1, description="raise it behind a proxy: that is one address")
+    window_seconds: float = Field(default=30.0, gt=0, description="a body must bring bytes_per_second over each window")
+    bytes_per_second: int = Field(default=1024, ge=1)
+    body_seconds: float = Field(default=120.0, gt=0, description="waited for a JSON body in all")
+    upload_seconds: float = Field(default=3600.0, gt=0, description="waited for an upload in all")
+    body_bytes: int = Field(
+        default=48 * 2**20, ge=2**20, description="of all JSON bodies held at once; a third a project"
+    )
+    uploads: int = Field(default=16, ge=1, description="received at once")
+    uploads_per_project: int = Field(default=4, ge=1, description="received at once; more wait in line")
+    upload_wait_seconds: float = Field(default=60.0, gt=0, description="in that line")
+    requests_per_minute: int = Field(default=600, ge=1, description="of one key, at one API process")
+    tokens_per_minute: int = Field(default=200_000, ge=1, description="of one project's chats, at one API process")
+    chats: int = Field(default=32, ge=1, description="answers of one project in progress at one API process")
+    wrong_keys_per_minute: int = Field(default=30, ge=1, description="from one address, before it must wait")
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(),
+        description="addresses whose X-Forwarded-For is believed; unset: none, whoever connects is the client",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names that Host may give; unset: on a loopback address its names, elsewhere any"
+    )
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(default=None, ge=0, le=65535, description="unset: no metrics are served")
+
+
 class Settings(BaseModel):
     """Everything that an operator may set. `data` holds every byte that the service writes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _FIXED
 
     data: Path = Field(default=Path("var"), validate_default=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
-    api_key: str | None = Field(default=None, min_length=32, repr=False)
-    pepper: str | None = Field(
+    api_key: SecretStr | None = Field(default=None, min_length=32)
+    pepper: SecretStr | None = Field(
         default=None,
         min_length=32,
-        repr=False,
         description="hashes API keys; unset: pepper_file or <data>/keys/pepper",
     )
     pepper_file: Path | None = Field(default=None, description="a file that holds the pepper")
-    draw_secret: str | None = Field(
+    draw_secret: SecretStr | None = Field(
         default=None,
         min_length=32,
-        repr=False,
         description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
     )
     base: str = "smollm2"
@@ -155,6 +190,7 @@ class Settings(BaseModel):
     limits: LimitSettings = LimitSettings()
     serving: ServingSettings = ServingSettings()
     release: ReleaseSettings = ReleaseSettings()
+    edge: EdgeSettings = EdgeSettings()
 
     @field_validator("data", "operator_rows", "pepper_file")
     @classmethod
@@ -185,7 +221,7 @@ class Settings(BaseModel):
 class _Environment(Settings, BaseSettings):
     # pydantic merges the two bases' configurations at run time; the checkers see only their declared types
     model_config = SettingsConfigDict(  # pyright: ignore[reportIncompatibleVariableOverride]
-        env_prefix=_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
+        env_prefix=_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", hide_input_in_errors=True
     )
 
     @model_validator(mode="after")
@@ -206,7 +242,10 @@ def to_environment(settings: Settings) -> dict[str, str]:
     """The variables from which `load_settings` in a child process rebuilds equal settings."""
     found: dict[str, str] = {}
     for name, value in settings.model_dump(mode="json").items():
-        if name == "model_server_urls":
+        own = getattr(settings, name)
+        if isinstance(own, SecretStr):
+            found[_PREFIX + name.upper()] = own.get_secret_value()
+        elif name == "model_server_urls":
             found[_PREFIX + name.upper()] = ",".join(value)
         elif isinstance(value, dict):
             found[_PREFIX + name.upper()] = json.dumps(value)

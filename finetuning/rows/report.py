@@ -1,14 +1,16 @@
 """What a scan found in a file: errors and warnings with their places, counted all and kept up to limits."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 
 from finetuning.rows.shapes import WARNINGS, Format, Problem
-from finetuning.rows.strict_json import Path, locate, pointer
+from finetuning.rows.strict_json import Path, Patience, locate, pointer
 
 SHOWN_ERRORS = 100
 STORED_ERRORS = 10_000
 STORED_WARNINGS_PER_CODE = 100
+STORED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,28 @@ class RowReport:
             **self.details(limit),
         }
 
+    def to_text(self) -> str:
+        """All that is kept of the scan, as JSON text of at most STORED_BYTES; what is too much is left out."""
+        size_bytes, kept = 0, dict[str, list[str]]()
+        for name, found in (("warnings", self.warnings), ("errors", self.errors)):
+            kept[name] = []
+            for one in found:
+                text = json.dumps(one.to_json())
+                size_bytes += len(text) + 1
+                if size_bytes > STORED_BYTES:
+                    break
+                kept[name].append(text)
+        head = self.to_json(0) | {"truncated": self.errors_total > len(kept["errors"])}
+        lists = ",".join(f'"{name}":[{",".join(texts)}]' for name, texts in kept.items())
+        del head["warnings"], head["errors"]
+        return json.dumps(head).removesuffix("}") + f",{lists}}}"
+
 
 class Findings:
-    """Errors and warnings so far: counted all, kept up to the limits."""
+    """Errors and warnings so far: counted all, kept up to the limits; `patience` bounds the search for their places."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
         self.errors: list[RowError] = []
         self.warnings: list[RowError] = []
         self.warned: Counter[str] = Counter()
@@ -101,7 +120,7 @@ class Findings:
         warnings = [problem for problem in problems if problem.code in WARNINGS]
         room = max(0, STORED_ERRORS - len(self.errors))
         kept = errors[:room] + [w for w in warnings if self.warned[w.code] < STORED_WARNINGS_PER_CODE]
-        places = locate(text, {_target(problem) for problem in kept}) if kept else {}
+        places = locate(text, {_target(problem) for problem in kept}, self._patience) if kept else {}
 
         def placed(problem: Problem) -> RowError:
             column = places.get(_target(problem), 0) + 1

@@ -5,6 +5,7 @@ A scan holds one line and the hashes of the rows seen, never the file. Must not 
 
 import hashlib
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -12,13 +13,14 @@ from typing import cast
 
 from finetuning.rows.report import Findings, RowError, RowReport
 from finetuning.rows.shapes import WARNINGS, Format, Problem, check_row, format_of, row_uses_tools, text_of
-from finetuning.rows.strict_json import Fault, JsonReader, pointer, sha256_of
+from finetuning.rows.strict_json import Fault, JsonReader, Patience, pointer, sha256_of
 
 __all__ = ["InvalidRowError", "Message", "Row", "RowError", "RowReport", "RowScanner", "iter_rows", "rows_of"]
 
 MAX_FILE_BYTES = 512 * 2**20
 MAX_LINE_BYTES = 2 * 2**20
 MAX_ROWS = 200_000
+MAX_SECONDS = 900.0  # of computing, not of waiting for the client
 
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 16
@@ -119,12 +121,16 @@ def _message_of(message: dict[str, object]) -> Message:
 class RowScanner:
     """Checks a file while its bytes arrive: `feed` pieces of any size, then `close` once for the report.
 
-    The report depends on the bytes alone, never on how they were cut.
+    The report depends on the bytes alone, never on how they were cut, unless checking takes longer than `max_seconds`.
     """
 
-    def __init__(self, *, max_file_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self, *, max_file_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS, max_seconds: float = MAX_SECONDS
+    ) -> None:
         self._max_file_bytes, self._max_rows = max_file_bytes, max_rows
-        self._reader, self._found = JsonReader(), Findings()
+        self._seconds_left = max_seconds
+        patience = Patience()
+        self._reader, self._found = JsonReader(patience), Findings(patience)
         self._first_line_of: dict[
             bytes, int
         ] = {}  # by half of a row's hash: two rows that share it by chance do not occur
@@ -140,6 +146,14 @@ class RowScanner:
 
     def feed(self, piece: bytes) -> None:
         """Take the next bytes. Never raises on their content; after a file error the rest is ignored."""
+        started = time.thread_time()
+        self._take(piece)
+        self._seconds_left -= time.thread_time() - started
+        if self._seconds_left < 0 and self._file_code is None:
+            self._refuse("validation_timeout", "checking the file takes too long; split it")
+            self._rest = bytearray()
+
+    def _take(self, piece: bytes) -> None:
         self._received += len(piece)
         if self._head is None:
             self._split(piece)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from finetuning.contract import ledger
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import RowVerdict, SafetyReport
 from finetuning.job.context import JobContext
@@ -24,9 +25,13 @@ _PARITY_POSITIONS = 2
 
 
 def write_ledger(scratch: Path, verdicts: Sequence[RowVerdict]) -> None:
-    """result/reports/rows.json; written before training, so that a rejected file keeps its reasons."""
+    """result/reports/rows.json for the customer, result/ledger for the API's pages.
+
+    Written before training, so that a rejected file keeps its reasons.
+    """
     target = scratch / "result" / "reports" / "rows.json"
     target.write_text(json.dumps([v.model_dump(mode="json") for v in verdicts]), encoding="utf-8")
+    ledger.write_ledger(scratch / "result" / "ledger", verdicts)
 
 
 def write_results(job: JobContext, scratch: Path, report: SafetyReport, choice: PruneChoice) -> None:

@@ -1,17 +1,20 @@
 """A customer of a running API: what it uploads and asks over HTTP, and the jobs that the service ends for it."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import httpx2
 import openai
 
 from app.core.jobs import ended, jobs, lease, policy
 from app.core.settings import Settings
-from app.core.storage.blobs import BlobStore, put_bytes
+from app.core.storage.blobs import BlobStore, put_bytes, put_file
 from app.core.storage.database import Database
 from app.core.storage.tables import Form, Job, Project
+from finetuning.contract.ledger import write_ledger
 from finetuning.contract.report import (
     GateCheck,
     GateDecision,
@@ -129,6 +132,10 @@ def publish(blobs: BlobStore, held: lease.Lease, *, passed: bool) -> ended.Publi
     )
     ledger = "[" + ",".join(row.model_dump_json() for row in LEDGER) + "]"
     put_bytes(blobs, f"{prefix}/reports/rows.json", ledger.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        write_ledger(Path(folder), LEDGER)
+        for part in Path(folder).iterdir():
+            put_file(blobs, f"{prefix}/ledger/{part.name}", part)
     summary: dict[str, object] = {
         "safety": safety_report(passed=passed).model_dump(mode="json"),
         "rows": {"rows_total": 4, "rows_kept": 2, "rows_downweighted": 1, "rows_excluded": 1},

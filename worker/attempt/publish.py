@@ -58,6 +58,8 @@ def publish(
             files.append(PublishedFile(form, f"{form}.zip", put_file(store, f"{prefix}/{form}.zip", archive)))
     for report in sorted((result / "reports").glob("*.json")):
         put_file(store, f"{prefix}/reports/{report.name}", report)
+    for part in sorted((result / "ledger").glob("*")):
+        put_file(store, f"{prefix}/ledger/{part.name}", part)
     summary: JsonObject = {"safety": _read(result, "safety"), "parity": _read(result, "parity")}
     if rows is not None:
         summary["rows"] = rows.model_dump(exclude={"type"})

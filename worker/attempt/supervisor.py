@@ -87,7 +87,7 @@ class Host:
     database: Database
     blobs: BlobStore
     worker_id: str
-    wake: Callable[[tuple[Wake, ...]], None]
+    wake: Callable[[tuple[Wake, ...]], object]
     launcher: Launcher = launch_command
     breaker: Breaker = field(default_factory=Breaker)
 

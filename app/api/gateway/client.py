@@ -12,12 +12,11 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import cast
 
 import httpx2
 import structlog
 
-from app.api.gateway.stream import AnswerStream, Json, Reported, broken_off, read_chunks, timed_out
+from app.api.gateway.stream import AnswerStream, Json, Reported, as_object, broken_off, read_chunks, timed_out
 from app.core.errors import ImmunotuneError, InvalidRequest, ServiceBusy
 
 log = structlog.get_logger(__name__)
@@ -78,7 +77,7 @@ class Gateway:
             try:
                 reply = await self._client.post(url + "/v1/chat/completions", json=question.body)
                 if reply.status_code == 200:
-                    return _relabelled(cast(Json, reply.json()), question)
+                    return _relabelled(as_object(reply.json()), question)
                 problem = _refusal(reply.status_code, reply.content)
             except (httpx2.TransportError, ValueError) as error:
                 log.warning("model_server.lost", url=url, error=type(error).__name__)
@@ -132,15 +131,15 @@ def _relabelled(answer: Json, question: Question) -> Json:
 
 def _refusal(status: int, content: bytes) -> ImmunotuneError:
     try:
-        said = cast(Json, json.loads(content))["error"]
-        assert isinstance(said, dict)
-        message, code, param = (cast(Json, said).get(name) for name in ("message", "code", "param"))
-    except (ValueError, KeyError, AssertionError):
-        message, code, param = None, None, None
-    if status == 400:
+        said = as_object(as_object(json.loads(content)).get("error"))
+    except (ValueError, RecursionError):
+        said = {}  # a proxy's own words, say
+    message, code, param = (said.get(name) for name in ("message", "code", "param"))
+    if status != 400:
+        log.warning("model_server.refused", status=status, code=code)
+    if status == 400 and message and code:
         return InvalidRequest(str(message), code=str(code), param=str(param) if param else None)
-    log.warning("model_server.refused", status=status, code=code)
-    if status == 503:
+    if status == 503 and message and code:
         return ServiceBusy(str(message), code=str(code), retry_after=2.0)
     return _no_server()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import httpx2
+import structlog
 
 from app.core.errors import ImmunotuneError, ServiceBusy
 
@@ -20,6 +21,8 @@ Json = dict[str, object]
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 _CHUNKS_AHEAD = 64
+
+_log = structlog.get_logger(__name__)
 
 
 class ModelServerLost(ServiceBusy):
@@ -52,7 +55,11 @@ class AnswerStream:
     async def begin(self) -> None:
         """Wait until a server has accepted. Raises what the servers answered instead."""
         try:
-            await self._accepted
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                await self._accepted
+        except TimeoutError:
+            self.close()
+            raise timed_out(self._chat_seconds) from None
         except BaseException:
             self.close()
             raise
@@ -91,6 +98,10 @@ class AnswerStream:
                         self._accepted.set_result(None)
         except ImmunotuneError as problem:
             end = problem
+        except Exception:  # noqa: BLE001  (a rim: beyond it nobody hears of a task that died)
+            # whatever a server sent that nobody thought of: this task must not die without a word to its reader
+            _log.exception("model_server.not_understood")
+            end = broken_off()
         if end is not None and not self._accepted.done():
             self._accepted.set_exception(end)
         await self._chunks.put(end)
@@ -126,13 +137,18 @@ async def read_chunks(reply: httpx2.Response) -> AsyncGenerator[Json]:
             return
         if not event.data:
             continue  # a block of other lines only, such as a name, an id or a time to wait
-        chunk = event.json()
-        if not isinstance(chunk, dict):
-            raise ValueError("an event of an answer is no JSON object")
+        chunk = as_object(event.json())
         if "error" in chunk:
             raise broken_off()
         yield chunk
     raise broken_off()
+
+
+def as_object(value: object) -> Json:
+    """A JSON object. Raises ValueError when what a model server sent is something else."""
+    if not isinstance(value, dict):
+        raise ValueError("a model server sent no JSON object")
+    return cast(Json, value)
 
 
 def broken_off() -> ModelServerLost:

@@ -18,7 +18,7 @@ def get_caller(request: Request, resources: ResourcesDep) -> Caller:
     with resources.database.reading() as session:
         caller = projects.authenticate(session, resources.pepper, _bearer(request))
     _check_tenant(request, caller)
-    request.state.org = caller.org.id
+    request.state.org, request.state.project = caller.org.id, caller.project_id
     return caller
 
 
@@ -26,11 +26,17 @@ def caller_with(scope: str | None = None) -> Callable[..., Caller]:
     """A dependency: the caller, who must hold `scope`. Raises Forbidden `insufficient_scope`."""
 
     def check(caller: Annotated[Caller, Depends(get_caller)]) -> Caller:
-        if scope is not None and scope not in caller.scopes:
-            raise Forbidden(f"This key lacks the scope {scope}. Ask for a key that has it.", code="insufficient_scope")
+        if scope is not None:
+            require_scope(caller, scope)
         return caller
 
     return check
+
+
+def require_scope(caller: Caller, scope: str) -> None:
+    """Raises Forbidden `insufficient_scope` unless the caller's key has the scope."""
+    if scope not in caller.scopes:
+        raise Forbidden(f"This key lacks the scope {scope}. Ask for a key that has it.", code="insufficient_scope")
 
 
 AnyCaller = Annotated[Caller, Depends(caller_with())]

@@ -1,19 +1,28 @@
 """Strict JSON request bodies: one meaning per byte string, or 400 with the place of the fault."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from typing import TypeVar, cast
 
+from anyio import to_thread
 from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from app.api.http.exception_handlers import ProtocolError
+from app.api.http.middleware import body_limit
+from app.api.http.resources import Resources, ResourcesDep
 from app.api.schemas import RequestBody
 from app.core.errors import InvalidRequest
 from finetuning.rows.strict_json import JsonReader
 
 Body = TypeVar("Body", bound=RequestBody)
 
+# less is parsed quicker than it is handed to a thread
+_SMALL_BYTES = 4096
+_BODY_WAIT_SECONDS = 30.0
+MOST_KEYS = 1000
 _VALUE_FAULTS = {"nul_character", "number_out_of_range"}
 # pydantic's own sentences for these name Python types, or the class of the body, or stand before ours
 _SENTENCES = {
@@ -25,27 +34,44 @@ _SENTENCES = {
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
-def body_of(body: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """A dependency that reads, parses and validates the request's body."""
+def body_of(body: type[Body]) -> Callable[[Request, Resources], AsyncGenerator[Body]]:
+    """A dependency that reads, parses and validates the request's body, and has memory for it until the answer ends."""
 
-    async def read(request: Request) -> Body:
-        return validated(body, await read_json(request))
+    async def read(request: Request, resources: ResourcesDep) -> AsyncGenerator[Body]:
+        async with _memory(request, resources):
+            data = await request.body()
+            if data:
+                _check_media_type(request)
+            make = partial(_made, body, data)
+            if len(data) <= _SMALL_BYTES:
+                yield make()
+            else:
+                yield await to_thread.run_sync(make, limiter=resources.computing)
 
     return read
 
 
-async def read_json(request: Request) -> dict[str, object]:
-    """The body's JSON object; an empty body is an empty object. Raises InvalidRequest or ProtocolError (415)."""
-    body = await request.body()
-    if not body:
-        return {}
+def _memory(request: Request, resources: Resources) -> AbstractAsyncContextManager[None]:
+    most = body_limit(request.scope["path"], resources.settings.limits)
+    length = request.headers.get("content-length")
+    size_bytes = (int(length) if length else 0) if "transfer-encoding" not in request.headers else most
+    if size_bytes <= _SMALL_BYTES:
+        return nullcontext()
+    owner = getattr(request.state, "project", "")
+    return resources.body_bytes.hold(owner, size_bytes, seconds=_BODY_WAIT_SECONDS)
+
+
+def _check_media_type(request: Request) -> None:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ProtocolError(415, "unsupported_media_type", "Send JSON with the header Content-Type: application/json.")
-    value = parse_json(body)
+
+
+def _made(body: type[Body], data: bytes) -> Body:
+    value = parse_json(data) if data else {}
     if not isinstance(value, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_request_body")
-    return cast(dict[str, object], value)
+    return validated(body, cast(dict[str, object], value))
 
 
 def parse_json(body: bytes) -> object:
@@ -56,7 +82,7 @@ def parse_json(body: bytes) -> object:
         raise InvalidRequest(f"The request body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
     # pydantic's own parser keeps the last of two equal keys, reads 1e999 as infinity, lets NUL characters through and
     # does not say where a number is too large; ours also judges a request as it judges a row
-    found = JsonReader().read(text)
+    found = JsonReader(most_keys=MOST_KEYS).read_value(text)
     if isinstance(found, tuple):
         return found[0]
     first = found[0]

@@ -12,12 +12,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.http.exception_handlers import ProtocolError, crash_response, error_response
+from app.api.http.paging import check_query
 from app.core.errors import ImmunotuneError
 from app.core.ids import Prefix, new_id
-from app.core.settings import LimitSettings
+from app.core.settings import EdgeSettings, LimitSettings, Settings
 
 MAX_URL_BYTES = 8 * 1024
-BODY_IDLE_SECONDS = 30.0
+UPLOADS = "/v1/files"
 # boundary lines, part headers and the small fields of a multipart upload
 _MULTIPART_OVERHEAD_BYTES = 128 * 1024
 
@@ -67,9 +68,9 @@ class RequestGuard:
     The path parameter of a handler is one undecoded segment: `org%2Fname` stays one segment until it is looked up.
     """
 
-    def __init__(self, app: ASGIApp, limits: LimitSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._limits = limits
+        self._limits, self._edge = settings.limits, settings.edge
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,21 +79,24 @@ class RequestGuard:
         path = scope.get("raw_path") or scope["path"].encode("utf-8")
         scope["path"] = _routable(path.partition(b"?")[0].decode("latin-1"))
         try:
-            limit_bytes = self._body_limit(scope)
+            limit_bytes = body_limit(scope["path"], self._limits)
             _check_headers(scope, Headers(scope=scope), limit_bytes)
         except ImmunotuneError as error:
             await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, _limited(receive, limit_bytes), send)
+        pace = Pace(self._edge, self._edge.upload_seconds if scope["path"] == UPLOADS else self._edge.body_seconds)
+        await self._app(scope, _limited(receive, limit_bytes, pace), send)
 
-    def _body_limit(self, scope: Scope) -> int:
-        match scope["path"]:
-            case "/v1/files":
-                return self._limits.file_bytes + _MULTIPART_OVERHEAD_BYTES
-            case "/v1/chat/completions" | "/v1/completions":
-                return self._limits.chat_body_bytes
-            case _:
-                return self._limits.json_body_bytes
+
+def body_limit(path: str, limits: LimitSettings) -> int:
+    """How many bytes a request to this path may have."""
+    match path:
+        case path if path == UPLOADS:
+            return limits.file_bytes + _MULTIPART_OVERHEAD_BYTES
+        case "/v1/chat/completions" | "/v1/completions":
+            return limits.chat_body_bytes
+        case _:
+            return limits.json_body_bytes
 
 
 def _routable(path: str) -> str:
@@ -102,6 +106,7 @@ def _routable(path: str) -> str:
 def _check_headers(scope: Scope, headers: Headers, limit_bytes: int) -> None:
     if len(scope["path"]) + len(scope["query_string"]) > MAX_URL_BYTES:
         raise ProtocolError(431, "headers_too_large", f"The URL is longer than {MAX_URL_BYTES} bytes.")
+    check_query(scope["query_string"])
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ProtocolError(415, "unsupported_media_type", "Send the request body without Content-Encoding.")
     if len(headers.getlist("authorization")) > 1:
@@ -117,8 +122,40 @@ def _too_large(limit_bytes: int) -> ProtocolError:
     return ProtocolError(413, "request_too_large", f"The request body is larger than {limit_bytes} bytes.")
 
 
-def _limited(receive: Receive, limit_bytes: int) -> Receive:
-    """`receive` that fails at the byte over the limit, and when the client stops sending before the body ends."""
+class Pace:
+    """How slowly a body may come: so many bytes over each window of waiting, and so much waiting in all.
+
+    Only waiting for the client counts, not what we do with its bytes.
+    """
+
+    def __init__(self, edge: EdgeSettings, seconds: float) -> None:
+        self._edge, self._seconds_left = edge, seconds
+        self._window_left, self._window_bytes = edge.window_seconds, 0
+
+    async def wait(self, receive: Receive) -> Message:
+        """The next message. Raises ProtocolError 408."""
+        started = time.monotonic()
+        try:
+            with anyio.fail_after(min(self._window_left, self._seconds_left)):
+                message = await receive()
+        except TimeoutError:
+            raise _too_slow() from None
+        waited = time.monotonic() - started
+        self._seconds_left -= waited
+        self._window_left -= waited
+        self._window_bytes += len(message.get("body", b""))
+        if self._window_bytes >= self._edge.bytes_per_second * self._edge.window_seconds:
+            self._window_left, self._window_bytes = self._edge.window_seconds, 0
+        return message
+
+
+def _too_slow() -> ProtocolError:
+    advice = "The request body comes too slowly, or stopped. Send it again."
+    return ProtocolError(408, "request_timeout", advice, headers={"Connection": "close"})
+
+
+def _limited(receive: Receive, limit_bytes: int, pace: Pace) -> Receive:
+    """`receive` that fails at the byte over the limit, and when the client is too slow."""
     # Starlette's own limit answers a too large Content-Length in plain text, outside of the error envelope
     size_bytes, complete = 0, False
 
@@ -126,12 +163,7 @@ def _limited(receive: Receive, limit_bytes: int) -> Receive:
         nonlocal size_bytes, complete
         if complete:  # only a disconnect can follow, and a stream may wait for it as long as it likes
             return await receive()
-        try:
-            with anyio.fail_after(BODY_IDLE_SECONDS):
-                message = await receive()
-        except TimeoutError:
-            advice = "The request body stopped arriving. Send it again."
-            raise ProtocolError(408, "request_timeout", advice, headers={"Connection": "close"}) from None
+        message = await pace.wait(receive)
         size_bytes += len(message.get("body", b""))
         complete = not message.get("more_body", False)
         if size_bytes > limit_bytes:

@@ -1,22 +1,48 @@
 """Lists: their query parameters `after`, `limit` and `order`, and the page envelope."""
 
-from collections.abc import Sequence
-from typing import Literal
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
+from urllib.parse import parse_qsl
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.core.errors import InvalidRequest, invalid_cursor
-from app.core.storage.database import Page
+from app.core.ids import Prefix, is_id
+from app.core.storage.database import Listing, Page, TableRow
 
+R = TypeVar("R", bound=TableRow)
+BIT_ROWS = 100
 Order = Literal["asc", "desc"]
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
-def page_query(request: Request, *, default: int, maximum: int, descending: bool = True) -> Page:
-    """Read `after` and `limit`. Raises InvalidRequest `invalid_limit` or `invalid_cursor`."""
+def page_query(
+    request: Request, of: Prefix | re.Pattern[str], *, default: int, maximum: int, descending: bool = True
+) -> Page:
+    """Read `after`, an id `of` such items, and `limit`. Raises InvalidRequest `invalid_limit` or `invalid_cursor`."""
     after = one_value(request, "after")
-    if after == "":
+    if after is not None and not (is_id(of, after) if isinstance(of, Prefix) else of.fullmatch(after)):
         raise invalid_cursor()
     return Page(after, _limit(request.query_params.getlist("limit"), default, maximum), descending)
+
+
+def check_query(query: bytes) -> None:
+    """Raises InvalidRequest when a name or a value holds a control character: no parameter means one by it.
+
+    Asked once for every request, since a database may refuse such a value where another one takes it.
+    """
+    if b"%" not in query:
+        return  # a raw control character does not get past the HTTP parser
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if _CONTROL.search(name + value):
+            if name == "after":
+                raise invalid_cursor()
+            param = _CONTROL.split(name)[0].partition("[")[0][:64] or None
+            message = f"{param or 'The query'} holds a control character. Leave it out."
+            raise InvalidRequest(message, code="invalid_value", param=param)
 
 
 def order_query(request: Request, *, default: Order = "desc") -> Order:
@@ -49,6 +75,40 @@ def page(items: Sequence[dict[str, object]], *, has_more: bool) -> dict[str, obj
         "first_id": items[0]["id"] if items else None,
         "last_id": items[-1]["id"] if items else None,
     }
+
+
+def long_page(
+    first: Listing[R], asked: Page, rest: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+) -> Response:
+    """A page of a list that may be asked for in thousands: `first` as it is, more of it bit by bit while it is sent.
+
+    `first` are the page's first rows, at most BIT_ROWS, and `rest` reads what follows; each bit is a read of its own,
+    so that neither a long page nor a slow client holds a connection or much memory.
+    """
+    if asked.limit <= len(first.rows) or not first.has_more:
+        return JSONResponse(page([show(row) for row in first.rows], has_more=first.has_more))
+    return StreamingResponse(_bits(first, asked, rest, show), media_type="application/json")
+
+
+def bit_of(asked: Page, after: str | None, given: int = 0) -> Page:
+    """The page's next bit."""
+    return Page(after, min(BIT_ROWS, asked.limit - given), asked.descending)
+
+
+def _bits(
+    found: Listing[R], asked: Page, rest: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+) -> Iterator[str]:
+    given, first_id, last_id = 0, found.rows[0].id, found.rows[0].id
+    yield '{"object":"list","data":['
+    while found.rows:
+        text = ",".join(json.dumps(show(row), separators=(",", ":")) for row in found.rows)
+        yield f",{text}" if given else text
+        given, last_id = given + len(found.rows), found.rows[-1].id
+        if not found.has_more or given >= asked.limit:
+            break
+        found = rest(bit_of(asked, last_id, given))
+    end = {"has_more": found.has_more, "first_id": first_id, "last_id": last_id}
+    yield "]," + json.dumps(end).removeprefix("{")
 
 
 def _limit(values: list[str], default: int, maximum: int) -> int:

@@ -1,5 +1,6 @@
 """What the API opened at start, handed to every handler."""
 
+import threading
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from celery import Celery
 from fastapi import Depends, Request
 
 from app.api.gateway.client import Gateway
+from app.api.http.shares import Shares
 from app.core.broker import Waker
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore
@@ -16,16 +18,25 @@ from app.core.storage.database import Database
 
 @dataclass(frozen=True)
 class Resources:
-    """Settings and open resources; `pepper` hashes API keys, `upload_threads` bounds uploads in progress."""
+    """Settings and open resources; `pepper` hashes API keys.
+
+    The rest is what requests share. `computing`: threads that parse, check or write much at once, few, since they take
+    the interpreter from each other and from the event loop; `scanning` is the same for those that are threads already.
+    `uploads`: places, each with a thread of `upload_threads`; `body_bytes`: memory for JSON bodies.
+    """
 
     settings: Settings
     database: Database
     blobs: BlobStore
     celery: Celery
     pepper: bytes
-    upload_threads: CapacityLimiter
     gateway: Gateway
     waker: Waker
+    upload_threads: CapacityLimiter
+    uploads: Shares
+    body_bytes: Shares
+    computing: CapacityLimiter
+    scanning: threading.Semaphore
 
 
 def get_resources(request: Request) -> Resources:

@@ -12,11 +12,11 @@ from fastapi import Request
 
 from app.api.http.exception_handlers import ProtocolError
 from app.api.http.multipart import FormPart, boundary_of, malformed, read_parts
+from app.api.http.resources import Resources
 from app.api.schemas.files import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from app.core.errors import InvalidRequest
 from app.core.files import clean_filename
-from app.core.settings import LimitSettings
-from app.core.storage.blobs import Blob, BlobStore
+from app.core.storage.blobs import Blob
 from app.core.storage.tables import FilePurpose
 from finetuning.rows.report import RowReport
 from finetuning.rows.scanner import RowScanner
@@ -34,11 +34,12 @@ class Upload:
 
     blob: Blob
     report: RowReport
+    report_text: str
     filename: str
     expires_after_seconds: float | None
 
 
-def receive_upload(request: Request, blobs: BlobStore, limits: LimitSettings, key: str) -> Upload:
+def receive_upload(request: Request, resources: Resources, key: str) -> Upload:
     """Read the whole form and store its file under `key`; nothing stays stored when it fails.
 
     Raises InvalidRequest, ProtocolError (408, 413), StorageFull.
@@ -51,7 +52,7 @@ def receive_upload(request: Request, blobs: BlobStore, limits: LimitSettings, ke
             if part.name in fields or (part.name == "file" and stored is not None):
                 raise malformed(f"the part {part.name!r} came twice")
             if part.name == "file":
-                stored = _store(part, blobs, limits, key)
+                stored = _store(part, resources, key)
             elif part.name in _FIELDS:
                 fields[part.name] = _text(part)
                 _check_purpose(fields)
@@ -60,26 +61,29 @@ def receive_upload(request: Request, blobs: BlobStore, limits: LimitSettings, ke
         return _complete(fields, stored)
     except BaseException:
         if stored is not None:
-            blobs.delete(key)
+            resources.blobs.delete(key)
         raise
 
 
-def _store(part: FormPart, blobs: BlobStore, limits: LimitSettings, key: str) -> tuple[Blob, RowReport, str]:
+def _store(part: FormPart, resources: Resources, key: str) -> tuple[Blob, RowReport, str]:
+    limits = resources.settings.limits
     if part.filename is None:
         raise malformed("the part 'file' has no filename")
     filename = clean_filename(part.filename)
-    scanner = RowScanner(max_file_bytes=limits.file_bytes, max_rows=limits.rows_max)
-    blob = blobs.put(key, _scanned(part.data, scanner, limits.file_bytes))
-    return blob, scanner.close(), filename
+    scanner = RowScanner(max_file_bytes=limits.file_bytes, max_rows=limits.rows_max, max_seconds=limits.check_seconds)
+    blob = resources.blobs.put(key, _scanned(part.data, scanner, resources))
+    with resources.scanning:
+        return blob, scanner.close(), filename
 
 
-def _scanned(data: Iterator[bytes], scanner: RowScanner, limit_bytes: int) -> Iterator[bytes]:
-    size_bytes = 0
+def _scanned(data: Iterator[bytes], scanner: RowScanner, resources: Resources) -> Iterator[bytes]:
+    size_bytes, limit_bytes = 0, resources.settings.limits.file_bytes
     for piece in data:
         size_bytes += len(piece)
         if size_bytes > limit_bytes:
             raise ProtocolError(413, "request_too_large", f"The file is larger than {limit_bytes} bytes.", param="file")
-        scanner.feed(piece)
+        with resources.scanning:  # piece by piece: whoever checks a large file lets others in between
+            scanner.feed(piece)
         yield piece
 
 
@@ -91,7 +95,7 @@ def _complete(fields: dict[str, str], stored: tuple[Blob, RowReport, str] | None
     blob, report, filename = stored
     if blob.size_bytes == 0:
         raise InvalidRequest("The file is empty.", code="invalid_value", param="file")
-    return Upload(blob, report, filename, _expiry_seconds(fields))
+    return Upload(blob, report, report.to_text(), filename, _expiry_seconds(fields))
 
 
 def _check_purpose(fields: dict[str, str]) -> None:

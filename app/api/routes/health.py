@@ -11,8 +11,8 @@ router = APIRouter()
 
 
 @router.api_route("/healthz", methods=["GET", "HEAD"])
-def is_alive() -> Response:
-    """The process answers."""
+async def is_alive() -> Response:
+    """The process answers: by its event loop alone, since requests that wait may hold every thread."""
     return JSONResponse({"status": "ok"})
 
 

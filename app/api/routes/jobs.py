@@ -29,6 +29,7 @@ from app.api.schemas.job_create import (
 from app.api.schemas.jobs import JobFrame, checkpoint_to_body, event_to_body, job_to_body
 from app.core import idempotency
 from app.core.errors import InvalidRequest
+from app.core.ids import Prefix
 from app.core.jobs import ended, jobs
 from app.core.storage.database import read_clock
 from app.core.storage.job_states import FINAL
@@ -64,7 +65,7 @@ def create_job(
 @router.get("")
 def list_jobs(request: Request, caller: JobsReader, resources: ResourcesDep) -> Response:
     """The project's jobs, newest first; `metadata[k]=v` and `metadata=null` filter."""
-    asked = page_query(request, default=20, maximum=100)
+    asked = page_query(request, Prefix.JOB, default=20, maximum=100)
     pairs, none_only = _metadata_filter(request)
     with resources.database.reading() as session:
         results_of = partial(jobs.list_artifacts, session, caller.project_id)
@@ -107,7 +108,7 @@ def cancel_job(job_id: JobId, request: Request, caller: JobsWriter, resources: R
 @router.get("/{job_id}/events")
 def list_events(job_id: JobId, request: Request, caller: JobsReader, resources: ResourcesDep) -> Response:
     """The job's story, newest first."""
-    asked = page_query(request, default=20, maximum=100)
+    asked = page_query(request, Prefix.EVENT, default=20, maximum=100)
     with resources.database.reading() as session:
         found = jobs.list_events(session, caller.project_id, job_id, asked)
     return JSONResponse(page([event_to_body(event) for event in found.rows], has_more=found.has_more))
@@ -116,7 +117,7 @@ def list_events(job_id: JobId, request: Request, caller: JobsReader, resources: 
 @router.get("/{job_id}/checkpoints")
 def list_checkpoints(job_id: JobId, request: Request, caller: JobsReader, resources: ResourcesDep) -> Response:
     """The job's checkpoints, newest first."""
-    asked = page_query(request, default=10, maximum=100)
+    asked = page_query(request, Prefix.CHECKPOINT, default=10, maximum=100)
     with resources.database.reading() as session:
         found = jobs.list_checkpoints(session, caller.project_id, job_id, asked)
         job = jobs.get_job(session, caller.project_id, job_id)

@@ -2,34 +2,33 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import TypeAdapter
 
 from app.api.http.auth import ArtifactsReader, SafetyReader
 from app.api.http.downloads import Download, send_blob
 from app.api.http.paging import one_value, page, page_query
 from app.api.http.path_params import JobId
-from app.api.http.resources import Resources, ResourcesDep
+from app.api.http.resources import ResourcesDep
 from app.api.schemas.results import (
     OFFERED_FORMS,
     artifact_to_body,
     parity_to_body,
     report_to_body,
-    verdict_id,
     verdict_to_body,
 )
-from app.core.errors import InvalidRequest, NotFound, invalid_cursor, not_found
-from app.core.jobs import jobs
-from app.core.storage.blobs import BlobMissing, read_bytes
+from app.core.errors import InvalidRequest, NotFound, not_found
+from app.core.jobs import jobs, ledger
+from app.core.jobs.ledger import RowQuery
 from app.core.storage.tables import Form
 from finetuning.contract.report import RowVerdict
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs/{job_id}")
 
-_LEDGER: TypeAdapter[list[RowVerdict]] = TypeAdapter(list[RowVerdict])
+_VERDICT_ID = re.compile(r"row-[0-9]{1,9}", re.ASCII)
 _VERDICTS = ("kept", "downweighted", "excluded")
 _CSV_COLUMNS = ("line", "row_sha256", "verdict", "weight", "reasons", "tokens", "trained_tokens", "truncated")
 
@@ -77,38 +76,24 @@ def get_parity(job_id: JobId, caller: SafetyReader, resources: ResourcesDep) -> 
 @router.get("/rows")
 def list_rows(job_id: JobId, request: Request, caller: SafetyReader, resources: ResourcesDep) -> Response:
     """The ledger: a verdict for every row of the training file."""
-    asked = page_query(request, default=100, maximum=1000)
+    asked = page_query(request, _VERDICT_ID, default=100, maximum=1000)
     wants_csv = _choice(request, "format", ("json", "csv"), default="json") == "csv"
     _refuse_preview(request)
-    rows = _select(request, _ledger(resources, caller.project_id, job_id))
-    if wants_csv:
-        return StreamingResponse(_csv_lines(rows), media_type="text/csv")
-    start = 0
-    if asked.after is not None:
-        ids = [verdict_id(row) for row in rows]
-        if asked.after not in ids:
-            raise invalid_cursor()
-        start = ids.index(asked.after) + 1
-    end = start + asked.limit
-    return JSONResponse(page([verdict_to_body(row) for row in rows[start:end]], has_more=end < len(rows)))
-
-
-def _ledger(resources: Resources, project_id: str, job_id: str) -> Sequence[RowVerdict]:
+    query = RowQuery(
+        order="weight" if _choice(request, "order", ("line", "weight"), default="line") == "weight" else "line",
+        verdict=_choice(request, "verdict", _VERDICTS, default=None),
+        after=None if asked.after is None else int(asked.after.removeprefix("row-")),
+        limit=asked.limit,
+    )
     with resources.database.reading() as session:
-        result = jobs.get_job(session, project_id, job_id).result
-    if result is None:
-        return ()
-    try:
-        return _LEDGER.validate_json(read_bytes(resources.blobs, f"{result['prefix']}/reports/rows.json"))
-    except BlobMissing:  # the job failed before its rows were screened
-        return ()
-
-
-def _select(request: Request, rows: Sequence[RowVerdict]) -> list[RowVerdict]:
-    verdict = _choice(request, "verdict", _VERDICTS, default=None)
-    chosen = [row for row in rows if verdict is None or row.verdict == verdict]
-    by_weight = _choice(request, "order", ("line", "weight"), default="line") == "weight"
-    return sorted(chosen, key=lambda row: (row.weight if by_weight else 0.0, row.line))
+        result = jobs.get_job(session, caller.project_id, job_id).result
+    prefix = "" if result is None else str(result["prefix"])
+    if wants_csv:
+        rows = ledger.read_all(resources.blobs, prefix, RowQuery(query.order, query.verdict)) if prefix else iter(())
+        return StreamingResponse(_csv_lines(rows), media_type="text/csv")
+    with resources.scanning:
+        found, has_more = ledger.read_page(resources.blobs, prefix, query) if prefix else ((), False)
+    return JSONResponse(page([verdict_to_body(row) for row in found], has_more=has_more))
 
 
 def _choice(request: Request, name: str, choices: Sequence[str], *, default: str | None) -> str | None:
@@ -124,7 +109,7 @@ def _refuse_preview(request: Request) -> None:
         raise InvalidRequest(message, code="unsupported_parameter", param="include")
 
 
-def _csv_lines(rows: Sequence[RowVerdict]) -> Iterator[str]:
+def _csv_lines(rows: Iterator[RowVerdict]) -> Iterator[str]:
     line = io.StringIO()
     writer = csv.writer(line, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)

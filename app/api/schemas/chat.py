@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 from app.api.schemas import RequestBody
 
 MAX_MESSAGES = 2048
+# each unknown one is a fault of its own to tell
+MAX_MESSAGE_FIELDS = 10 * MAX_MESSAGES
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -26,6 +28,8 @@ def _messages(value: object) -> object:
         raise _fault("invalid_message", f"must be an array of 1 to {MAX_MESSAGES} messages")
     if not all(isinstance(message, dict) for message in cast(list[object], value)):
         raise _fault("invalid_message", "every message must be an object with role and content")
+    if sum(len(message) for message in cast(list[dict[str, object]], value)) > MAX_MESSAGE_FIELDS:
+        raise _fault("invalid_message", "messages have role and content, and few other fields")
     return cast(object, value)
 
 

@@ -314,6 +314,7 @@ def _engine(settings: Settings, *, migrates: bool) -> Engine:
         max_overflow=30,
         pool_timeout=seconds,
         pool_pre_ping=True,
+        hide_parameters=True,  # an error that is logged must not carry what a row holds
         connect_args={
             "connect_timeout": max(2, int(seconds)),
             "options": limits,
@@ -324,7 +325,7 @@ def _engine(settings: Settings, *, migrates: bool) -> Engine:
 def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, pool_size=10, max_overflow=30, pool_timeout=seconds)
+    engine = create_engine(url, pool_size=10, max_overflow=30, pool_timeout=seconds, hide_parameters=True)
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself: the begin event below does

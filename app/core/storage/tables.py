@@ -5,7 +5,7 @@ Times are unix seconds by the database's clock (`database.db_now`).
 
 from enum import StrEnum
 
-from sqlalchemy import ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import ForeignKey, Index, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.core.storage.database import JsonObject, TableRow, db_now
@@ -78,7 +78,11 @@ class FileStatus(StrEnum):
 
 
 class File(TableRow):
-    """Immutable bytes with their sha256. `deleted_at` hides the row; it stays so that cursors keep their meaning."""
+    """Immutable bytes with their sha256. `deleted_at` hides the row; it stays so that cursors keep their meaning.
+
+    `validation` holds what a check found, cut to what a reply shows; `report` all of it as JSON text, up to megabytes,
+    and is read by name only.
+    """
 
     __tablename__ = "files"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -90,6 +94,7 @@ class File(TableRow):
     sha256: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int]
     validation: Mapped[JsonObject | None]
+    report: Mapped[str | None] = mapped_column(Text(), deferred=True)
     expires_at: Mapped[float | None]
     woken_at: Mapped[float | None] = mapped_column(default=db_now())  # no longer read
     deleted_at: Mapped[float | None]

@@ -6,8 +6,10 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+from sqlalchemy import select
 
 from app.core.ids import Prefix, new_id
+from app.core.storage.tables import ApiKey
 from tests.support.http import Customer, chat_rows
 
 
@@ -397,3 +399,42 @@ def test_a_cancel_takes_an_empty_body(customer: Customer, body: bytes, status: i
     assert reply.status_code == status
     if status == 400:
         check_envelope(reply, 400, "unknown_parameter", "force")
+
+
+@pytest.mark.parametrize("path", ["/files", "/fine_tuning/jobs", "/models"])
+@pytest.mark.parametrize(
+    "query",
+    ["metadata[k]=%00", "metadata[k%00]=v", "purpose=fine-tune%00", "order=%1b", "x=%7f", "x=a%0D%0Ab"],
+)
+def test_a_control_character_in_a_query_is_refused(customer: Customer, path: str, query: str) -> None:
+    """S16: Postgres takes no NUL in any value, so no list may see one, whatever its parameters are."""
+    name = "metadata" if "metadata" in query else query.partition("=")[0]
+    check_envelope(customer.http.get(f"{path}?{query}"), 400, "invalid_value", name)
+
+
+@pytest.mark.parametrize("after", ["a%00b", "x" * 5000, "file-..", "%F0%9F%98%80", "ftjob-0"])
+@pytest.mark.parametrize(
+    "path", ["/files", "/fine_tuning/jobs", "/fine_tuning/jobs/{}/events", "/fine_tuning/jobs/{}/checkpoints"]
+)
+def test_a_cursor_has_the_shape_of_its_ids(customer: Customer, path: str, after: str) -> None:
+    """S16: what is no id is never asked of the database."""
+    place = path.format(new_id(Prefix.JOB))  # no such job: the cursor is refused before the job is looked for
+    check_envelope(customer.http.get(f"{place}?after={after}"), 400, "invalid_cursor", "after")
+
+
+def test_weights_by_their_file_id_need_the_scope_of_artifacts(customer: Customer) -> None:
+    """S25: the same bytes have the same lock on both doors; a results CSV is no artifact."""
+    job = customer.job()
+    customer.succeed(job)
+    listed = customer.http.get(f"/fine_tuning/jobs/{job.id}/artifacts").json()["data"]
+    results = customer.http.get(f"/fine_tuning/jobs/{job.id}").json()["result_files"][0]
+    own = customer.file_id()
+    with customer.served.database.writing() as session:
+        key = session.scalars(select(ApiKey).where(ApiKey.project_id == customer.project.id)).one()
+        key.scopes = ["files:r"]
+        session.commit()
+    for item in listed:
+        check_envelope(customer.http.get(f"/files/{item['file_id']}/content"), 403, "insufficient_scope")
+        assert customer.http.head(f"/files/{item['file_id']}/content").status_code == 403
+    for file_id in (own, results):
+        assert customer.http.get(f"/files/{file_id}/content").status_code == 200

@@ -23,6 +23,7 @@ ROUTES = [
     ("GET", "/files/file-0000000000000000000000"),
     ("DELETE", "/files/file-0000000000000000000000"),
     ("GET", "/files/file-0000000000000000000000/content"),
+    ("GET", "/files/file-0000000000000000000000/validation"),
     ("GET", "/fine_tuning/jobs"),
     ("POST", "/fine_tuning/jobs"),
     ("GET", "/fine_tuning/jobs/ftjob-000000000000000000000000"),
@@ -308,3 +309,25 @@ def test_too_many_waiting_jobs_are_not_retried(customer: Customer) -> None:
         customer.sdk.fine_tuning.jobs.create(model="tiny", training_file=file_id)
     assert (refused.value.code, refused.value.type) == ("too_many_jobs", "insufficient_quota")
     assert refused.value.response.headers["x-should-retry"] == "false"
+
+
+def has_no_thread(customer: Customer) -> bool:
+    """Whether a route that needs one of the shared threads must wait."""
+    try:
+        httpx2.get(f"{customer.served.url}/readyz", verify=False, timeout=0.5)
+    except httpx2.ReadTimeout:
+        return True
+    return False
+
+
+def test_liveness_needs_no_thread(customer: Customer) -> None:
+    """S5 f: requests that wait for a lock hold every thread; the process is alive nevertheless, and says so."""
+    file_id = customer.file_id()
+    with customer.served.database.writing() as session, ThreadPoolExecutor(48) as clients:
+        session.execute(text("SELECT 1"))
+        waiting = [clients.submit(customer.create, training_file=file_id) for _ in range(48)]
+        wait_until(lambda: has_no_thread(customer), seconds=30)
+        started = time.monotonic()
+        assert httpx2.get(f"{customer.served.url}/healthz", verify=False, timeout=30.0).status_code == 200
+        assert time.monotonic() - started < 1.0
+        assert sum(not one.done() for one in waiting) > 1

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from app.core.settings import LeaseSettings, LimitSettings, ReleaseSettings, Settings, load_settings, to_environment
 from tests.support.judge_server import guard_text
@@ -27,12 +27,12 @@ def test_a_child_process_rebuilds_equal_settings(tmp_path: Path, monkeypatch: py
     settings = Settings(
         data=tmp_path,
         port=1234,
-        api_key="sk-proj-0123456789abcdef0123456789abcdef",
+        api_key=SecretStr("sk-proj-0123456789abcdef0123456789abcdef"),
         model_server_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
         lease=LeaseSettings(ttl_seconds=3.5),
         limits=LimitSettings(rows_min=11),
         policy="as_asked",
-        draw_secret="d" * 32,
+        draw_secret=SecretStr("d" * 32),
         release=ReleaseSettings(harmful_prompts=200, limits={"max_leak": 0.1, "max_drift": None}),
     )
     for name, value in to_environment(settings).items():
@@ -68,7 +68,9 @@ def test_a_judge_that_there_is_can_be_set(judge: str, monkeypatch: pytest.Monkey
 def test_secrets_do_not_show(tmp_path: Path) -> None:
     shown = repr(
         Settings(
-            data=tmp_path, api_key="sk-proj-0123456789abcdef0123456789abcdef", database_url="postgresql://u:pw@h/d"
+            data=tmp_path,
+            api_key=SecretStr("sk-proj-0123456789abcdef0123456789abcdef"),
+            database_url="postgresql://u:pw@h/d",
         )
     )
     assert "0123456789abcdef" not in shown
@@ -129,3 +131,21 @@ def test_a_judge_whose_key_is_not_set_stops_the_process_at_its_start(
         load_settings()
     monkeypatch.setenv("GUARD_KEY", "secret-1")
     assert "secret-1" not in repr(load_settings())
+
+
+@pytest.mark.parametrize(("name", "value"), [("API_KEY", "hunter2"), ("DRAW_SECRET", "hunter2"), ("PORT", "hunter2")])
+def test_what_was_set_is_not_shown_in_an_error(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S24: a secret that does not fit must not end in a log."""
+    monkeypatch.setenv(f"IMMUNOTUNE_{name}", value)
+    with pytest.raises(ValidationError, match=name.lower()) as refused:
+        load_settings()
+    assert "hunter2" not in str(refused.value)
+
+
+def test_secrets_have_no_text(tmp_path: Path) -> None:
+    """S24: nothing that formats settings shows a secret; only a child process is told."""
+    settings = Settings(data=tmp_path, api_key=SecretStr("sk-proj-0123456789abcdef"), draw_secret=SecretStr("d" * 32))
+    for shown in (str(settings), repr(settings), str(settings.model_dump()), settings.model_dump_json()):
+        assert "0123456789abcdef" not in shown
+        assert "d" * 32 not in shown
+    assert to_environment(settings)["IMMUNOTUNE_API_KEY"] == "sk-proj-0123456789abcdef"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select, text
 
 from app.core.jobs import ended, jobs, lease
@@ -298,7 +299,7 @@ def test_every_attempt_of_a_job_gets_the_jobs_own_secret_and_no_other_jobs(scene
     kept = scene.settings.data / "keys" / "draws"
     assert kept.stat().st_mode & 0o777 == 0o600
     assert kept.read_text() not in found.values()
-    elsewhere = scene.settings.model_copy(update={"draw_secret": kept.read_text(), "data": Path("/nowhere")})
+    elsewhere = scene.settings.model_copy(update={"draw_secret": SecretStr(kept.read_text()), "data": Path("/nowhere")})
     assert job_secret(elsewhere, next(iter(found))) == first  # another host, told the same secret
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -38,7 +39,7 @@ def sends(*pieces: bytes) -> Behaviour:
     return behave
 
 
-def replies(status: int, body: Json) -> Behaviour:
+def replies(status: int, body: object) -> Behaviour:
     content = json.dumps(body).encode()
     head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     return sends(head.encode() + content)
@@ -256,3 +257,28 @@ def test_losing_a_server_moves_only_its_own_models(urls: list[str], served: str)
 def test_problems_are_errors_of_the_api() -> None:
     assert issubclass(AnswerTimedOut, ImmunotuneError)
     assert (AnswerTimedOut.status, AnswerTimedOut.code) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize("body", [None, [], "broken", 7, {"error": None}, {"error": "x"}], ids=str)
+@pytest.mark.parametrize("status", [502, 200])
+def test_an_answer_that_is_no_object_is_a_lost_server(body: object, status: int) -> None:
+    """S32: a proxy in front of a model server answers in its own words, such as null."""
+    odd = replies(status, body)
+    if status == 502 or not isinstance(body, dict):
+        with pytest.raises(ServiceBusy):
+            whole(odd, odd)
+    if status == 502:
+        with pytest.raises(ServiceBusy):
+            stream(odd, odd, chat_seconds=5.0)
+
+
+def test_a_server_that_never_accepts_does_not_hold_a_stream_for_ever() -> None:
+    """S32: also the beginning of a stream has an end."""
+
+    async def says_nothing(_: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    started = time.monotonic()
+    with pytest.raises(AnswerTimedOut):
+        stream(says_nothing, says_nothing, chat_seconds=0.5)
+    assert time.monotonic() - started < 10

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-import uvicorn
 
+from app.api.http.server import make_server
 from app.core import models, projects
 from app.core.jobs import ended, lease
 from app.core.settings import Settings
@@ -79,7 +79,7 @@ def served(
     )
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))
-    api = uvicorn.Server(uvicorn.Config(build_app(settings), log_config=None, access_log=False))
+    api = make_server(build_app(settings), settings)
     thread = threading.Thread(target=api.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

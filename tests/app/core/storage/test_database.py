@@ -4,6 +4,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import select, text, update
+from sqlalchemy.exc import DBAPIError
 
 from app.core.errors import InvalidRequest
 from app.core.ids import Prefix, new_id
@@ -96,3 +97,10 @@ def test_a_read_does_not_wait_for_an_open_write(database: Database) -> None:
         writer.flush()
         with database.reading() as reader:
             assert reader.execute(text("SELECT count(*) FROM orgs WHERE slug = 'open'")).scalar_one() == 0
+
+
+def test_an_error_of_the_database_does_not_show_what_rows_hold(database: Database) -> None:
+    """S24: such an error is logged as it is, on both databases."""
+    with database.reading() as session, pytest.raises(DBAPIError) as wrong:
+        session.execute(text("SELECT id FROM nothing_here WHERE id = :id"), {"id": "hunter2"})
+    assert "hunter2" not in str(wrong.value)

@@ -1,0 +1,20 @@
+"""Keep the whole report of a file's check
+
+Revision ID: 0002c
+Revises: 0001
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002c"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.add_column("files", sa.Column("report", sa.Text(), nullable=True))
+
+
+def downgrade() -> None:
+    with op.batch_alter_table("files") as files:
+        files.drop_column("report")
