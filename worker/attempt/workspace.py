@@ -32,7 +32,7 @@ _WORKING_BYTES = 512 * 2**20
 class _Contents(BaseModel):
     """The files of an uploaded folder; written after all of them, so its presence says that they are complete."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # another release may have written more
 
     files: tuple[Blob, ...]
 
@@ -95,7 +95,9 @@ def read_steps(workspace: Workspace) -> list[StepDone]:
     kept = workspace.folder / CHECKPOINT / _STEPS
     if not kept.exists():
         return []
-    return [StepDone.model_validate_json(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    return [
+        StepDone.model_validate_json(line, extra="ignore") for line in kept.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def upload_folder(store: BlobStore, prefix: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 from app.core.errors import LeaseLost
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.jobs.jobs import NewEvent, append_events, move
+from app.core.jobs.jobs import NewEvent, append_events, move, recipe_is_known
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import Blob
 from app.core.storage.database import JsonObject, change, db_now
@@ -28,6 +28,7 @@ from app.core.storage.tables import (
 )
 from finetuning.contract.progress import Stage
 from finetuning.contract.recipe import JobKind, Recipe
+from finetuning.contract.shelf import from_shelf
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class BeatReply:
 def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> Lease | None:
     """Take a queued, due job: fence + 1 and a fresh lease.
 
-    None is normal: somebody has it, it is final, its project runs as many as it may, or its base is not ready.
+    None is normal: somebody has it, it is final, its project runs as many as it may, its base is not ready, or only a
+    newer release knows the form of its recipe.
     """
     project_id = select(Job.project_id).where(Job.id == job_id).scalar_subquery()
     session.execute(select(Project.seq).where(Project.id == project_id).with_for_update())
@@ -93,6 +95,7 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
         JobState.RUNNING,
         Job.run_after <= db_now(),
         base_is_ready(),
+        recipe_is_known(),
         running.scalar_subquery() < settings.limits.running_jobs,
         event=NewEvent("Fine-tuning job started"),
         fence=Job.fence + 1,
@@ -161,7 +164,7 @@ def _lease_of(session: Session, job: Job) -> Lease:
         job_id=job.id,
         project_id=job.project_id,
         fence=job.fence,
-        recipe=Recipe.model_validate(job.recipe),
+        recipe=from_shelf(Recipe, job.recipe),
         base_id=base.id,
         base_source=base.source,
         training=_blob(session, job.training_file),
