@@ -8,7 +8,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from app.core.settings import Settings, load_settings
+from app.core.settings import Settings, load_settings, take_settings
+from worker.processes import keep_to_ourselves
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if rest and options.verb not in ("models", "train"):
         parser.error(f"unknown: {' '.join(rest)}")
-    settings = load_settings()
+    settings = _settings_for(options.verb)
     served_by: dict[str, Callable[[], int]] = {
         "up": lambda: _up(settings),
         "base": lambda: _base(settings, options.name),
@@ -36,6 +37,17 @@ def main(argv: list[str]) -> int:
         "migrate": lambda: _migrate(settings),
     }
     return served_by[options.verb]()
+
+
+def _settings_for(verb: str) -> Settings:
+    """Read once. What runs with the service's secrets keeps them to itself: other programs of the user could read them.
+
+    The model server reads its settings itself, and a researcher's training is no service.
+    """
+    if verb == "train":
+        return load_settings()
+    keep_to_ourselves()
+    return load_settings() if verb == "models" else take_settings()
 
 
 def _up(settings: Settings) -> int:

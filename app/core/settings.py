@@ -189,6 +189,18 @@ def load_settings() -> Settings:
     return Settings.model_validate(_Environment().model_dump(exclude_unset=True))
 
 
+def take_settings() -> Settings:
+    """Read them, and leave none in the environment, so that no program that we start inherits a secret unasked.
+
+    Raises pydantic.ValidationError naming each bad variable.
+    """
+    settings = load_settings()
+    ours = tuple(_PREFIX + name.upper() for name in Settings.model_fields)
+    for name in [name for name in os.environ if name.startswith(ours)]:
+        del os.environ[name]
+    return settings
+
+
 def to_environment(settings: Settings) -> dict[str, str]:
     """The variables from which `load_settings` in a child process rebuilds equal settings."""
     found: dict[str, str] = {}
