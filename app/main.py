@@ -17,6 +17,7 @@ from app.api.routes import chat, files, health, jobs, models, results
 from app.core import projects
 from app.core.broker import make_celery, wake
 from app.core.jobs.reaper import Reaper
+from app.core.kept_secrets import model_server_secret
 from app.core.models import ensure_base
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
@@ -64,6 +65,7 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
     wake(celery, *wakes)
     gateway = Gateway(
         settings.model_server_urls,
+        secret=model_server_secret(settings),
         chat_seconds=settings.serving.chat_seconds,
         ping_seconds=settings.serving.ping_seconds,
     )

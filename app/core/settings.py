@@ -111,6 +111,12 @@ class Settings(BaseModel):
         repr=False,
         description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
     )
+    model_server_secret: str | None = Field(
+        default=None,
+        min_length=32,
+        repr=False,
+        description="what the API says to the model servers, the same on both; unset: <data>/keys/models",
+    )
     base: str = "smollm2"
     policy: str = Field(
         default="immunotune",

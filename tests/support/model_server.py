@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx2
 
+SECRET = "the-gateways-secret-of-these-tests"
+
 
 @dataclass
 class ModelServer:
@@ -19,6 +21,11 @@ class ModelServer:
 
     url: str
     process: subprocess.Popen[bytes]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the gateway says."""
+        return {"Authorization": f"Bearer {SECRET}"}
 
     def open_asks(self) -> int:
         return int(httpx2.get(self.url + "/health", timeout=10).json()["open"])
@@ -32,7 +39,7 @@ def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServ
     """
     port = port or free_port()
     argv = [sys.executable, "-m", "worker.serving.server", "--port", str(port), "--base", str(base)]
-    env = {**os.environ, "IMMUNOTUNE_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "IMMUNOTUNE_DATA": str(data), "IMMUNOTUNE_MODEL_SERVER_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
     with (data / "model-server.log").open("ab") as log:
         process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
     server = ModelServer(f"http://127.0.0.1:{port}", process)
