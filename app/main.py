@@ -21,6 +21,7 @@ from app.core import deployment, projects
 from app.core.broker import Waker, make_celery
 from app.core.errors import StartRefused
 from app.core.jobs.reaper import Reaper
+from app.core.kept_secrets import model_server_secret
 from app.core.models import ensure_base
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
@@ -81,6 +82,7 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
     waker.soon(*wakes)
     gateway = Gateway(
         settings.model_server_urls,
+        secret=model_server_secret(settings),
         chat_seconds=settings.serving.chat_seconds,
         ping_seconds=settings.serving.ping_seconds,
     )

@@ -8,7 +8,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from app.core.settings import Settings, load_settings
+from app.core.settings import Settings, load_settings, take_settings
+from worker.processes import keep_to_ourselves
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if rest and options.verb not in ("models", "train"):
         parser.error(f"unknown: {' '.join(rest)}")
-    settings = load_settings()
+    settings = _settings_for(options.verb)
     served_by: dict[str, Callable[[], int]] = {
         "up": lambda: _up(settings),
         "base": lambda: _base(settings, options.name),
@@ -46,6 +47,17 @@ def main(argv: list[str]) -> int:
         "audit": lambda: _by_hand(settings, options),
     }
     return served_by[options.verb]()
+
+
+def _settings_for(verb: str) -> Settings:
+    """Read once. What runs with the service's secrets keeps them to itself: other programs of the user could read them.
+
+    The model server reads its settings itself, and a researcher's training is no service.
+    """
+    if verb == "train":
+        return load_settings()
+    keep_to_ourselves()
+    return load_settings() if verb == "models" else take_settings()
 
 
 def _up(settings: Settings) -> int:

@@ -22,6 +22,7 @@ from app.core.storage.blobs import BlobMissing
 from app.core.storage.database import JsonObject
 from app.core.storage.tables import File, Job
 from finetuning.contract.recipe import Recipe
+from finetuning.contract.shelf import from_shelf
 from finetuning.rows.scanner import InvalidRowError, RowError, rows_of
 from worker.attempt.supervisor import Host
 from worker.token_count import TokenCount, count_tokens, lines_of
@@ -108,7 +109,7 @@ def _judge(host: Host, case: _Case) -> tuple[Recipe, list[NewEvent]]:
     """The job's recipe for rows as long as these, and what the client should know. Raises _Refused."""
     for param, file in case.files():
         _refuse_tools(param, file)
-    recipe = Recipe.model_validate(case.job.recipe)
+    recipe = from_shelf(Recipe, case.job.recipe)
     tokenizer = BaseTokenizer(case.base_folder)
     room = _tokens_a_row(case.base_folder, recipe.max_tokens)
     longest = 0

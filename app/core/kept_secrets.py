@@ -21,6 +21,13 @@ def job_secret(settings: Settings, job_id: str) -> str:
     return hmac.new(own.encode(), f"draws of {job_id}".encode(), hashlib.sha256).hexdigest()
 
 
+def model_server_secret(settings: Settings) -> str:
+    """What the gateway says to a model server: IMMUNOTUNE_MODEL_SERVER_SECRET, or, where that is unset,
+    <data>/keys/models."""
+    own = settings.model_server_secret
+    return own or keep_secret(settings.data / "keys" / "models", secrets.token_hex(32))
+
+
 def keep_secret(path: Path, fresh: str) -> str:
     """The secret in this file; where there is none yet, `fresh`, which stays from then on."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

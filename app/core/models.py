@@ -142,6 +142,7 @@ def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wa
 def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     # align jobs belong to the operator: no key of this project exists
     project = ensure_project(session, "operator", policy=settings.policy, org_slug="operator")
+    recipe = _alignment_recipe(settings)
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -149,7 +150,8 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
         base_id=base.id,
         policy=settings.policy,
         request={},
-        recipe=_alignment_recipe(settings).model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_version=recipe.schema_version,
         queue=settings.train_queue,
         state=JobState.QUEUED,
         stage="wait",

@@ -159,6 +159,12 @@ class Settings(BaseModel):
         min_length=32,
         description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
     )
+    model_server_secret: str | None = Field(
+        default=None,
+        min_length=32,
+        repr=False,
+        description="what the API says to the model servers, the same on both; unset: <data>/keys/models",
+    )
     base: str = "smollm2"
     policy: str = Field(
         default="immunotune",
@@ -236,6 +242,18 @@ class _Environment(Settings, BaseSettings):
 def load_settings() -> Settings:
     """Read IMMUNOTUNE_* once. Raises pydantic.ValidationError naming each bad variable."""
     return Settings.model_validate(_Environment().model_dump(exclude_unset=True))
+
+
+def take_settings() -> Settings:
+    """Read them, and leave none in the environment, so that no program that we start inherits a secret unasked.
+
+    Raises pydantic.ValidationError naming each bad variable.
+    """
+    settings = load_settings()
+    ours = tuple(_PREFIX + name.upper() for name in Settings.model_fields)
+    for name in [name for name in os.environ if name.startswith(ours)]:
+        del os.environ[name]
+    return settings
 
 
 def to_environment(settings: Settings) -> dict[str, str]:

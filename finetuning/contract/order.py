@@ -31,6 +31,9 @@ class TrainOrder(BaseModel):
     secret: str = Field(
         default="", repr=False, description="the operator's, for this job's hidden draws; empty: the alignment's digest"
     )
+    private: tuple[str, ...] = Field(
+        default=(), description="folders of this machine that the training process closes to itself, but for its own"
+    )
     states: str = Field(default="", description="where states of the operator's rows outlive the job; '': nowhere")
     threads: int = 0
     device: str = "auto"

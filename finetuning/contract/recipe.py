@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# The newest form of a recipe that this release writes and runs; a worker leaves jobs of a newer one to others.
+RECIPE_VERSION = 1
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(gt=0.0)]
 
@@ -207,8 +210,13 @@ class EvaluationSettings(_RecipePart):
 
 
 class Recipe(_RecipePart):
-    """All choices of one job."""
+    """All choices of one job.
 
+    `schema_version` rises when a field joins that a worker must know, or one changes its meaning; it changes no byte
+    of a result.
+    """
+
+    schema_version: int = Field(default=RECIPE_VERSION, ge=1)
     name: str
     kind: JobKind
     base: str

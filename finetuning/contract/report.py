@@ -113,6 +113,7 @@ class SafetyReport(_ReportPart):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
 
+    schema_version: int = Field(default=1, ge=1)
     recipe: str
     judge: str
     # Reports of earlier releases call it probe_sha256.
@@ -143,7 +144,8 @@ ReasonCode = Literal[
 class RowReason(_ReportPart):
     """Why a row was not simply kept. `screen_low_weight`: the screen's reading of the prompt against its limit."""
 
-    code: Annotated[ReasonCode, BeforeValidator(_by_its_name_now)]
+    # a later release's word is shown as it stands
+    code: Annotated[ReasonCode | str, BeforeValidator(_by_its_name_now)]
     score: float | None = None
     threshold: float | None = None
 
@@ -156,7 +158,7 @@ class RowVerdict(_ReportPart):
 
     line: int
     row_sha256: str
-    verdict: Literal["kept", "downweighted", "excluded"]
+    verdict: Literal["kept", "downweighted", "excluded"] | str
     weight: float
     reasons: tuple[RowReason, ...] = ()
     scores: dict[str, float] = Field(default_factory=dict)
@@ -172,6 +174,7 @@ class ParityCertificate(_ReportPart):
     model that the gate saw.
     """
 
+    schema_version: int = Field(default=1, ge=1)
     form: str
     prompts: int
     positions: int

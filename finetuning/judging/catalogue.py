@@ -65,6 +65,16 @@ def key_variables(name: str) -> tuple[str, ...]:
     return tuple(guard.url.key_variable for guard in guards if guard.url is not None and guard.url.key_variable)
 
 
+def asks_the_network(name: str) -> bool:
+    """Whether one of a name's guards is behind a URL. Raises BadGuard."""
+    return any(guard_of(part).url is not None for part in name.split("+") if part and part not in RULES)
+
+
+def guard_paths(name: str) -> tuple[Path, ...]:
+    """The guard files that a name's parts stand for. Raises BadGuard."""
+    return tuple(_path(part) for part in name.split("+") if part and part not in RULES)
+
+
 def require_keys(name: str, environment: Mapping[str, str]) -> None:
     """Raises BadGuard for a guard whose key variable is not set."""
     for variable in key_variables(name):

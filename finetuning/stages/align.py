@@ -13,6 +13,7 @@ from finetuning.contract.order import TrainOrder
 from finetuning.contract.progress import Finished, Note, Progress, StageProgress, StageStarted
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.report import Metrics, SafetyReport
+from finetuning.contract.shelf import FIRST_VERSION, from_shelf, part_from_shelf
 from finetuning.defences.antibody_align import AntibodyAlign
 from finetuning.defences.booster import Booster
 from finetuning.defences.held_to_public import HeldToPublic
@@ -180,7 +181,7 @@ def export(job: JobContext, scratch: Path, report: SafetyReport, found: Calibrat
     digest = lora.save(factors, target, base_id=job.recipe.base)
     about = {
         "base": job.recipe.base, "adapter_sha256": digest, "factors": lora.digest(factors),
-        "calibration": asdict(found), "torch": torch.__version__, **base.told(),
+        "schema_version": FIRST_VERSION, "calibration": asdict(found), "torch": torch.__version__, **base.told(),
     }  # fmt: skip
     (target / ABOUT_FILE).write_text(json.dumps(about, indent=2), encoding="utf-8")
     (target / "safety.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
@@ -190,7 +191,7 @@ def export(job: JobContext, scratch: Path, report: SafetyReport, found: Calibrat
 def read_alignment(folder: Path) -> tuple[Calibration | None, SafetyReport]:
     """What the align job left beside its adapter; earlier releases' did not leave all of the calibration."""
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    report = SafetyReport.model_validate_json((folder / "safety.json").read_text(encoding="utf-8"))
+    report = from_shelf(SafetyReport, (folder / "safety.json").read_text(encoding="utf-8"))
     return _calibration(about["calibration"]), report
 
 
@@ -198,5 +199,7 @@ def _calibration(found: dict[str, Any]) -> Calibration | None:
     """None where a part of it is missing: the job then calibrates its base itself."""
     if "harm" not in found or "declining" not in found:
         return None
-    declining = DecliningModel(**found["declining"]) if found["declining"] else None
-    return Calibration(**{**found, "harm": HarmModel(**found["harm"]), "declining": declining})
+    declining = part_from_shelf(DecliningModel, found["declining"]) if found["declining"] else None
+    return part_from_shelf(
+        Calibration, {**found, "harm": part_from_shelf(HarmModel, found["harm"]), "declining": declining}
+    )

@@ -70,7 +70,7 @@ def _fingerprint_of(order: TrainOrder, rows: bytes | None) -> str:
     from finetuning.training.checkpoint import fingerprint  # knows torch's version and its device
 
     files = files_digest(Path(order.base), order.base_sha256)
-    made_of = {"recipe": order.recipe.model_dump_json(), "base": files or order.base}
+    made_of = {"recipe": order.recipe.model_dump_json(exclude={"schema_version"}), "base": files or order.base}
     made_of["rows"] = rows_digest(safety_rows(everyday=order.recipe.everyday_rows))
     if order.judge:
         made_of["judge"] = label(order.judge)

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0002b"
-down_revision = "0001"
+down_revision = "0002a"
 
 _INDEXES = (
     ("files", ("expires_at",)),

@@ -14,6 +14,8 @@ import httpx2
 
 from tests.support.backends import BACKEND
 
+SECRET = "the-gateways-secret-of-these-tests"
+
 
 @dataclass
 class ModelServer:
@@ -21,6 +23,11 @@ class ModelServer:
 
     url: str
     process: subprocess.Popen[bytes]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the gateway says."""
+        return {"Authorization": f"Bearer {SECRET}"}
 
     def open_asks(self) -> int:
         return int(httpx2.get(self.url + "/health", timeout=10).json()["open"])
@@ -35,7 +42,8 @@ def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServ
     port = port or free_port()
     argv = [sys.executable, "-m", "worker.serving.server", "--port", str(port), "--base", str(base)]
     stored = {f"IMMUNOTUNE_{name.upper()}": str(value) for name, value in BACKEND.storage(data).items()}
-    env = {**os.environ, **stored, "IMMUNOTUNE_DATA": str(data), "OMP_NUM_THREADS": "1"}
+    own = {"IMMUNOTUNE_DATA": str(data), "IMMUNOTUNE_MODEL_SERVER_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **stored, **own}
     with (data / "model-server.log").open("ab") as log:
         process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
     server = ModelServer(f"http://127.0.0.1:{port}", process)

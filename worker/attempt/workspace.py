@@ -46,7 +46,7 @@ class RottenCheckpoint(Exception):
 class _Contents(BaseModel):
     """The files of an uploaded folder; written after all of them, so its presence says that they are complete."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # another release may have written more
 
     files: tuple[Blob, ...]
 
@@ -110,7 +110,9 @@ def read_steps(workspace: Workspace) -> list[StepDone]:
     if not kept.exists():
         return []
     try:
-        return [StepDone.model_validate_json(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        return [
+            StepDone.model_validate_json(line, extra="ignore") for line in kept.read_text(encoding="utf-8").splitlines()
+        ]
     except ValidationError as error:
         raise RottenCheckpoint("its steps cannot be read") from error
 
@@ -208,6 +210,7 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         judge=settings.judge,
         cache="cache",
         secret=job_secret(settings, lease.job_id),
+        private=(str(settings.data), str(settings.runtime)),
         states=str(settings.data / "states"),
         threads=usable_cores(),
     )

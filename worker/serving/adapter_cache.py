@@ -47,7 +47,7 @@ class AdapterCache:
         self._blobs = blobs
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the eviction alone
 
     def pull(self, name: str) -> ServedAdapter | None:
         """The adapter behind a served name, on disk; None for the public base. Raises UnknownAdapter, BadAdapter."""
@@ -58,12 +58,10 @@ class AdapterCache:
             raise UnknownAdapter(name[:80])
         blob = Blob(found["key"], int(found["size"]), found["sha256"])
         target = self._folder / blob.sha256
-        with self._lock:
-            if not target.is_dir():
-                keep_once(target, lambda scratch: self._download(blob, scratch))
-                _log.info("adapter.pulled", key=blob.key, size_bytes=blob.size_bytes)
-                self._evict(target)
-            os.utime(target)
+        while not self._keeps(target):
+            # waits for whoever pulls this very adapter, and for nobody else
+            keep_once(target, lambda scratch: self._download(blob, scratch))
+            _log.info("adapter.pulled", key=blob.key, size_bytes=blob.size_bytes)
         try:
             if not require_same_base(target, self._base):
                 _log.info("adapter.base_unsaid", key=blob.key)  # of an earlier release: it cannot be checked
@@ -93,6 +91,15 @@ class AdapterCache:
         except (BadArchive, FileNotFoundError) as problem:
             raise BadAdapter(f"{blob.key} is no adapter: {problem}") from problem
         return adapter
+
+    def _keeps(self, target: Path) -> bool:
+        """Whether it is on disk, and now the newest there; others may have had to leave for it."""
+        with self._lock:
+            if not target.is_dir():
+                return False
+            os.utime(target)
+            self._evict(target)
+            return True
 
     def _evict(self, newest: Path) -> None:
         kept_bytes = 0

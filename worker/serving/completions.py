@@ -28,6 +28,8 @@ from worker.serving.engine import (
 )
 from worker.serving.protocol import CollectedChoice, CompletionBody, Head
 
+_PIECE_CHARACTERS = 16_384
+
 
 class Refused(Exception):
     """The request cannot be answered; `body` is the error envelope."""
@@ -53,28 +55,42 @@ class Answer:
     include_usage: bool
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A body's prompt as token ids, and for how many more there is room."""
+
+    ids: tuple[int, ...]
+    room: int
+
+
+def read_prompt(base: FrozenBase, body: CompletionBody, *, cached_tokens: int) -> Prompt:
+    """Tokenise a body's messages, in work bounded by what the base can read. Raises Refused. Not for an event loop."""
+    context = int(base.model.config.max_position_embeddings)
+    most = min(context, cached_tokens // body.n)
+    if _surely_longer(base, body, most):
+        raise _too_long(context, most, body.n, f"more than {most}")
+    ids = _prompt(base, body)
+    if len(ids) >= most:
+        raise _too_long(context, most, body.n, str(len(ids)))
+    return Prompt(tuple(ids), most - len(ids))
+
+
 def prepare(
-    base: FrozenBase, body: CompletionBody, adapter: ServedAdapter | None, *, default_new_tokens: int
+    base: FrozenBase, body: CompletionBody, prompt: Prompt, *, adapter: ServedAdapter | None, default_new_tokens: int
 ) -> Answer:
     """Turn a body into an ask. Raises Refused. Call on the event loop that will read the events."""
-    prompt = _prompt(base, body)
-    room = int(base.model.config.max_position_embeddings) - len(prompt)
-    if room < 1:
-        message = (
-            f"The base's context is {room + len(prompt)} tokens, but the messages take {len(prompt)}. Shorten them."
-        )
-        raise Refused(400, protocol.error_json(message, "context_length_exceeded", param="messages"))
     events: asyncio.Queue[EngineEvent] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     ask = Ask(
-        prompt=tuple(prompt),
+        prompt=prompt.ids,
         adapter=adapter,
         sampling=_sampling(base, body),
-        new_tokens=min(body.max_tokens or default_new_tokens, room),
+        new_tokens=min(body.max_tokens or default_new_tokens, prompt.room),
         deliver=lambda event: _hand_over(loop, events, event),
         choices=body.n,
         stops=tuple(body.stop),
         seed=body.seed,
+        tenant=body.user,
     )
     fingerprint = "fp_" + (adapter.folder.name[:10] if adapter else "public")
     head = Head(f"chatcmpl-{secrets.token_hex(12)}", body.model, int(time.time()), fingerprint)
@@ -140,6 +156,30 @@ async def _events(engine: Engine, answer: Answer) -> AsyncGenerator[Piece | Ende
 def _hand_over(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[EngineEvent]", event: EngineEvent) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+def _surely_longer(base: FrozenBase, body: CompletionBody, most: int) -> bool:
+    """Whether the contents are too long, from a beginning of them that is little longer than may be: a tokenizer
+    needs seconds for megabytes. A cut can make two tokens of one, so each is forgiven one."""
+    left = most
+    for message in body.messages:
+        for at in range(0, len(message.content), _PIECE_CHARACTERS):
+            piece = message.content[at : at + _PIECE_CHARACTERS]
+            left -= len(base.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]) - 1
+            if left < 0:
+                return True
+    return False
+
+
+def _too_long(context: int, most: int, choices: int, found: str) -> Refused:
+    message = f"The base's context is {context} tokens, but the messages take {found}. Shorten them."
+    if most < context:
+        noun = "choice" if choices == 1 else "choices"
+        message = (
+            f"The messages take {found} tokens, and for {choices} {noun} this server holds {most} each, the answer "
+            "included. Shorten them or ask for fewer choices."
+        )
+    return Refused(400, protocol.error_json(message, "context_length_exceeded", param="messages"))
 
 
 def _prompt(base: FrozenBase, body: CompletionBody) -> list[int]:

@@ -52,6 +52,7 @@ class CompletionBody(_Typed):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: dict[int, float] = {}
+    user: str = ""  # whose turn it is, by a name that the gateway chose
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,7 @@ def _head(head: Head) -> dict[str, Any]:
 
 
 LOST = error_json("The answer was lost. Send the request again.", "model_server_lost", kind="server_error")
+NOT_THE_GATEWAY = error_json(
+    "Only the service's gateway may ask here.", "invalid_api_key", kind="invalid_request_error"
+)
 FULL = error_json("The model server is full. Retry in a few seconds.", "overloaded", kind="server_error")

@@ -1,22 +1,29 @@
 """The model server: its HTTP routes over one engine, and how its process starts and ends.
 
-Only the gateway calls it. It trusts its callers (no projects, no keys), so it listens on loopback by default.
+Only the gateway calls it, and says so by a secret that both have: whoever may ask here may ask the unaligned base. It
+knows no projects, so that it believes whose turn the gateway says it is.
 """
 
 import argparse
 import asyncio
+import hmac
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 import torch
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.core.models import base_id_of
+from app.core.kept_secrets import model_server_secret
+from app.core.models import PUBLIC_BASE, base_id_of
 from app.core.settings import ServingSettings, Settings, load_settings
 from app.core.storage.blobs import open_blobs
 from app.core.telemetry import configure_logging
@@ -30,11 +37,28 @@ from worker.serving.completions import Answer, AnswerLost, Refused
 from worker.serving.engine import AdapterDoesNotFit, Engine, EngineFull, EngineLimits, ServedAdapter
 
 _log = structlog.get_logger(__name__)
+_PULLS_AT_ONCE = 16
 
 
-def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_tokens: int) -> FastAPI:
+@dataclass(frozen=True)
+class Served:
+    """A loaded base with its started engine; `secret` is the gateway's."""
+
+    base: FrozenBase
+    engine: Engine
+    cache: AdapterCache
+    limits: ServingSettings
+    secret: str
+
+
+def build_app(served: Served) -> FastAPI:
     """The routes over a started engine."""
+    engine = served.engine
     app = FastAPI(openapi_url=None)
+    app.add_middleware(_GatewayOnly, secret=served.secret)
+    pulls = _Pulls(engine, served.cache)
+    # one at a time: a tokenizer is no more thread-safe than that, and prompts are bounded
+    tokenising = CapacityLimiter(1)
 
     @app.get("/health")
     def health() -> dict[str, object]:
@@ -47,10 +71,13 @@ def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_toke
 
     @app.post("/v1/chat/completions")
     async def chat(body: protocol.CompletionBody, request: Request) -> Response:
-        adapter = await _adapter(engine, cache, body.model)
-        answer = completions.prepare(base, body, adapter, default_new_tokens=new_tokens)
-        if not engine.has_room:
+        if not engine.has_room(body.user):
             raise Refused(503, protocol.FULL)
+        read = partial(completions.read_prompt, served.base, body, cached_tokens=served.limits.cached_tokens)
+        prompt = await to_thread.run_sync(read, limiter=tokenising)
+        adapter = await pulls.adapter(body.model)
+        new_tokens = served.limits.new_tokens
+        answer = completions.prepare(served.base, body, prompt, adapter=adapter, default_new_tokens=new_tokens)
         if body.stream:
             return StreamingResponse(completions.stream(engine, answer), media_type="text/event-stream")
         return await _whole(engine, answer, request)
@@ -71,9 +98,50 @@ def build_app(base: FrozenBase, engine: Engine, cache: AdapterCache, *, new_toke
     return app
 
 
-async def _adapter(engine: Engine, cache: AdapterCache, name: str) -> ServedAdapter | None:
+class _GatewayOnly:
+    """Turns everybody away who has not the gateway's secret; /health says nothing worth one."""
+
+    def __init__(self, app: ASGIApp, secret: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {secret}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            said = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(said, self._expected):
+                await JSONResponse(protocol.NOT_THE_GATEWAY, status_code=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Pulls:
+    """Adapters being pulled: those who ask for one wait for the same pull, and a slow one holds up nobody else."""
+
+    def __init__(self, engine: Engine, cache: AdapterCache) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._threads = CapacityLimiter(_PULLS_AT_ONCE)
+        self._under_way: dict[str, asyncio.Task[ServedAdapter | None]] = {}
+
+    async def adapter(self, name: str) -> ServedAdapter | None:
+        """The adapter of that served name, in memory. Raises Refused."""
+        pull = self._under_way.get(name)
+        if pull is None:
+            pull = self._under_way[name] = asyncio.create_task(self._pull(name))
+            pull.add_done_callback(lambda _: self._under_way.pop(name))
+        return await asyncio.shield(pull)  # whoever leaves does not end it for the others
+
+    async def _pull(self, name: str) -> ServedAdapter | None:
+        if name == PUBLIC_BASE:
+            return None
+        return await _adapter(self._engine, lambda: self._cache.pull(name), name, self._threads)
+
+
+async def _adapter(
+    engine: Engine, pull: Callable[[], ServedAdapter | None], name: str, threads: CapacityLimiter
+) -> ServedAdapter | None:
     try:
-        adapter = await run_in_threadpool(cache.pull, name)
+        adapter = await to_thread.run_sync(pull, limiter=threads)
         if adapter is not None:
             await asyncio.wrap_future(engine.attach(adapter))
     except UnknownAdapter:
@@ -109,7 +177,7 @@ async def _left(request: Request) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Load the base, then listen: whoever can connect gets answers. Ends with its parent, or on SIGTERM."""
+    """Load the base, then listen for the gateway. Ends with its parent, or on SIGTERM."""
     parser = argparse.ArgumentParser(prog="worker.serving.server")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
@@ -124,7 +192,8 @@ def main(argv: list[str]) -> int:
     engine = Engine(base, engine_limits(settings.serving))
     engine.start()
     _log.info("model_server.loaded", port=arguments.port)
-    app = build_app(base, engine, _cache(settings, base_files(folder)), new_tokens=settings.serving.new_tokens)
+    secret = model_server_secret(settings)
+    app = build_app(Served(base, engine, _cache(settings, base_files(folder)), settings.serving, secret))
     uvicorn.run(
         app, host=arguments.host, port=arguments.port, log_config=None, access_log=False, timeout_graceful_shutdown=3
     )

@@ -39,11 +39,15 @@ class Question:
 class Gateway:
     """Forwards chat requests; close it when the process ends."""
 
-    def __init__(self, urls: Sequence[str], *, chat_seconds: float = 600.0, ping_seconds: float = 15.0) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, secret: str = "", chat_seconds: float = 600.0, ping_seconds: float = 15.0
+    ) -> None:
+        """`secret` is what the servers know us by."""
         timeout = httpx2.Timeout(chat_seconds, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
         # trust_env: a proxy of the environment must never see prompts
-        self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, headers=headers, trust_env=False)
         self._urls = tuple(url.rstrip("/") for url in urls)
         self._chat_seconds = chat_seconds
         self._ping_seconds = ping_seconds

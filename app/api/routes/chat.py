@@ -38,7 +38,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation."""
     target = await run_in_threadpool(_resolve, resources, caller.project_id, body.model)
-    question = Question(target.served, target.model, to_model_server(body, target.served))
+    question = Question(target.served, target.model, to_model_server(body, target.served, caller.project_id))
     if body.stream:
         return EventStream(await resources.gateway.open_stream(question))
     return await _unless_gone(request, resources.gateway.answer(question))

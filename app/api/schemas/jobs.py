@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
+from app.api.schemas.stored import mapping_at, read_report, recipe_value
 from app.core.jobs import policy
 from app.core.jobs.jobs import JobResult
 from app.core.storage.job_states import FINAL, JobState
 from app.core.storage.tables import Checkpoint, Event, Form, Job
-from finetuning.contract.recipe import LoraSettings, Recipe
 from finetuning.contract.report import SafetyReport
 
 _CHECKPOINT_METRICS = (
@@ -31,9 +30,12 @@ class JobFrame:
 
 
 def job_to_body(job: Job, frame: JobFrame) -> dict[str, object]:
-    """The job object; every optional field is there, as null when it has no value."""
-    recipe = Recipe.model_validate(job.recipe)
-    hyperparameters = _hyperparameters(job, recipe)
+    """The job object; every optional field is there, as null when it has no value.
+
+    A recipe or report of another release, and a policy that is gone, are shown as far as they can be.
+    """
+    recipe = job.recipe
+    hyperparameters = _hyperparameters(job)
     is_final = job.state in FINAL
     return {
         "id": job.id,
@@ -52,14 +54,14 @@ def job_to_body(job: Job, frame: JobFrame) -> dict[str, object]:
         "trained_tokens": job.trained_tokens if is_final else None,
         "estimated_finish": _estimated_finish(job, frame.now),
         "error": job.error if job.state == JobState.FAILED else None,
-        "seed": recipe.seed,
+        "seed": recipe_value(recipe, "seed"),
         "suffix": job.suffix,
         "retry_of": None,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "integrations": [],
         "metadata": job.metadata_,
-        "lora": _lora(recipe.lora),
-        "safety": _safety(job, recipe, frame),
+        "lora": _lora(recipe),
+        "safety": _safety(job, frame),
     }
 
 
@@ -92,20 +94,21 @@ def checkpoint_to_body(checkpoint: Checkpoint, model_name: str) -> dict[str, obj
     }
 
 
-def _hyperparameters(job: Job, recipe: Recipe) -> dict[str, object]:
-    asked = cast(dict[str, object], job.request["hyperparameters"])
+def _hyperparameters(job: Job) -> dict[str, object]:
+    asked = mapping_at(job.request, "hyperparameters")
     if job.state == JobState.VALIDATING:
-        return asked
-    multiplier = asked["learning_rate_multiplier"]
+        return {name: asked.get(name, "auto") for name in policy.Hyperparameters.model_fields}
+    multiplier = asked.get("learning_rate_multiplier", "auto")
     return {
-        "n_epochs": recipe.epochs,
-        "batch_size": recipe.batch_size,
+        "n_epochs": recipe_value(job.recipe, "epochs"),
+        "batch_size": recipe_value(job.recipe, "batch_size"),
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
     }
 
 
 def _estimated_finish(job: Job, now: float) -> int | None:
-    step, total = job.progress.get("step"), job.progress.get("total_steps")
+    progress = mapping_at(job.progress)
+    step, total = progress.get("step"), progress.get("total_steps")
     if (
         job.state != JobState.RUNNING
         or job.started_at is None
@@ -116,57 +119,63 @@ def _estimated_finish(job: Job, now: float) -> int | None:
     return int(now + (now - job.started_at) * (total - step) / step) if step else None
 
 
-def _lora(lora: LoraSettings) -> dict[str, object]:
-    return {"r": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": list(lora.target_modules)}
+def _lora(recipe: Mapping[str, object]) -> dict[str, object]:
+    names = {"r": "rank", "alpha": "alpha", "dropout": "dropout", "target_modules": "target_modules"}
+    return {shown: recipe_value(recipe, "lora", name) for shown, name in names.items()}
 
 
-def _safety(job: Job, recipe: Recipe, frame: JobFrame) -> dict[str, object]:
+def _safety(job: Job, frame: JobFrame) -> dict[str, object]:
     """What stands for the job's safety, by whose it is: screen, anchor and gate are ours, antibody and antidote methods
     of papers, which say only what they did."""
-    result = job.result or {}
-    report = cast(Mapping[str, object], result.get("safety") or {})
-    rows = cast(Mapping[str, object], result.get("rows") or job.progress.get("rows") or {})
+    recipe, result = job.recipe, mapping_at(job.result)
+    report = mapping_at(result, "safety")
+    rows = mapping_at(result, "rows") or mapping_at(job.progress, "rows")
+    weights = recipe_value(recipe, "antibody", "score")
     return {
-        "policy": policy.get_policy(job.policy).label,
+        "policy": policy.label_of(job.policy),
         "stage": job.stage,
         "progress": job.progress,
         "attempt": max(1, job.fence),
         "base": {"id": job.base_id},
         "screen": _screen(recipe, rows),
         "anchor": _anchor(recipe),
-        "antibody": {"enabled": recipe.antibody.score != "none", "score": recipe.antibody.score},
+        "antibody": {"enabled": weights not in {"none", None}, "score": weights},
         "antidote": _antidote(job, recipe, report),
-        "gate": {"enabled": recipe.gate.enabled, **_gate(job, report)},
+        "gate": {"enabled": recipe_value(recipe, "gate", "enabled"), **_gate(job, report)},
         "scores": {column: _scores(report, column) for column in ("before", "after")},
         "parity": _parity(job, result),
         "artifacts": [_artifact(item) for item in frame.results if item.artifact.form != Form.METRICS],
     }
 
 
-def _screen(recipe: Recipe, rows: Mapping[str, object]) -> dict[str, object]:
+def _screen(recipe: Mapping[str, object], rows: Mapping[str, object]) -> dict[str, object]:
     """Our reading of the file; the counts are those of the row ledger, which every job has."""
     names = ("rows_total", "rows_kept", "rows_downweighted", "rows_excluded")
-    on = {"enabled": recipe.screen.enabled, "probes": recipe.probes.enabled}
+    on = {"enabled": recipe_value(recipe, "screen", "enabled"), "probes": recipe_value(recipe, "probes", "enabled")}
     return on | {name: rows.get(name) for name in names}
 
 
-def _anchor(recipe: Recipe) -> dict[str, object]:
+def _anchor(recipe: Mapping[str, object]) -> dict[str, object]:
     """Our hold on refusals while training: the operator's rows mixed in, and KL on first answer tokens."""
-    mixed, held = recipe.anchor.mix_share, recipe.anchor.kl_weight
-    is_on = recipe.tuning_step == "anchored" and (mixed > 0 or held > 0)
+    mixed, held = recipe_value(recipe, "anchor", "mix_share"), recipe_value(recipe, "anchor", "kl_weight")
+    is_on = recipe_value(recipe, "tuning_step") == "anchored" and bool(mixed or held)
     return {"enabled": is_on, "mix_share": mixed, "kl_weight": held}
 
 
-def _antidote(job: Job, recipe: Recipe, report: Mapping[str, object]) -> dict[str, object]:
+def _antidote(job: Job, recipe: Mapping[str, object], report: Mapping[str, object]) -> dict[str, object]:
     """Whether pruning is tried, by which score, and what came of it: `mu` is the strength of spectral pruning, `alpha`
     the share of zeroed entries; both 0 is `not pruned`. `density` is the contract's name for alpha."""
-    read = SafetyReport.model_validate(report) if report else None
-    is_on = recipe.antidote.enabled
+    read = read_report(report)
+    is_on = bool(recipe_value(recipe, "antidote", "enabled"))
     alpha, mu = (None, None) if read is None or not is_on else (read.alpha, read.mu)
-    outcome = "off" if not is_on else undecided(job) if read is None else read.pruning
-    score = recipe.antidote.score if is_on else None
+    outcome = "off" if not is_on else _outcome(job, read)
+    score = recipe_value(recipe, "antidote", "score") if is_on else None
     told = {"enabled": is_on, "target": "adapter", "score": score, "mu": mu, "alpha": alpha, "density": alpha}
     return {**told, "outcome": outcome}
+
+
+def _outcome(job: Job, report: SafetyReport | None) -> str | None:
+    return undecided(job) if report is None else report.pruning
 
 
 def _artifact(item: JobResult) -> dict[str, object]:
@@ -180,20 +189,19 @@ def undecided(job: Job) -> str:
 
 
 def _gate(job: Job, report: Mapping[str, object]) -> dict[str, object]:
-    gate = cast(Mapping[str, object], report.get("gate") or {"decision": undecided(job), "reasons": []})
-    return {"decision": gate["decision"], "reasons": gate["reasons"]}
+    gate = mapping_at(report, "gate")
+    return {"decision": gate.get("decision", undecided(job)), "reasons": gate.get("reasons", [])}
 
 
 def _scores(report: Mapping[str, object], column: str) -> dict[str, object]:
-    metrics = cast(Mapping[str, Mapping[str, Mapping[str, object] | None]], report.get("metrics") or {})
-    measured = metrics.get(column, {})
-    found = {"harmful_score": measured.get("harmful_score"), "utility": measured.get("task_score")}
-    return {name: None if measure is None else measure["value"] for name, measure in found.items()}
+    measured = mapping_at(report, "metrics", column)
+    names = {"harmful_score": "harmful_score", "utility": "task_score"}
+    return {shown: mapping_at(measured, name).get("value") for shown, name in names.items()}
 
 
 def _parity(job: Job, result: Mapping[str, object]) -> dict[str, object] | None:
-    certificate = cast(Mapping[str, object] | None, result.get("parity"))
-    return None if certificate is None else {"passed": certificate["passed"], "certificate": parity_id(job.id)}
+    certificate = mapping_at(result, "parity")
+    return {"passed": certificate.get("passed"), "certificate": parity_id(job.id)} if certificate else None
 
 
 def parity_id(job_id: str) -> str:

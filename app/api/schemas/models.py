@@ -1,16 +1,13 @@
 """Bases and fine-tuned models as the API shows them."""
 
-from collections.abc import Mapping
-from typing import cast
-
-from app.core.storage.database import JsonObject
+from app.api.schemas.stored import mapping_at
 from app.core.storage.tables import BaseRow, BaseStatus, Job, Model
 
 _STATUS = {
-    BaseStatus.READY: "ready",
-    BaseStatus.ALIGNING: "loading",
-    BaseStatus.FAILED: "failed",
-    BaseStatus.RETIRED: "retired",
+    str(BaseStatus.READY): "ready",
+    str(BaseStatus.ALIGNING): "loading",
+    str(BaseStatus.FAILED): "failed",
+    str(BaseStatus.RETIRED): "retired",
 }
 
 
@@ -20,7 +17,7 @@ def item_to_body(item: BaseRow | Model, base: BaseRow, job: Job | None, *, org_i
     `failed` says that the alignment was; `retired` is a base while another one is served, and so are its models.
     """
     is_base = isinstance(item, BaseRow)
-    report = base.report if is_base or job is None else cast(JsonObject | None, (job.result or {}).get("safety"))
+    report = base.report if is_base or job is None else mapping_at(job.result).get("safety")
     return {
         "id": item.id,
         "object": "model",
@@ -29,7 +26,7 @@ def item_to_body(item: BaseRow | Model, base: BaseRow, job: Job | None, *, org_i
         "shutdown_date": None,
         "parent": None if is_base else base.id,
         "job": None if is_base or job is None else job.id,
-        "status": _STATUS[BaseStatus(base.status)],
+        "status": _STATUS.get(base.status, base.status),
         "capabilities": {"tools": False, "context": base.context, "formats": ["chat", "completion"]},
         "safety": _safety(report),
         "alignment": _alignment(job) if is_base and job is not None else None,
@@ -49,10 +46,10 @@ def _alignment(job: Job) -> dict[str, object]:
     }
 
 
-def _safety(report: Mapping[str, object] | None) -> dict[str, object] | None:
+def _safety(report: object) -> dict[str, object] | None:
     if report is None:
         return None
-    gate = cast(Mapping[str, object], report["gate"])
-    columns = cast(Mapping[str, Mapping[str, Mapping[str, object] | None]], report["metrics"])
-    harmful_score = columns.get("after", {}).get("harmful_score")
-    return {"gate": gate["decision"], "harmful_score": None if harmful_score is None else harmful_score["value"]}
+    return {
+        "gate": mapping_at(report, "gate").get("decision"),
+        "harmful_score": mapping_at(report, "metrics", "after", "harmful_score").get("value"),
+    }

@@ -5,10 +5,11 @@ from typing import Literal
 
 from app.api.schemas.files import strong_etag
 from app.api.schemas.jobs import parity_id, undecided
+from app.api.schemas.stored import mapping_at, read_certificate, read_report
 from app.core.jobs.jobs import JobResult
-from app.core.jobs.policy import get_policy
+from app.core.jobs.policy import label_of
 from app.core.storage.tables import Form, Job
-from finetuning.contract.report import Measure, Metrics, ParityCertificate, RowVerdict, SafetyReport
+from finetuning.contract.report import Measure, Metrics, RowVerdict, SafetyReport
 
 OFFERED_FORMS = frozenset({Form.ADAPTER, Form.ADAPTER_STOCK, Form.MASK, Form.REPORTS, Form.ALIGNMENT})
 
@@ -37,28 +38,38 @@ def artifact_to_body(result: JobResult, job: Job) -> dict[str, object]:
 
 
 def report_to_body(job: Job) -> dict[str, object]:
-    """The safety report; before the job has one, `complete` is false and nothing is measured."""
-    stored = (job.result or {}).get("safety")
-    report = None if stored is None else SafetyReport.model_validate(stored)
+    """The safety report; before the job has one, `complete` is false and nothing is measured.
+
+    So it is with a report of a release whose form cannot be read here: `readable` is false, and of the gate only the
+    decision is shown.
+    """
+    stored = mapping_at(job.result).get("safety")
+    report = read_report(stored)
     metrics = {} if report is None else _by_metric(report.metrics)
     return {
         "id": f"sr_{job.id.partition('-')[2]}",
         "object": "ext.safety_report",
         "job": job.id,
         "complete": report is not None,
-        "policy": get_policy(job.policy).label,
+        "readable": report is not None or stored is None,
+        "policy": label_of(job.policy),
         "probe_set": None if report is None else _probe_set(report),
         "judge": None if report is None else report.judge,
         "metrics": metrics,
         "categories": {} if report is None else _by_category(report.metrics),
         "harm_by_guard": {} if report is None else _by_guard(report.metrics),
-        "gate": {"decision": undecided(job), "checks": []} if report is None else report.gate.model_dump(mode="json"),
+        "gate": _undecided_gate(job, stored) if report is None else report.gate.model_dump(mode="json"),
         "alpha": None if report is None else report.alpha,
         "mu": None if report is None else report.mu,
         "pruned_layers": [] if report is None else [layer.model_dump() for layer in report.pruned_layers],
         "pruning": None if report is None else report.pruning,
         "held_out": None if report is None else _held_out(report),
     }
+
+
+def _undecided_gate(job: Job, stored: object) -> dict[str, object]:
+    decision = mapping_at(stored, "gate").get("decision", undecided(job))
+    return {"decision": decision, "checks": []}
 
 
 def verdict_id(row: RowVerdict) -> str:
@@ -86,12 +97,13 @@ def verdict_to_body(row: RowVerdict) -> dict[str, object]:
 
 
 def parity_to_body(job: Job) -> dict[str, object] | None:
-    """The parity certificate, or None when the job has none."""
-    stored = (job.result or {}).get("parity")
+    """The parity certificate, or None when the job has none; one that cannot be read here is shown as it is stored."""
+    stored = mapping_at(job.result).get("parity")
     if stored is None:
         return None
-    certificate = ParityCertificate.model_validate(stored)
-    return {"id": parity_id(job.id), "object": "ext.parity_certificate", "job": job.id, **certificate.model_dump()}
+    certificate = read_certificate(stored)
+    shown = mapping_at(stored) if certificate is None else certificate.model_dump()
+    return {**shown, "id": parity_id(job.id), "object": "ext.parity_certificate", "job": job.id}
 
 
 def _base_required(form: str, job: Job) -> str | None:

@@ -34,7 +34,7 @@ from app.core.storage.tables import (
     Project,
 )
 from app.core.telemetry import JOBS_ENDED
-from finetuning.contract.recipe import JobKind, Recipe
+from finetuning.contract.recipe import RECIPE_VERSION, JobKind, Recipe
 from finetuning.recipes.registry import ALIGNMENTS
 
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -93,6 +93,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
             code="invalid_n_examples",
             param="training_file",
         )
+    recipe = resolve_recipe(policy, base.id, request, rows=rows)
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -100,7 +101,8 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         base_id=base.id,
         policy=policy.name,
         request=request.model_dump(mode="json"),
-        recipe=resolve_recipe(policy, base.id, request, rows=rows).model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_version=recipe.schema_version,
         queue=policy.queue,
         training_file=request.training_file,
         validation_file=request.validation_file,
@@ -129,8 +131,15 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def find_unchecked(session: Session, job_id: str) -> Job | None:
-    """The job if it still waits for its check (for the checks pool, which serves every project)."""
-    return session.scalars(select(Job).where(Job.id == job_id, Job.state == JobState.VALIDATING)).one_or_none()
+    """The job if it still waits for its check (for the checks pool, which serves every project), and this release
+    knows the form of its recipe: a check writes the recipe anew."""
+    waiting = Job.id == job_id, Job.state == JobState.VALIDATING, recipe_is_known()
+    return session.scalars(select(Job).where(*waiting)).one_or_none()
+
+
+def recipe_is_known() -> ColumnElement[bool]:
+    """Whether the job's recipe has a form that this release can work on; a newer one is left to newer workers."""
+    return Job.recipe_version <= RECIPE_VERSION
 
 
 def model_name(base_id: str, org_slug: str, suffix: str | None, job_id: str) -> str:
@@ -224,9 +233,11 @@ def pass_checks(session: Session, job_id: str, recipe: Recipe) -> tuple[Wake, ..
 
     Returns the wake-up to send after the commit: none while the job's base is still being aligned.
     """
-    ready = {"recipe": recipe.model_dump(mode="json"), "stage": "wait", "woken_at": db_now()}
+    ready = {"recipe": recipe.model_dump(mode="json"), "recipe_version": recipe.schema_version}
+    ready |= {"stage": "wait", "woken_at": db_now()}
     event = NewEvent("Files validated, moving job to queued state")
-    job = move(session, job_id, JobState.QUEUED, Job.state == JobState.VALIDATING, event=event, **ready)
+    unchecked = Job.state == JobState.VALIDATING, recipe_is_known()
+    job = move(session, job_id, JobState.QUEUED, *unchecked, event=event, **ready)
     if job is None:
         return ()
     base = session.scalars(select(BaseRow).where(BaseRow.id == job.base_id)).one()

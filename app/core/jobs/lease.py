@@ -15,7 +15,7 @@ from app.core.broker import Wake
 from app.core.errors import LeaseLost
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.jobs.jobs import NewEvent, append_events, move, wake_for
+from app.core.jobs.jobs import NewEvent, append_events, move, recipe_is_known, wake_for
 from app.core.jobs.workers import is_left_to_others
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import Blob
@@ -33,6 +33,7 @@ from app.core.storage.tables import (
 )
 from finetuning.contract.progress import Stage
 from finetuning.contract.recipe import JobKind, Recipe
+from finetuning.contract.shelf import from_shelf
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class BeatReply:
 def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> Lease | None:
     """Take a queued, due job: fence + 1 and a fresh lease.
 
-    None is normal: somebody has it, it is final, its project runs as many as it may, its base is not ready, or this
-    worker has just lost it and others are there.
+    None is normal: somebody has it, it is final, its project runs as many as it may, its base is not ready, this
+    worker has just lost it and others are there, or only a newer release knows the form of its recipe.
     """
     project_id = select(Job.project_id).where(Job.id == job_id).scalar_subquery()
     session.execute(select(Project.seq).where(Project.id == project_id).with_for_update())
@@ -113,6 +114,7 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
         Job.run_after <= db_now(),
         base_is_ready(),
         ~is_left_to_others(settings.lease, worker_id),
+        recipe_is_known(),
         running.scalar_subquery() < settings.limits.running_jobs,
         event=None,
         fence=Job.fence + 1,
@@ -215,7 +217,7 @@ def _lease_of(session: Session, job: Job) -> Lease:
         project_id=job.project_id,
         fence=job.fence,
         attempt=job.attempt,
-        recipe=Recipe.model_validate(job.recipe),
+        recipe=from_shelf(Recipe, job.recipe),
         base_id=base.id,
         base_source=base.source,
         training=_blob(session, job.training_file),

@@ -62,7 +62,7 @@ def _rows(blobs: BlobStore, key: str, index: LedgerIndex, numbers: Sequence[int]
             (at for at in range(1, len(wanted)) if wanted[at][0] - wanted[at - 1][1] > _GAP_BYTES), len(wanted)
         )
         near, wanted = wanted[:count], wanted[count:]
-        yield from map(RowVerdict.model_validate_json, _cut(blobs, key, near))
+        yield from (RowVerdict.model_validate_json(line, extra="ignore") for line in _cut(blobs, key, near))
 
 
 def _cut(blobs: BlobStore, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -97,7 +97,8 @@ def _page_of_array(blobs: BlobStore, key: str, query: RowQuery) -> tuple[Sequenc
             raise invalid_cursor()
     rows = (row for row in chosen() if behind is None or place(row) > behind)
     found = heapq.nsmallest(query.limit + 1, rows, key=place)
-    return [RowVerdict.model_validate_json(json.dumps(row)) for row in found[: query.limit]], len(found) > query.limit
+    verdicts = [RowVerdict.model_validate_json(json.dumps(row), extra="ignore") for row in found[: query.limit]]
+    return verdicts, len(found) > query.limit
 
 
 def _each_of_array(blobs: BlobStore, key: str) -> Iterator[dict[str, object]]:

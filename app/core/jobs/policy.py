@@ -173,6 +173,11 @@ def get_policy(name: str, *, queue: str = CPU_QUEUE, release: ReleaseSettings | 
     )
 
 
+def label_of(name: str) -> str:
+    """The label of the policy of that name; the name itself where this release has no such policy."""
+    return get_policy(name).label if name in DEFENCES else name
+
+
 def _gate_of(queue: str, release: ReleaseSettings) -> tuple[EvaluationSettings, GateLimits]:
     """How much the gate asks jobs of this queue and what passes it, as the operator has it."""
     is_cpu = queue == CPU_QUEUE

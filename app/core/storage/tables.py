@@ -116,7 +116,8 @@ class File(TableRow):
 class Job(TableRow):
     """A request to train, its recipe, and the lease of the attempt that works on it.
 
-    `request` is what the client asked (jobs.policy.CreateJob, "auto" included), `recipe` what it resolved to.
+    `request` is what the client asked (jobs.policy.CreateJob, "auto" included), `recipe` what it resolved to,
+    `recipe_version` the form of that: only a worker that knows the form takes the job.
     `progress` holds step, total_steps and the like for people; `result` the published summary.
     """
 
@@ -127,6 +128,7 @@ class Job(TableRow):
     policy: Mapped[str]
     request: Mapped[JsonObject]
     recipe: Mapped[JsonObject]
+    recipe_version: Mapped[int] = mapped_column(default=1, server_default="1")
     queue: Mapped[str]
     training_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))

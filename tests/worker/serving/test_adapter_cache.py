@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import warnings
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,6 +117,41 @@ def test_of_two_servers_that_share_a_folder_one_pulls(cache: AdapterCache, blobs
         first, second = pool.map(lambda each: each.pull(served_name("a.zip", data)), [cache, other])
     assert first == second
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [hashlib.sha256(data).hexdigest()]
+
+
+class _HeldUp(FolderBlobs):
+    """A store that gives nothing of one blob until it is let go."""
+
+    def __init__(self, folder: Path, slow: str) -> None:
+        super().__init__(folder)
+        self.asked, self.let_go = threading.Event(), threading.Event()
+        self._slow = slow
+
+    def read(self, key: str, **bounds: int) -> Iterator[bytes]:
+        if key == self._slow:
+            self.asked.set()
+            assert self.let_go.wait(60)
+        return super().read(key, **bounds)
+
+
+def test_a_slow_download_holds_up_nobody_else(blobs: FolderBlobs, tmp_path: Path) -> None:
+    """S15: one lock was held during a download of up to 2 GiB."""
+    names = []
+    for key in ("slow.zip", "quick.zip"):
+        data = zipped(tmp_path, key.encode())
+        put_bytes(blobs, key, data)
+        names.append(served_name(key, data))
+    store = _HeldUp(tmp_path / "blobs", "slow.zip")
+    cache = AdapterCache(store, tmp_path / "cache")
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(cache.pull, names[0])
+        try:
+            assert store.asked.wait(60)
+            assert pool.submit(cache.pull, names[1]).result(timeout=30) is not None
+            assert not slow.done()
+        finally:
+            store.let_go.set()
+        assert slow.result(timeout=30) is not None
 
 
 def test_the_least_used_adapter_makes_room(blobs: FolderBlobs, tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from app.core.storage.blobs import open_blobs, put_bytes
 from finetuning.model.base import FrozenBase, load_base
 from finetuning.rows.chat_format import prompt_ids
 from tests.support.backends import BACKEND
-from tests.support.model_server import ModelServer, model_server
+from tests.support.model_server import SECRET, ModelServer, model_server
 from tests.support.tiny_llama import CONTEXT, SPECIALS, save_adapter, save_base, served_name, zip_adapter
 from tests.worker.serving.engine.test_engine import generate
+from worker.serving.completions import Refused, read_prompt
 from worker.serving.engine import ServedAdapter
+from worker.serving.protocol import ChatMessage, CompletionBody
 
 PROMPT = "how do I mix a soup?"
 
@@ -62,7 +64,7 @@ def server(folder: Path, data: Path) -> Iterator[ModelServer]:
 
 @pytest.fixture
 def client(server: ModelServer) -> OpenAI:
-    return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    return OpenAI(base_url=server.url + "/v1", api_key=SECRET, max_retries=0, timeout=60)
 
 
 def chat(client: OpenAI, model: str, text: str = PROMPT, **more: object) -> str:
@@ -108,7 +110,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, adapters: dict
 
 def test_a_stream_has_data_lines_only(server: ModelServer) -> None:
     body = {"model": "public", "messages": [{"role": "user", "content": "\u2028\x85"}], "max_tokens": 5, "stream": True}
-    reply = httpx2.post(server.url + "/v1/chat/completions", json=body, timeout=60)
+    reply = httpx2.post(server.url + "/v1/chat/completions", json=body, headers=server.headers, timeout=60)
     assert reply.headers["content-type"].startswith("text/event-stream")
     events = reply.content.decode("ascii").split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
@@ -162,7 +164,7 @@ def test_refusals_come_before_the_first_byte(
 ) -> None:
     for streamed in (False, True):
         body = {"model": "public", "messages": [{"role": "user", "content": "hi"}], "stream": streamed, **change}
-        reply = httpx2.post(server.url + "/v1/chat/completions", json=body, timeout=60)
+        reply = httpx2.post(server.url + "/v1/chat/completions", json=body, headers=server.headers, timeout=60)
         assert reply.status_code == status
         assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param)
 
@@ -182,7 +184,9 @@ def test_a_client_that_leaves_stops_its_answer(server: ModelServer, streamed: bo
         "stream": streamed,
     }
     try:
-        with httpx2.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=0.8) as reply:
+        with httpx2.stream(
+            "POST", server.url + "/v1/chat/completions", json=body, headers=server.headers, timeout=0.8
+        ) as reply:
             chunks = reply.iter_raw()
             next(chunks)
             assert streamed
@@ -193,6 +197,54 @@ def test_a_client_that_leaves_stops_its_answer(server: ModelServer, streamed: bo
     left = time.monotonic()
     while server.open_asks():
         assert time.monotonic() - left < 2
+
+
+def test_who_lacks_the_gateways_secret_is_turned_away(server: ModelServer) -> None:
+    """S15: whoever reached the port could ask the unaligned public base."""
+    body = {"model": "public", "messages": [{"role": "user", "content": "hi"}]}
+    for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer none"}):
+        for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models")):
+            reply = httpx2.request(method, server.url + path, json=body, headers=headers, timeout=60)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert httpx2.get(server.url + "/v1/models", headers=server.headers).status_code == 200
+    assert httpx2.get(server.url + "/health").status_code == 200
+
+
+def test_a_prompt_of_megabytes_holds_nobody_up(server: ModelServer) -> None:
+    """S15: 3.9 MB took seconds to tokenise on the event loop before they were refused as too long."""
+    text = "how do I mix a soup, and " * 160_000
+    body = {"model": "public", "messages": [{"role": "user", "content": text}]}
+    url = server.url + "/v1/chat/completions"
+    with ThreadPoolExecutor(1) as pool, httpx2.Client(timeout=60) as client:
+        client.get(server.url + "/health")
+        begun = time.monotonic()
+        refused = pool.submit(httpx2.post, url, json=body, headers=server.headers, timeout=60)
+        longest = 0.0
+        while not refused.done():
+            asked = time.monotonic()
+            assert client.get(server.url + "/health").status_code == 200
+            longest = max(longest, time.monotonic() - asked)
+        took = time.monotonic() - begun
+    assert (refused.result().status_code, refused.result().json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert longest < 1.0, longest
+    assert took < 3.0, took
+
+
+def test_more_tokens_than_the_server_holds_are_refused_or_cut(folder: Path) -> None:
+    """S15: alone, anything that the context allowed might run, until memory ran out and all answers broke."""
+    base = load_base(folder, device="cpu")
+    for n, words, fits in ((1, 30, True), (8, 5, True), (8, 60, False)):
+        body = CompletionBody(
+            model="public", messages=[ChatMessage(role="user", content="soup " * words)], n=n, max_tokens=CONTEXT
+        )
+        if fits:
+            prompt = read_prompt(base, body, cached_tokens=400)
+            assert n * (len(prompt.ids) + prompt.room) <= 400
+        else:
+            with pytest.raises(Refused) as refused:
+                read_prompt(base, body, cached_tokens=400)
+            assert refused.value.body["error"]["code"] == "context_length_exceeded"
+            assert "50 each" in refused.value.body["error"]["message"]
 
 
 def test_an_unknown_model_raises_the_sdks_own_error(client: OpenAI) -> None:

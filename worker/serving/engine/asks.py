@@ -19,6 +19,16 @@ class EngineLimits:
     adapters: int = 8
     prefill_tokens: int = 256
 
+    @property
+    def asks(self) -> int:
+        """How many may be open at once."""
+        return self.waiting + self.rows
+
+    @property
+    def asks_of_a_tenant(self) -> int:
+        """How many of them may be one tenant's, so that there is room for another."""
+        return max(1, self.asks // 2)
+
 
 @dataclass(frozen=True)
 class ServedAdapter:
@@ -56,7 +66,10 @@ EngineEvent = Piece | Ended | Broken
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. `deliver` is called on the engine's thread and returns at once; anyone may set `cancelled`."""
+    """One request. `deliver` is called on the engine's thread and returns at once; anyone may set `cancelled`.
+
+    Asks of one `tenant`, whoever that is, take turns with those of others.
+    """
 
     prompt: tuple[int, ...]
     adapter: ServedAdapter | None
@@ -66,6 +79,7 @@ class Ask:
     choices: int = 1
     stops: tuple[str, ...] = ()
     seed: int | None = None
+    tenant: str = ""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -75,4 +89,4 @@ class Ask:
 
 
 class EngineFull(Exception):
-    """Too many asks are waiting; nothing was done."""
+    """Too many asks are waiting, of all tenants or of this one; nothing was done."""

@@ -19,6 +19,8 @@ class OpenAsk:
 
     ask: Ask
     prefill: Prefill | None = None
+    passes: int = 0
+    """How often others were taken before it because there was no room for it."""
 
     @property
     def is_cancelled(self) -> bool:

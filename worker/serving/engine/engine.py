@@ -6,7 +6,7 @@ every row. Greedy answers do not depend on who else is in the batch.
 
 import queue
 import threading
-from collections import deque
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +19,7 @@ from finetuning.model.base import FrozenBase
 from worker.serving.engine.asks import Ask, Broken, Ended, EngineFull, EngineLimits, Piece, ServedAdapter
 from worker.serving.engine.choices import ChoiceRow, OpenAsk
 from worker.serving.engine.decoding import NO_ADAPTER, AdapterDoesNotFit, AdapterModel, DecodeBatch, Prefill
+from worker.serving.engine.line import Line
 from worker.serving.engine.sampling import draw
 
 _log = structlog.get_logger(__name__)
@@ -42,11 +43,14 @@ class Engine:
         self._tokenizer: PreTrainedTokenizerBase = base.tokenizer
         self._ends = base.end_ids
         self._inbox: queue.SimpleQueue[Ask | _Attach | None] = queue.SimpleQueue()
-        self._waiting: deque[OpenAsk] = deque()
+        self._waiting = Line()
+        self._reading: OpenAsk | None = None
+        """Whose prompt is being read."""
         self._rows: list[ChoiceRow] = []
         self._batch = DecodeBatch()
         self.open_asks = 0
         """Asks taken and not yet ended."""
+        self._open_by_tenant: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -57,10 +61,10 @@ class Engine:
         """Start the thread. Call once."""
         self._thread.start()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether an ask would be taken now."""
-        return not self._closed and self.open_asks < self._limits.waiting + self._limits.rows
+    def has_room(self, tenant: str = "") -> bool:
+        """Whether an ask of this tenant would be taken now."""
+        own = self._open_by_tenant[tenant]
+        return not self._closed and self.open_asks < self._limits.asks and own < self._limits.asks_of_a_tenant
 
     @property
     def attached(self) -> tuple[str, ...]:
@@ -76,9 +80,10 @@ class Engine:
     def submit(self, ask: Ask) -> None:
         """Queue an ask; events follow through `ask.deliver`. Raises EngineFull."""
         with self._counting:
-            if not self.has_room:
+            if not self.has_room(ask.tenant):
                 raise EngineFull
             self.open_asks += 1
+            self._open_by_tenant[ask.tenant] += 1
         self._inbox.put(ask)
 
     def close(self, *, timeout_seconds: float = 10.0) -> None:
@@ -102,7 +107,7 @@ class Engine:
 
     def _take_requests(self) -> bool:
         """Move what arrived into the line; wait for something when there is nothing to do. False: closed."""
-        idle = not self._rows and not self._waiting
+        idle = not self._rows and not self._waiting and self._reading is None
         while True:
             try:
                 request = self._inbox.get(block=idle)
@@ -114,7 +119,7 @@ class Engine:
             if isinstance(request, _Attach):
                 self._attach(request)
             else:
-                self._waiting.append(OpenAsk(request))
+                self._waiting.add(OpenAsk(request))
 
     def _attach(self, request: _Attach) -> None:
         try:
@@ -124,33 +129,36 @@ class Engine:
             request.done.set_exception(problem)
 
     def _load(self, adapter: ServedAdapter) -> None:
-        begun = [waiting.prefill.adapter for waiting in self._waiting if waiting.prefill is not None]
+        begun = [self._reading.prefill.adapter] if self._reading is not None and self._reading.prefill else []
         self._model.attach(adapter.name, adapter.folder, in_use=frozenset([*self._batch.adapters, *begun]))
 
     def _drop_cancelled(self) -> None:
         for cancelled in [waiting for waiting in self._waiting if waiting.is_cancelled]:
             self._waiting.remove(cancelled)
-            self._count_out()
+            self._count_out(cancelled)
+        if self._reading is not None and self._reading.is_cancelled:
+            self._count_out(self._reading)
+            self._reading = None
         if any(row.open_ask.is_cancelled for row in self._rows):
             for row in self._rows:
                 row.is_done = row.is_done or row.open_ask.is_cancelled
             self._drop_done()
 
     def _prefill(self) -> None:
-        """Advance the first waiting prompt by one piece; when it is through, its rows join the batch."""
-        if not self._waiting or not self._fits(self._waiting[0].ask):
+        """Advance the prompt whose turn it is by one piece; when it is through, its rows join the batch."""
+        first = self._reading = self._reading or self._waiting.take(self._fits)
+        if first is None:
             return
-        first = self._waiting[0]
         prefill = first.prefill = first.prefill or self._begin(first)
         if prefill is None:
             return
         logits = prefill.advance(self._model, tokens=self._limits.prefill_tokens)
         if logits is None:
             return
-        self._waiting.popleft()
         rows = [ChoiceRow(first, choice, self._tokenizer) for choice in range(first.ask.choices)]
         self._batch.join(prefill, copies=len(rows))
         self._rows += rows
+        self._reading = None
         for row in rows:
             self._advance(row, logits)
         self._drop_done()
@@ -159,7 +167,7 @@ class Engine:
         rows = len(self._rows) + ask.choices
         longest = max([ask.longest, *(row.open_ask.ask.longest for row in self._rows)])
         fits = rows <= self._limits.rows and rows * longest <= self._limits.cached_tokens
-        return fits or not self._rows  # alone, anything that the context allows may run
+        return fits or not self._rows  # alone, what `completions.prepare` lets in may run
 
     def _begin(self, first: OpenAsk) -> Prefill | None:
         adapter = first.ask.adapter
@@ -169,8 +177,8 @@ class Engine:
             self._load(adapter)
         except (AdapterDoesNotFit, OSError):
             _log.exception("engine.adapter_lost", adapter=adapter.name)
-            self._waiting.popleft()
-            self._count_out()
+            self._reading = None
+            self._count_out(first)
             first.ask.deliver(Broken())
             return None
         return Prefill(first.ask.prompt, adapter.name)
@@ -215,23 +223,28 @@ class Engine:
         kept = [at for at, row in enumerate(self._rows) if not row.is_done]
         if len(kept) == len(self._rows):
             return
-        before = {id(row.open_ask) for row in self._rows}
+        before = {id(row.open_ask): row.open_ask for row in self._rows}
         self._rows = [self._rows[at] for at in kept]
         self._batch.keep(kept)
-        for _ in before - {id(row.open_ask) for row in self._rows}:
-            self._count_out()
+        for gone in before.keys() - {id(row.open_ask) for row in self._rows}:
+            self._count_out(before[gone])
 
     def _break_all(self) -> None:
         broken = {id(row.open_ask): row.open_ask for row in self._rows} | {id(ask): ask for ask in self._waiting}
         self._rows, self._batch = [], DecodeBatch()
+        if self._reading is not None:
+            broken[id(self._reading)] = self._reading
+        self._reading = None
         self._waiting.clear()
         for open_ask in broken.values():
             open_ask.ask.deliver(Broken())
-            self._count_out()
+            self._count_out(open_ask)
 
-    def _count_out(self) -> None:
+    def _count_out(self, gone: OpenAsk) -> None:
         with self._counting:
             self.open_asks -= 1
+            self._open_by_tenant[gone.ask.tenant] -= 1
+            self._open_by_tenant += Counter()  # keeps no tenant that has none
 
 
 def _end(row: ChoiceRow, reason: Literal["stop", "length"], text: str, *, extra_tokens: int = 0) -> None:

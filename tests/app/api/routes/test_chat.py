@@ -25,7 +25,7 @@ from finetuning.rows.chat_format import prompt_ids
 from tests.support.backends import BACKEND
 from tests.support.http import WORKER, Customer, Served
 from tests.support.jobs import QUICK
-from tests.support.model_server import ModelServer, model_server
+from tests.support.model_server import SECRET, ModelServer, model_server
 from tests.support.tiny_llama import CONTEXT, save_adapter, save_base, zip_adapter
 from tests.support.waiting import wait_until
 from tests.worker.serving.engine.test_engine import generate
@@ -72,6 +72,7 @@ def served(
     values = {
         "base": "tiny",
         "model_server_urls": (server.url,),
+        "model_server_secret": SECRET,
         "lease": QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
     }
     settings = Settings.model_validate(

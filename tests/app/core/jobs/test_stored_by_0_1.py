@@ -29,7 +29,7 @@ OLD_REASON, OLD_WEIGHT = "antibody_low_weight", "antibody_mean_weight"
 # 0.1 counted a job's warm-up in steps, ten in each; today it is a share of the steps.
 OLD_WARM_UP = "warmup_steps"
 # Numbers that only what was switched on since reads.
-SINCE = ("min_category_rows", "mus", "warmup_share", "everyday_rows", "benign_kl")
+SINCE = ("min_category_rows", "mus", "warmup_share", "everyday_rows", "benign_kl", "schema_version")
 
 
 def stored(name: str) -> dict[str, object]:

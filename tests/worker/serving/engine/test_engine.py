@@ -28,6 +28,8 @@ from worker.serving.engine import (
     Sampling,
     ServedAdapter,
 )
+from worker.serving.engine.choices import OpenAsk
+from worker.serving.engine.line import Line
 
 GREEDY = Sampling(temperature=0)
 
@@ -277,13 +279,84 @@ def test_the_least_used_adapter_leaves_and_comes_back(folder: Path, base: Frozen
         engine.close()
 
 
+def test_tenants_take_turns(folder: Path, base: FrozenBase) -> None:
+    """S15: one tenant's line was served to its end before another's first ask."""
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=1, waiting=20))
+    order: queue.Queue[str] = queue.Queue()
+    for tenant in ("many", "many", "many", "few"):
+        done = Ended, tenant
+        engine.submit(
+            Ask(
+                tuple(prompts(base, 1)[0]), None, GREEDY, 3, tenant=tenant,
+                deliver=lambda event, done=done: order.put(done[1]) if isinstance(event, done[0]) else None,
+            )
+        )  # fmt: skip
+    engine.start()
+    assert [order.get(timeout=60) for _ in range(4)] == ["many", "few", "many", "many"]
+    engine.close()
+
+
+def test_one_tenant_cannot_fill_the_line(folder: Path, base: FrozenBase) -> None:
+    """S15: 80 streams of one made every other one `overloaded`."""
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=4, waiting=4))
+    inbox, taken = Inbox(), 0
+    with pytest.raises(EngineFull):
+        for _ in range(8):
+            engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2, tenant="many"))
+            taken += 1
+    assert taken == 4
+    engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2, tenant="few"))
+    engine.start()
+    for _ in range(5):
+        inbox.wait()
+        inbox.ended.clear()
+    wait_until(lambda: engine.open_asks == 0, seconds=10)
+    assert engine.has_room("many")
+    engine.close()
+
+
+def test_a_small_ask_passes_a_large_one_that_does_not_fit_yet(folder: Path, base: FrozenBase) -> None:
+    """S15: only the first in line was considered, so a large one held up all behind it."""
+    engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=4, cached_tokens=1200))
+    running, large, small = Inbox(), Inbox(), Inbox()
+    prompt = prompts(base, 1)[0]
+    engine.submit(ask(prompt, running, new_tokens=400, tenant="a"))
+    engine.submit(ask(prompt, large, new_tokens=1000, tenant="b"))
+    engine.submit(ask(prompt, small, new_tokens=2, tenant="c"))
+    engine.start()
+    small.wait()
+    assert not running.ended
+    assert not large.ended
+    assert large.events.empty()
+    running.wait()
+    large.wait()
+    engine.close()
+
+
+def test_a_large_ask_is_not_passed_for_ever() -> None:
+    """S15: after a while the room is kept for it."""
+    line, large = Line(), _waiting(10, "a")
+    line.add(large)
+    taken = []
+    for _ in range(40):
+        line.add(_waiting(1, "b"))
+        taken.append(line.take(lambda ask: ask.new_tokens < 10))
+    assert sum(one is not None for one in taken) == 16
+    assert taken[-1] is None
+    assert line.take(lambda _: True) is large
+
+
+def _waiting(new_tokens: int, tenant: str) -> OpenAsk:
+    return OpenAsk(Ask((1,), None, GREEDY, new_tokens, lambda _: None, tenant=tenant))
+
+
 def test_a_full_line_says_so(folder: Path, base: FrozenBase) -> None:
     engine = Engine(load_base(folder, device="cpu"), EngineLimits(rows=1, waiting=1))
     inbox = Inbox()
-    for _ in range(2):
-        engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2))
+    for tenant in range(2):
+        engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2, tenant=str(tenant)))
     with pytest.raises(EngineFull):
-        engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2))
+        engine.submit(ask(prompts(base, 1)[0], inbox, new_tokens=2, tenant="2"))
     engine.start()
     inbox.wait()
     engine.close()
