@@ -6,7 +6,7 @@ ended.py.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import cast
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -299,7 +299,7 @@ def tell_waiting(session: Session, base: BaseRow) -> int:
     waiting = Job.kind == JobKind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
     ids = session.scalars(select(Job.id).where(*waiting, Job.base_id == base.id)).all()
     event = _waits_for(base)
-    session.add_all(Event(id=new_id(Prefix.EVENT), job_id=job_id, **asdict(event)) for job_id in ids)
+    session.add_all(Event(job_id=job_id, **asdict(replace(event, id=new_id(Prefix.EVENT)))) for job_id in ids)
     session.flush()
     return len(ids)
 

@@ -2,7 +2,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from sqlalchemy import select, update
 
 from app.core import projects
@@ -47,7 +47,7 @@ OWN = "my-own-key-of-some-length-and-more"
 
 
 def test_an_operators_own_key_opens_the_default_project(database: Database, settings: Settings, pepper: bytes) -> None:
-    own = settings.model_copy(update={"api_key": OWN})
+    own = settings.model_copy(update={"api_key": SecretStr(OWN)})
     with database.writing() as session:
         assert projects.bootstrap(session, own, pepper) == OWN
         assert projects.authenticate(session, pepper, OWN).project.name == "default"
@@ -57,7 +57,7 @@ def test_a_restart_makes_and_revokes_no_key(
     database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
 ) -> None:
     """S8: another configured key is refused at the start, and the one that is in use goes on to open."""
-    own = settings.model_copy(update={"api_key": OWN})
+    own = settings.model_copy(update={"api_key": SecretStr(OWN)})
     with database.writing() as session, pytest.raises(projects.UnknownKey, match="immunotune rekey"):
         projects.bootstrap(session, own, pepper)
     with database.reading() as session:
@@ -68,8 +68,8 @@ def test_a_new_key_revokes_the_ones_before_for_good(
     database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
 ) -> None:
     """S8: no restart and no second `rekey` with an old configuration opens a revoked key again."""
-    own = settings.model_copy(update={"api_key": OWN})
-    old = settings.model_copy(update={"api_key": keys.default})
+    own = settings.model_copy(update={"api_key": SecretStr(OWN)})
+    old = settings.model_copy(update={"api_key": SecretStr(keys.default)})
     with database.writing() as session:
         assert projects.new_key(session, own, pepper) == OWN
         assert projects.new_key(session, own, pepper) == OWN
@@ -106,7 +106,7 @@ def test_a_host_with_another_pepper_does_not_start_and_locks_nobody_out(
     with database.writing() as session:
         projects.bind_pepper(session, settings, pepper)
         session.commit()
-    host = settings.model_copy(update={"data": tmp_path / "host", "api_key": keys.default})
+    host = settings.model_copy(update={"data": tmp_path / "host", "api_key": SecretStr(keys.default)})
     with database.writing() as session, pytest.raises(projects.WrongPepper, match="IMMUNOTUNE_PEPPER_FILE"):
         projects.bind_pepper(session, host, projects.load_pepper(host))
     shared = host.model_copy(update={"pepper_file": settings.data / "keys" / "pepper"})
