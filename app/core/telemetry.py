@@ -11,6 +11,8 @@ JOBS_ENDED = Counter("immunotune_jobs_ended_total", "Jobs that reached a final s
 LEASES_EXPIRED = Counter("immunotune_leases_expired_total", "Leases that this reaper took back.")
 WAKES_FAILED = Counter("immunotune_wakes_failed_total", "Messages that the broker did not take.")
 BLOBS_SWEPT = Counter("immunotune_blobs_swept_total", "Blobs deleted because no row needs them.")
+CHECKS_OVERDUE = Gauge("immunotune_checks_overdue", "Jobs that no checks worker has judged within check_seconds.")
+LETTERS_DEAD = Gauge("immunotune_dead_letters", "What came as a message and was none; the broker's list keeps them.")
 JOBS_QUEUED = Gauge("immunotune_jobs_queued", "Jobs that wait for a worker, all projects.")
 OLDEST_WAIT_SECONDS = Gauge("immunotune_oldest_wait_seconds", "Age of the oldest job that waits for a worker.")
 

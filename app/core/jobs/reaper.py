@@ -1,4 +1,4 @@
-"""The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, sweeps blobs.
+"""The reaper: takes back leases that ran out, sends lost wake-ups again, alarms of overdue checks, sweeps blobs.
 
 Every statement is conditional and may run in any number of processes at once, so there is no leader.
 """
@@ -13,16 +13,23 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
-from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.broker import CHECK_JOB, CHECKS_QUEUE, DEAD_LETTERS, RUN_JOB, TaskName, Wake, queue_depth, wake
 from app.core.jobs.ended import lose
-from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, fail_checks, move
+from app.core.jobs.jobs import JobError, NewEvent, fail_baseless, move
 from app.core.jobs.lease import base_is_ready
 from app.core.settings import LeaseSettings, Settings
 from app.core.storage.blobs import BlobStore
 from app.core.storage.database import Database, db_now
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import File, Job
-from app.core.telemetry import BLOBS_SWEPT, JOBS_QUEUED, LEASES_EXPIRED, OLDEST_WAIT_SECONDS
+from app.core.telemetry import (
+    BLOBS_SWEPT,
+    CHECKS_OVERDUE,
+    JOBS_QUEUED,
+    LEASES_EXPIRED,
+    LETTERS_DEAD,
+    OLDEST_WAIT_SECONDS,
+)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -67,7 +74,7 @@ def tick(database: Database, celery: Celery, blobs: BlobStore, settings: Setting
     """One round of everything but the sweep."""
     with database.writing() as session:
         wakes = expire(session, settings.lease)
-        end_overdue_checks(session, settings.limits.check_seconds)
+        note_overdue_checks(session, settings.limits.check_seconds)
         fail_baseless(session)
         files.hide_expired(session)
         idempotency.forget_old(session)
@@ -99,12 +106,14 @@ def expire(session: Session, timings: LeaseSettings) -> tuple[Wake, ...]:
     return tuple(wakes)
 
 
-def end_overdue_checks(session: Session, check_seconds: float) -> None:
-    """validating_files -> failed for jobs that no worker checked in time."""
+def note_overdue_checks(session: Session, check_seconds: float) -> None:
+    """Alarm the operator of jobs that no worker has checked in time: they wait, for it is no fault of theirs."""
     late = Job.state == JobState.VALIDATING, Job.created_at < db_now() - check_seconds
-    for job_id in session.scalars(select(Job.id).where(*late).limit(_AT_ONCE)).all():
-        message = f"The files were not checked within {check_seconds:g} seconds. Create the job again."
-        fail_checks(session, job_id, JobError("file_not_ready", message, "training_file"))
+    count = session.scalars(select(func.count()).select_from(Job).where(*late)).one()
+    CHECKS_OVERDUE.set(count)
+    if count:
+        advice = "start a worker of the queue checks, or see why its log says job.check_waits"
+        log.error("checks.overdue", jobs=count, seconds=check_seconds, advice=advice)
 
 
 def rewake(database: Database, celery: Celery, settings: Settings) -> None:
@@ -112,6 +121,7 @@ def rewake(database: Database, celery: Celery, settings: Settings) -> None:
 
     Without that bound a stopped pool would find thousands of duplicates when it comes back.
     """
+    LETTERS_DEAD.set(queue_depth(celery, DEAD_LETTERS) or 0)
     for queue, waits in _waits(database).items():
         depth = queue_depth(celery, queue)
         if depth is None:

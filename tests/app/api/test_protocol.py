@@ -14,6 +14,7 @@ from sqlalchemy import text
 from app.core import projects
 from app.core.storage.database import Database
 from tests.app.api.test_hostile_requests import check_envelope
+from tests.support.backends import stop_writers
 from tests.support.http import Customer, chat_rows
 from tests.support.waiting import wait_until
 
@@ -261,9 +262,8 @@ def test_two_keys_of_a_project_do_not_share_replies(customer: Customer) -> None:
 def lock_out(database: Database) -> Iterator[Callable[[], int]]:
     """Nobody else can write until the end of the block; yields how many wait to, as far as the database says."""
     with database.writing() as session:
+        stop_writers(session)
         on_postgres = session.connection().dialect.name == "postgresql"
-        if on_postgres:
-            session.execute(text("LOCK TABLE projects, files, jobs, events, replies IN EXCLUSIVE MODE"))
         begin = time.monotonic()
 
         def waiting() -> int:
