@@ -80,10 +80,18 @@ def is_ours(message: object) -> bool:
         (job_id,) = arguments
     except _NOT_A_MESSAGE:
         return False
-    head = envelope.get("headers"), envelope.get("content-type"), envelope.get("properties")
-    match head:
-        case ({"task": task}, "application/json", {"delivery_tag": _, "delivery_info": _, "body_encoding": "base64"}):
-            return task in (CHECK_JOB, RUN_JOB) and not options and isinstance(job_id, str) and _is_id(job_id)
+    return _is_plain(envelope) and not options and isinstance(job_id, str) and _is_id(job_id)
+
+
+def _is_plain(envelope: dict[str, Any]) -> bool:
+    # Celery believes its own headers: one that is not as it sends it can end the worker, or leave it waiting for ever
+    match (envelope.get("headers"), envelope.get("properties"), envelope.get("content-type")):
+        case (
+            {"id": str(), "task": task, "eta": None, "expires": None, "timelimit": [None, None], "retries": 0},
+            {"delivery_tag": str(), "delivery_info": dict(), "body_encoding": "base64"},
+            "application/json",
+        ):
+            return task in (CHECK_JOB, RUN_JOB)
         case _:
             return False
 

@@ -215,6 +215,10 @@ def test_what_is_no_message_is_put_aside_and_the_worker_goes_on(service: Running
     client = broker_client(service.scene.settings)
     pickled = b'{"body": "gASVBAAAAAAAAACMAWGULg==", "content-type": "application/x-python-serialize", "headers": {}}'
     garbage = [b"garbage", b"5", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"__type__": "uuid", "__value__": 1}', pickled]
+    broker.wake(service.celery, Wake(RUN_JOB, "ftjob-x", "elsewhere"))
+    odd = json.loads(client.rpop("elsewhere"))
+    odd["headers"]["timelimit"] = 5
+    garbage.append(json.dumps(odd).encode())
     for one in garbage:
         client.lpush("train.cpu", one)
     job_id = service.submit()

@@ -41,11 +41,21 @@ def test_arguments_that_are_no_id_are_not(broker: Celery, settings: Settings, ar
         {"body": base64.b64encode(b"not json").decode()},
         {"body": base64.b64encode(b'[["a"], {"k": 1}, {}]').decode()},
         {"properties": {}},
+        {"headers": {"task": RUN_JOB}},
     ],
 )
 def test_other_envelopes_are_not(broker: Celery, settings: Settings, changes: dict[str, object]) -> None:
     """S23: neither a task of somebody else's nor any other encoding is looked at."""
     assert not is_ours({**sent(broker, settings), **changes})
+
+
+@pytest.mark.parametrize("header", [{"id": 5}, {"timelimit": 5}, {"eta": "x"}, {"retries": "x"}, {"task": ["a"]}])
+def test_headers_that_celery_would_believe_are_not(
+    broker: Celery, settings: Settings, header: dict[str, object]
+) -> None:
+    """S23: a header of another shape left the worker waiting for ever, or ended it."""
+    message = sent(broker, settings)
+    assert not is_ours({**message, "headers": {**message["headers"], **header}})
 
 
 @pytest.mark.parametrize("message", [None, 5, "garbage", [], {}, {"body": 1}])
