@@ -58,8 +58,11 @@ class Backend:
         """Settings for the database (migrated) and the blobs of the service below `data`: the same again when asked."""
         if not self.is_production:
             return {}
-        database = self._keep("database", data, self.new_database)
-        return {"database_url": database, "blob_url": self._keep("blobs", data, self.new_blobs)}
+        return {"database_url": self._keep("database", data, self.new_database), **self.blobs(data)}
+
+    def blobs(self, data: Path) -> dict[str, object]:
+        """Settings for the blobs alone."""
+        return {"blob_url": self._keep("blobs", data, self.new_blobs)} if self.is_production else {}
 
     def broker(self, runtime: Path) -> dict[str, object]:
         """Settings for the broker that `broker_program(runtime)` starts."""
