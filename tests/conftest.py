@@ -108,7 +108,7 @@ def postgres() -> str:
 @pytest.fixture
 def settings(tmp_path: Path, database_url: str, broker_folder: Path) -> Settings:
     """Quick leases, folders of this test's own, the session's broker (started by the fixture `broker`)."""
-    stored = BACKEND.storage(tmp_path / "data") | {"database_url": database_url}
+    stored = BACKEND.blobs(tmp_path / "data") | {"database_url": database_url}
     broker = BACKEND.broker(broker_folder)
     return Settings.model_validate({"data": tmp_path / "data", "base": "tiny", "lease": QUICK} | stored | broker)
 

@@ -1,11 +1,12 @@
 """The check of a new job: whether its rows can be trained on its base, and how long they are there. No torch.
 
 A check is a pure function of immutable bytes that ends in one conditional UPDATE, so it needs no lease and may run
-twice.
+twice. While it works it says so, that nobody is woken for the same; it stops when the job has moved on.
 """
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,12 +19,12 @@ from app.core.jobs import jobs
 from app.core.jobs.jobs import JobError, NewEvent
 from app.core.models import get_base
 from app.core.settings import Settings
-from app.core.storage.blobs import BlobMissing
+from app.core.storage.blobs import BlobMissing, BlobStore
 from app.core.storage.database import JsonObject
 from app.core.storage.tables import File, Job
 from finetuning.contract.recipe import Recipe
 from finetuning.contract.shelf import from_shelf
-from finetuning.rows.scanner import InvalidRowError, RowError, rows_of
+from finetuning.rows.scanner import InvalidRowError, Row, RowError, rows_of
 from worker.attempt.supervisor import Host
 from worker.token_count import TokenCount, count_tokens, lines_of
 from worker.tokenizer import BaseTokenizer, BaseUnreadable
@@ -40,6 +41,10 @@ class _Refused(Exception):
     def __init__(self, error: JobError) -> None:
         super().__init__(error.code)
         self.error = error
+
+
+class _MovedOn(Exception):
+    """The job is no longer there to be checked."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,9 @@ def check_job(host: Host, job_id: str) -> None:
         return
     except (BaseUnreadable, BlobMissing) as absent:
         _log.warning("job.check_waits", job_id=job_id, reason=str(absent))
+        return
+    except _MovedOn:
+        _log.info("job.moved_on", job_id=job_id)
         return
     with host.database.writing() as session:
         if jobs.find_unchecked(session, job_id) is not None:
@@ -114,8 +122,9 @@ def _judge(host: Host, case: _Case) -> tuple[Recipe, list[NewEvent]]:
     room = _tokens_a_row(case.base_folder, recipe.max_tokens)
     longest = 0
     notes: list[NewEvent] = []
+    watched = _watched(host, case.job.id)
     for param, file in case.files():
-        count = _count_file(host, tokenizer, file, param, max_tokens=room)
+        count = _count_file(watched, host.blobs, tokenizer, (param, file), max_tokens=room)
         notes += _notes_of(count, param, max_tokens=room)
         longest = max(longest, count.longest)
     recipe = with_room(recipe, min(room, max(longest, recipe.max_tokens)))
@@ -142,8 +151,16 @@ def _refuse_tools(param: str, file: File) -> None:
         raise _invalid(param, [RowError(line, 1, "", "tools_not_supported", message)], 1)
 
 
-def _count_file(host: Host, tokenizer: BaseTokenizer, file: File, param: str, *, max_tokens: int) -> TokenCount:
-    rows = rows_of(lines_of(host.blobs.read(file.blob_key)))
+def _count_file(
+    watched: Callable[[Iterable[Row]], Iterable[Row]],
+    blobs: BlobStore,
+    tokenizer: BaseTokenizer,
+    named: tuple[str, File],
+    *,
+    max_tokens: int,
+) -> TokenCount:
+    param, file = named
+    rows = watched(rows_of(lines_of(blobs.read(file.blob_key))))
     try:
         count = count_tokens(tokenizer, rows, max_tokens=max_tokens)
     except InvalidRowError as wrong:
@@ -151,6 +168,38 @@ def _count_file(host: Host, tokenizer: BaseTokenizer, file: File, param: str, *,
     if count.errors:
         raise _invalid(param, count.errors, count.errors_total)
     return count
+
+
+def _watched(host: Host, job_id: str) -> Callable[[Iterable[Row]], Iterable[Row]]:
+    """Rows that pass through while the check may go on. Raises _Refused after `check_seconds`, _MovedOn."""
+    begin = time.monotonic()
+    said = -host.settings.lease.rewake_seconds
+
+    def watch(rows: Iterable[Row]) -> Iterator[Row]:
+        nonlocal said
+        for row in rows:
+            passed = time.monotonic() - begin
+            if passed > host.settings.limits.check_seconds:
+                raise _too_long(host.settings.limits.check_seconds)
+            if passed - said > host.settings.lease.rewake_seconds / 3:
+                said = passed
+                _say_working(host, job_id)
+            yield row
+
+    return watch
+
+
+def _too_long(seconds: float) -> _Refused:
+    text = f"The rows were not counted within {seconds:g} seconds. Send fewer or shorter ones."
+    return _Refused(JobError("invalid_training_file", text, "training_file"))
+
+
+def _say_working(host: Host, job_id: str) -> None:
+    with host.database.writing() as session:
+        is_there = jobs.keep_unchecked(session, job_id)
+        session.commit()
+    if not is_there:
+        raise _MovedOn
 
 
 def _invalid(param: str, errors: Sequence[RowError], total: int) -> _Refused:

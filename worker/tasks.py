@@ -21,13 +21,19 @@ from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
+from finetuning.contract.recipe import Recipe
 from finetuning.safety_rows.operator_file import BadOperatorRows, require_fit
 from worker import checks, presence
 from worker.attempt.launch import Launcher, launch_command, usable_cores
 from worker.attempt.supervisor import Host, supervise
+from worker.messages import guard_transport
 from worker.processes import die_with_parent
 
 _log = structlog.get_logger(__name__)
+
+HARD_LIMIT_GRACE_SECONDS = 600.0
+# what a recipe may ask for unless an operator's own registry says more
+MAX_JOB_SECONDS = Recipe.model_fields["max_seconds"].default
 
 
 @dataclass
@@ -72,10 +78,11 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
 
 def build_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher = launch_command) -> Celery:
     """The composition root of a worker: the Celery object with its tasks and signal handlers; opens nothing yet."""
-    celery = broker.make_celery(settings)
+    guard_transport()
+    celery = broker.make_celery(settings, consumes=True)
     celery.conf.update(worker_hijack_root_logger=False, worker_redirect_stdouts=False, worker_disable_prefetch=True)
     process = _Process(queues)
-    _connect_signals(settings, celery, process, launcher)
+    _connect_signals(settings, process, launcher)
 
     def run_job(job_id: str) -> None:
         _guarded(lambda: supervise(process.opened, job_id))
@@ -84,12 +91,14 @@ def build_worker(settings: Settings, queues: Sequence[str], *, launcher: Launche
     def check_job(job_id: str) -> None:
         _guarded(lambda: checks.check_job(process.opened, job_id))
 
-    for name, body in ((RUN_JOB, run_job), (CHECK_JOB, check_job)):
-        celery.task(body, name=name)
+    # the last resort: the supervisor and the check keep their own, shorter time
+    tasks = (RUN_JOB, run_job, MAX_JOB_SECONDS), (CHECK_JOB, check_job, settings.limits.check_seconds)
+    for name, body, seconds in tasks:
+        celery.task(body, name=name, time_limit=seconds + HARD_LIMIT_GRACE_SECONDS)
     return celery
 
 
-def _connect_signals(settings: Settings, celery: Celery, process: _Process, launcher: Launcher) -> None:
+def _connect_signals(settings: Settings, process: _Process, launcher: Launcher) -> None:
     def enrol(**_: object) -> None:
         database = open_database(settings)
         try:
@@ -107,7 +116,7 @@ def _connect_signals(settings: Settings, celery: Celery, process: _Process, laun
             database=open_database(settings),
             blobs=open_blobs(settings),
             worker_id=process.worker_id,
-            wake=_waker(celery),
+            wake=_waker(broker.make_celery(settings)),
             launcher=launcher,
         )
         presence.say_present(process.host)

@@ -61,7 +61,9 @@ class LimitSettings(BaseModel):
     rows_max: int = Field(default=200_000, ge=1)
     live_jobs: int = Field(default=50, ge=1)
     running_jobs: int = Field(default=2, ge=1)
-    check_seconds: float = Field(default=900.0, gt=0, description="a job not checked by then fails")
+    check_seconds: float = Field(
+        default=900.0, gt=0, description="a check that works longer fails its job; one that waits longer is an alarm"
+    )
     orphan_blob_seconds: float = Field(default=86_400.0, ge=0, description="a blob that no row needs goes after this")
     sweep_seconds: float = Field(default=1800.0, gt=0, description="between two looks for such blobs")
     sweep_share: float = Field(default=0.1, ge=0, le=1, description="of the store; if more is nobody's, none goes")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from tests.support.backends import BACKEND
 from tests.support.processes import descendants, is_gone
 from tests.support.waiting import wait_until
 
@@ -27,7 +28,9 @@ class Service:
 
     def __init__(self, data: Path, base: Path) -> None:
         shutil.copytree(base, data / "bases" / "tiny")
-        environment = dict(os.environ, IMMUNOTUNE_DATA=str(data), IMMUNOTUNE_PORT="0", IMMUNOTUNE_BASE="tiny")
+        stored = {f"IMMUNOTUNE_{name.upper()}": str(value) for name, value in BACKEND.storage(data).items()}
+        environment = {**os.environ, **stored, "IMMUNOTUNE_DATA": str(data), "IMMUNOTUNE_PORT": "0"}
+        environment["IMMUNOTUNE_BASE"] = "tiny"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embedded", "up"],
             cwd=ROOT,

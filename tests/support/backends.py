@@ -23,8 +23,10 @@ from uuid import uuid4
 from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.orm import Session
 
 from app.core.settings import Settings
+from app.core.storage import tables
 from app.core.storage.database import migrate
 from embedded import valkey
 from tests.support.waiting import wait_until
@@ -56,8 +58,11 @@ class Backend:
         """Settings for the database (migrated) and the blobs of the service below `data`: the same again when asked."""
         if not self.is_production:
             return {}
-        database = self._keep("database", data, self.new_database)
-        return {"database_url": database, "blob_url": self._keep("blobs", data, self.new_blobs)}
+        return {"database_url": self._keep("database", data, self.new_database), **self.blobs(data)}
+
+    def blobs(self, data: Path) -> dict[str, object]:
+        """Settings for the blobs alone."""
+        return {"blob_url": self._keep("blobs", data, self.new_blobs)} if self.is_production else {}
 
     def broker(self, runtime: Path) -> dict[str, object]:
         """Settings for the broker that `broker_program(runtime)` starts."""
@@ -140,6 +145,13 @@ def run_sql(url: str, statement: str) -> None:
             connection.execute(text(statement))
     finally:
         engine.dispose()
+
+
+def stop_writers(session: Session) -> None:
+    """Nobody else can write until this session's transaction ends; reads go on."""
+    if session.connection().dialect.name == "postgresql":  # SQLite's one write lock is had by now
+        names = ", ".join(tables.TableRow.metadata.tables)
+        session.execute(text(f"LOCK TABLE {names} IN EXCLUSIVE MODE"))
 
 
 @cache

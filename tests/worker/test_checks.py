@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from app.core import files
-from app.core.broker import Wake
+from app.core.broker import CHECK_JOB, RUN_JOB, Wake
 from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs
 from app.core.jobs.policy import CreateJob
-from app.core.settings import Settings
+from app.core.settings import LimitSettings, Settings
 from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import Database, Page
 from app.core.storage.tables import BaseRow, Event, FileStatus, Job, Project
@@ -22,6 +23,7 @@ from finetuning.rows.scanner import RowScanner
 from tests.support.base_folder import make_base
 from worker.attempt.supervisor import Host
 from worker.checks import check_job
+from worker.tasks import build_worker
 
 USER, ANSWER = {"role": "user", "content": "Where is my parcel?"}, {"role": "assistant", "content": "It is on its way."}
 
@@ -184,3 +186,35 @@ def test_unknown_ids_are_no_error(shop: Shop) -> None:
 def test_the_checks_load_no_torch() -> None:
     code = "import sys, worker.checks; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_check_that_works_says_so_and_ends_with_its_job(shop: Shop) -> None:
+    """S20: every checks worker was woken for the same job, each half minute that its check took."""
+    job_id = shop.create(shop.upload(rows(40)))
+    with shop.host.database.writing() as session:
+        session.execute(update(Job).values(woken_at=1.0))
+        session.commit()
+    check_job(shop.host, job_id)
+    assert (shop.job(job_id).woken_at or 0) > 1e9
+    other = shop.create(shop.upload(rows(40)))
+    with shop.host.database.writing() as session:
+        assert jobs.keep_unchecked(session, other)
+        jobs.cancel(session, shop.project.id, other)
+        assert not jobs.keep_unchecked(session, other)
+
+
+def test_a_check_that_takes_too_long_fails_its_job(shop: Shop) -> None:
+    """S20: counting had no limit of time, so one file could keep a checks worker for as long as it liked."""
+    hurried = shop.host.settings.model_copy(update={"limits": LimitSettings(check_seconds=1e-9)})
+    job_id = shop.create(shop.upload(rows(40)))
+    check_job(replace(shop.host, settings=hurried), job_id)
+    job = shop.job(job_id)
+    assert job.error is not None
+    assert (job.state, job.error["code"], job.error["param"]) == ("failed", "invalid_training_file", "training_file")
+
+
+def test_the_hard_limits_stand_above_the_limits_of_job_and_check(settings: Settings) -> None:
+    """S23: a task that ignores its own limit is ended by Celery; nothing else would ever end it."""
+    celery = build_worker(settings)
+    assert celery.tasks[CHECK_JOB].time_limit == settings.limits.check_seconds + 600
+    assert celery.tasks[RUN_JOB].time_limit == 86_400 + 600

@@ -14,13 +14,13 @@ import pytest
 from celery import Celery
 
 from app.core import broker
-from app.core.broker import RUN_JOB, Wake
+from app.core.broker import DEAD_LETTERS, RUN_JOB, Wake
 from app.core.jobs import jobs
 from app.core.jobs.reaper import Reaper
 from app.core.settings import LeaseSettings, to_environment
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import Form
-from tests.support.backends import BACKEND, broker_answers
+from tests.support.backends import BACKEND, broker_answers, broker_client
 from tests.support.processes import descendants, is_gone
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
@@ -207,3 +207,24 @@ def test_cancel_ends_the_training_process_and_frees_the_worker(service: Running)
     assert service.scene.job(job_id).state == JobState.CANCELLED
     second = service.submit()
     wait_until(lambda: service.scene.checkpoints(second), seconds=SECONDS)
+
+
+def test_what_is_no_message_is_put_aside_and_the_worker_goes_on(service: Running) -> None:
+    """S23: `LPUSH checks garbage` ended the Celery worker, and in `./run up` after some of them the whole service."""
+    worker = service.start_worker()
+    client = broker_client(service.scene.settings)
+    pickled = b'{"body": "gASVBAAAAAAAAACMAWGULg==", "content-type": "application/x-python-serialize", "headers": {}}'
+    garbage = [b"garbage", b"5", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"__type__": "uuid", "__value__": 1}', pickled]
+    broker.wake(service.celery, Wake(RUN_JOB, "ftjob-x", "elsewhere"))
+    odd = json.loads(client.rpop("elsewhere"))
+    odd["headers"]["timelimit"] = 5
+    garbage.append(json.dumps(odd).encode())
+    for one in garbage:
+        client.lpush("train.cpu", one)
+    job_id = service.submit()
+    service.wait_for_state(job_id, JobState.SUCCEEDED)
+    assert worker.is_alive
+    assert client.llen(DEAD_LETTERS) == len(garbage)
+    kept = [json.loads(found) for found in client.lrange(DEAD_LETTERS, 0, -1)]
+    assert (kept[-1]["text"], kept[-2]["text"]) == ("garbage", "5")
+    assert all(len(found["text"]) <= 2000 for found in kept)

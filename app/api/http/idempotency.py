@@ -1,17 +1,33 @@
-"""Repeated POSTs: the headers that clients repeat with, and the stored reply that a repeat gets."""
+"""Repeated POSTs: the headers that clients repeat with, and the stored reply that a repeat gets.
+
+`taken_up` is for what has its effect in one transaction, `answer_once` for answers that take minutes.
+"""
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from fastapi import Request
+import structlog
+from anyio import CancelScope, to_thread
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
 
+from app.api.http.resources import Resources
+from app.core import idempotency
 from app.core.idempotency import Repeat, in_progress
 from app.core.projects import Caller
+from app.core.storage.database import DATABASE_DOWN, Database, JsonObject
 from app.core.storage.tables import Reply
+
+_log = structlog.get_logger(__name__)
+
+# how much longer than an answer may take, until a process that was to give it counts as dead
+_PENDING_GRACE_SECONDS = 30.0
+_MOST_STORED_BYTES = 2**20
 
 # requests that this process is answering, by name: how many first attempts, or -1 for one repeat
 _answering: dict[str, int] = {}
@@ -38,6 +54,84 @@ def taken_up(request: Request, caller: Caller, meaning: object) -> Iterator[Repe
             left = _answering.pop(repeat.name) - 1
             if left > 0:
                 _answering[repeat.name] = left
+
+
+async def answer_once(
+    request: Request,
+    caller: Caller,
+    resources: Resources,
+    answer: Callable[[], Awaitable[Response]],
+    *,
+    meaning: object,
+) -> Response:
+    """The answer; under an Idempotency-Key the stored one, if there is one. Whole answers are stored, others forgotten.
+
+    Raises InvalidRequest as `idempotency.reserve` does, RequestInProgress, and whatever `answer` raises.
+    """
+    if _key(request) is None:  # the SDK's own retries of an answer are not stored: it holds what a model said
+        return await answer()
+    repeat = repeat_of(request, caller, meaning)
+    reply = await to_thread.run_sync(_open_pending, resources, repeat)
+    if not idempotency.is_pending(reply):
+        headers = {"x-idempotent-replay": "true", "X-Accel-Buffering": "no"}
+        return Response(str(reply.body["text"]), media_type=str(reply.body["media_type"]), headers=headers)
+    try:
+        return _Recorded(await answer(), partial(_end_pending, resources.database, reply.id))
+    except BaseException:
+        with CancelScope(shield=True):
+            await to_thread.run_sync(_end_pending, resources.database, reply.id, None)
+        raise
+
+
+class _Recorded(Response):
+    """A response that is noted while it is sent, and handed to `end` afterwards: None unless all of it was."""
+
+    def __init__(self, response: Response, end: Callable[[JsonObject | None], None]) -> None:
+        super().__init__()
+        self._response, self._end = response, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        status, sent, is_whole = 0, bytearray(), False
+
+        async def note(message: Message) -> None:
+            nonlocal status, is_whole
+            await send(message)
+            status = message.get("status", status)
+            if len(sent) <= _MOST_STORED_BYTES:
+                sent.extend(message.get("body", b""))
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        try:
+            await self._response(scope, receive, note)
+        finally:
+            media_type = self._response.media_type or "application/json"
+            # a stream that broke off ends like any other, but without its last line
+            is_good = media_type != "text/event-stream" or sent.endswith(b"data: [DONE]\n\n")
+            fits = status == 200 and len(sent) <= _MOST_STORED_BYTES
+            body: JsonObject = {"media_type": media_type, "text": sent.decode()}
+            with CancelScope(shield=True):
+                await to_thread.run_sync(self._end, body if is_whole and is_good and fits else None)
+
+
+def _open_pending(resources: Resources, repeat: Repeat) -> Reply:
+    seconds = resources.settings.serving.chat_seconds + _PENDING_GRACE_SECONDS
+    with resources.database.writing() as session:
+        reply = idempotency.open_pending(session, repeat, seconds=seconds)
+        session.commit()
+    return reply
+
+
+def _end_pending(database: Database, reply_id: str, body: JsonObject | None) -> None:
+    try:
+        with database.writing() as session:
+            if body is None:
+                idempotency.withdraw(session, reply_id)
+            else:
+                idempotency.complete(session, reply_id, body)
+            session.commit()
+    except DATABASE_DOWN as error:
+        _log.warning("reply.unstored", reason=type(error).__name__)  # it ends by itself when its time is up
 
 
 def repeat_of(request: Request, caller: Caller, meaning: object) -> Repeat:

@@ -5,6 +5,7 @@ Whatever can be refused is refused before the first byte; a client that leaves s
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from typing import Annotated
 
 from anyio import fail_after
@@ -16,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.api.gateway.client import Question
 from app.api.gateway.stream import AnswerStream, Json
 from app.api.http.auth import ModelsUser
+from app.api.http.idempotency import answer_once
 from app.api.http.json_bodies import body_of
 from app.api.http.path_params import MAX_MODEL_CHARS
 from app.api.http.resources import Resources, ResourcesDep
@@ -23,6 +25,7 @@ from app.api.schemas.chat import ChatCompletionBody, to_model_server
 from app.core import models
 from app.core.errors import model_not_found
 from app.core.models import Target
+from app.core.projects import Caller
 
 router = APIRouter(prefix="/v1/chat")
 
@@ -37,6 +40,11 @@ async def create_chat_completion(
     body: Annotated[ChatCompletionBody, Depends(body_of(ChatCompletionBody))],
 ) -> Response:
     """Answer a conversation."""
+    answer = partial(_answer, request, caller, resources, body)
+    return await answer_once(request, caller, resources, answer, meaning=body.model_dump(mode="json"))
+
+
+async def _answer(request: Request, caller: Caller, resources: Resources, body: ChatCompletionBody) -> Response:
     target = await run_in_threadpool(_resolve, resources, caller.project_id, body.model)
     question = Question(target.served, target.model, to_model_server(body, target.served, caller.project_id))
     if body.stream:

@@ -18,7 +18,7 @@ from app.core.files import get_file, lock_file
 from app.core.ids import Prefix, new_id
 from app.core.jobs.policy import CreateJob, get_policy, require_alignment, resolve_recipe
 from app.core.settings import Settings
-from app.core.storage.database import JsonObject, Listing, Page, db_now, fetch_page, json_text
+from app.core.storage.database import JsonObject, Listing, Page, change, db_now, fetch_page, json_text
 from app.core.storage.job_states import FINAL, JobState, sources_of
 from app.core.storage.tables import (
     Artifact,
@@ -140,6 +140,12 @@ def find_unchecked(session: Session, job_id: str) -> Job | None:
 def recipe_is_known() -> ColumnElement[bool]:
     """Whether the job's recipe has a form that this release can work on; a newer one is left to newer workers."""
     return Job.recipe_version <= RECIPE_VERSION
+
+
+def keep_unchecked(session: Session, job_id: str) -> bool:
+    """Say that a worker is at the job's check, so that nobody else is woken for it; False when it has moved on."""
+    still = Job.id == job_id, Job.state == JobState.VALIDATING
+    return change(session, update(Job).where(*still).values(woken_at=db_now())) == 1
 
 
 def model_name(base_id: str, org_slug: str, suffix: str | None, job_id: str) -> str:

@@ -1,4 +1,4 @@
-"""The reaper: takes back leases that ran out, sends lost wake-ups again, ends overdue checks, erases and sweeps.
+"""The reaper: takes back leases that ran out, sends lost wake-ups again, alarms of overdue checks, erases and sweeps.
 
 It is a list of duties. Each is tried by itself, in transactions of its own, so that one that fails or waits holds up no
 other; what asks the database, the broker and the blob store runs in a thread each. Every statement is conditional and
@@ -17,9 +17,8 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
-from app.core.broker import CHECK_JOB, CHECKS_QUEUE, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.broker import CHECK_JOB, CHECKS_QUEUE, DEAD_LETTERS, RUN_JOB, TaskName, Wake, queue_depth, wake
 from app.core.jobs.expiry import expire
-from app.core.jobs.jobs import JobError, fail_checks
 from app.core.jobs.lease import base_is_ready
 from app.core.jobs.sweep import sweep_in_turn
 from app.core.jobs.waiting import count_baseless, route
@@ -30,7 +29,15 @@ from app.core.storage.database import Database, db_now
 from app.core.storage.identity import deployment_of
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import File, Job
-from app.core.telemetry import DUTIES_FAILED, DUTY_LAST_OK, JOBS_QUEUED, OLDEST_WAIT_SECONDS, WORKERS_RESTING
+from app.core.telemetry import (
+    CHECKS_OVERDUE,
+    DUTIES_FAILED,
+    DUTY_LAST_OK,
+    JOBS_QUEUED,
+    LETTERS_DEAD,
+    OLDEST_WAIT_SECONDS,
+    WORKERS_RESTING,
+)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -89,7 +96,7 @@ class Reaper:
         limits = settings.limits
         in_database = {
             "expire": lambda session: self._note(expire(session, settings.lease)),
-            "end_overdue_checks": lambda session: end_overdue_checks(session, limits.check_seconds),
+            "note_overdue_checks": lambda session: note_overdue_checks(session, limits.check_seconds),
             "count_resting": lambda session: WORKERS_RESTING.set(count_resting(session)),
             "count_baseless": count_baseless,
             "route": _route,
@@ -133,12 +140,14 @@ def do(duty: Duty) -> bool:
     return True
 
 
-def end_overdue_checks(session: Session, check_seconds: float) -> None:
-    """validating_files -> failed for jobs that no worker checked in time."""
+def note_overdue_checks(session: Session, check_seconds: float) -> None:
+    """Alarm the operator of jobs that no worker has checked in time: they wait, for it is no fault of theirs."""
     late = Job.state == JobState.VALIDATING, Job.created_at < db_now() - check_seconds
-    for job_id in session.scalars(select(Job.id).where(*late).limit(_AT_ONCE)).all():
-        message = f"The files were not checked within {check_seconds:g} seconds. Create the job again."
-        fail_checks(session, job_id, JobError("file_not_ready", message, "training_file"))
+    count = session.scalars(select(func.count()).select_from(Job).where(*late)).one()
+    CHECKS_OVERDUE.set(count)
+    if count:
+        advice = "start a worker of the queue checks, or see why its log says job.check_waits"
+        log.error("checks.overdue", jobs=count, seconds=check_seconds, advice=advice)
 
 
 def rewake(database: Database, celery: Celery, settings: Settings) -> None:
@@ -146,6 +155,7 @@ def rewake(database: Database, celery: Celery, settings: Settings) -> None:
 
     Without that bound a stopped pool would find thousands of duplicates when it comes back.
     """
+    LETTERS_DEAD.set(queue_depth(celery, DEAD_LETTERS) or 0)
     for queue, waits in _waits(database).items():
         depth = queue_depth(celery, queue)
         if depth is None:

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from app.core import projects
 from app.core.storage.database import Database
 from tests.app.api.test_hostile_requests import check_envelope
+from tests.support.backends import stop_writers
 from tests.support.http import Customer, chat_rows
 from tests.support.waiting import wait_until
 
@@ -232,6 +233,30 @@ def test_a_retry_that_overlaps_its_first_attempt_makes_no_second_job(
     assert len(customer.http.get("/fine_tuning/jobs").json()["data"]) == 1
 
 
+def test_a_retry_that_overlaps_its_upload_makes_no_second_file(customer: Customer) -> None:
+    """S3: an upload whose reply is late is sent again; one file and one blob stay."""
+    data = chat_rows(10)
+
+    def upload(retry: int) -> httpx2.Response:
+        headers = {"x-stainless-retry-count": str(retry)}
+        files = {"file": ("t.jsonl", data)}
+        return customer.http.post("/files", files=files, data={"purpose": "fine-tune"}, headers=headers)
+
+    with ThreadPoolExecutor(2) as pool:
+        with lock_out(customer.served.database) as waiting:
+            first = pool.submit(upload, 0)
+            wait_until(lambda: waiting() >= 1, seconds=10)
+            second = pool.submit(upload, 1)
+            wait_until(lambda: second.done() or waiting() >= 2, seconds=10)
+        made, overlapping = first.result(30), second.result(30)
+    assert made.status_code == 200
+    if overlapping.status_code == 409:
+        overlapping = upload(1)
+    assert overlapping.json() == made.json()
+    assert len(customer.http.get("/files").json()["data"]) == 1
+    assert len(list(customer.served.blobs.list(f"files/{customer.project.id}/"))) == 1
+
+
 def test_a_keyed_cancel_is_replayed(customer: Customer) -> None:
     """S3: cancel honours Idempotency-Key like every POST that changes something."""
     job_id = customer.create().json()["id"]
@@ -262,9 +287,8 @@ def test_two_keys_of_a_project_do_not_share_replies(customer: Customer) -> None:
 def lock_out(database: Database) -> Iterator[Callable[[], int]]:
     """Nobody else can write until the end of the block; yields how many wait to, as far as the database says."""
     with database.writing() as session:
+        stop_writers(session)
         on_postgres = session.connection().dialect.name == "postgresql"
-        if on_postgres:
-            session.execute(text("LOCK TABLE projects, files, jobs, events, replies IN EXCLUSIVE MODE"))
         begin = time.monotonic()
 
         def waiting() -> int:

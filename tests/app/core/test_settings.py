@@ -144,7 +144,9 @@ def test_what_was_set_is_not_shown_in_an_error(name: str, value: str, monkeypatc
 
 def test_secrets_have_no_text(tmp_path: Path) -> None:
     """S24: nothing that formats settings shows a secret; only a child process is told."""
-    settings = Settings(data=tmp_path, api_key=SecretStr("sk-proj-0123456789abcdef0123456789abcdef"), draw_secret=SecretStr("d" * 32))
+    settings = Settings(
+        data=tmp_path, api_key=SecretStr("sk-proj-0123456789abcdef0123456789abcdef"), draw_secret=SecretStr("d" * 32)
+    )
     for shown in (str(settings), repr(settings), str(settings.model_dump()), settings.model_dump_json()):
         assert "0123456789abcdef" not in shown
         assert "d" * 32 not in shown

@@ -15,11 +15,13 @@ from sqlalchemy import select, text
 from app.core.jobs import ended, jobs, lease
 from app.core.kept_secrets import job_secret
 from app.core.settings import LimitSettings
+from app.core.storage.blobs import put_bytes
 from app.core.storage.database import open_database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Model
 from finetuning.contract.order import read_order
 from finetuning.contract.recipe import JobKind
+from tests.support.backends import stop_writers
 from tests.support.processes import is_gone
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, scripted, settings_in
@@ -201,7 +203,7 @@ def test_without_the_database_a_stubborn_child_is_killed_before_the_lease_ends(t
     child = pid_in(tmp_path / "pid")()
     other = open_database(scene.settings)
     with other.writing() as session:
-        session.execute(text("UPDATE workers SET devices = 'held'"))  # SQLite's one write lock is taken
+        stop_writers(session)
         wait_until(lambda: is_gone(child), seconds=SHORT.ttl_seconds)
         session.rollback()
     other.close()
@@ -233,8 +235,9 @@ def test_no_room_to_work_rests_without_a_loss(tmp_path: Path) -> None:
 def test_an_altered_checkpoint_is_not_resumed_from(scene: Scene, tmp_path: Path) -> None:
     job_id = scene.add_job(recipe())
     supervise(scene.host(scripted(exit_at=17)), job_id)
-    (stored,) = (scene.settings.data / "blobs").rglob("checkpoints/10/loop.json")
-    stored.write_text("{}")
+    (stored,) = (blob.key for blob in scene.blobs.list("jobs/") if blob.key.endswith("checkpoints/10/loop.json"))
+    scene.blobs.delete(stored)
+    put_bytes(scene.blobs, stored, b"{}")
     supervise(scene.host(scripted(needs="checkpoints")), job_id)
     job = scene.job(job_id)
     assert (job.state, job.losses, job.host_losses) == (JobState.QUEUED, 1, 1)  # it began at step 0, and ended there

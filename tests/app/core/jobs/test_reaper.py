@@ -15,6 +15,7 @@ from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import Database
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, File, Job, Project, Worker
+from app.core.telemetry import CHECKS_OVERDUE
 from tests.support.jobs import SUCCESS, add_file, add_job, bind_as_it_is, patient, published
 from tests.support.waiting import wait_until
 
@@ -82,13 +83,34 @@ def test_resting_jobs_and_jobs_without_their_base_are_not_woken(
     assert now_of(database, waiting).state == "queued"
 
 
-def test_no_check_takes_for_ever(database: Database, settings: Settings, project: Project, base: BaseRow) -> None:
+def test_a_job_that_no_worker_checks_waits_and_is_an_alarm(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """S21: a quarter of an hour without a checks worker failed every accepted job."""
     job = add_job(database, project, settings, queued=False)
     age(database, created_at=901)
     with database.writing() as session:
-        reaper.end_overdue_checks(session, settings.limits.check_seconds)
+        reaper.note_overdue_checks(session, settings.limits.check_seconds)
         session.commit()
-    assert (now_of(database, job).state, (now_of(database, job).error or {})["code"]) == ("failed", "file_not_ready")
+    assert now_of(database, job).state == "validating_files"
+    assert CHECKS_OVERDUE._value.get() == 1
+    age(database, created_at=-901)
+    with database.writing() as session:
+        reaper.note_overdue_checks(session, settings.limits.check_seconds)
+    assert CHECKS_OVERDUE._value.get() == 0
+
+
+def test_a_job_whose_check_is_under_way_wakes_nobody_else(
+    database: Database, settings: Settings, project: Project, base: BaseRow, broker: Celery
+) -> None:
+    """S20: a check that says it works is left alone, however long ago its message was sent."""
+    job = add_job(database, project, settings, queued=False)
+    age(database, woken_at=600)
+    with database.writing() as session:
+        assert jobs.keep_unchecked(session, job.id)
+        session.commit()
+    reaper.rewake(database, broker, settings)
+    assert queue_depth(broker, CHECKS_QUEUE) == 0
 
 
 def test_a_deleted_file_loses_its_bytes_and_keeps_its_row(
