@@ -174,14 +174,15 @@ def test_one_process_sweeps_at_a_time_and_in_turn(database: Database, settings: 
     deployment.bind(database, blobs, settings)
     put_bytes(blobs, "files/proj_x/file-orphan", b"x")
     limits = settings.limits.model_copy(update={"orphan_blob_seconds": 0.0})
+    eager = settings.model_copy(update={"limits": limits})
 
     def again(seconds: float) -> int:
         with database.writing() as session:
             session.execute(update(Deployment).values(swept_at=Deployment.swept_at - seconds))
             session.commit()
-        return sweeping.sweep_in_turn(database, blobs, limits)
+        return sweeping.sweep_in_turn(database, blobs, eager)
 
-    assert sweeping.sweep_in_turn(database, blobs, limits) == 0  # it marks
+    assert sweeping.sweep_in_turn(database, blobs, eager) == 0  # it marks
     assert again(1) == 0
     if database.engine.dialect.name == "postgresql":
         with sweeping.alone(database, sweeping.SWEEP_LOCK) as elected:
