@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore, StoredBlob
 from app.core.storage.database import Database, alone, change, db_now, read_clock
-from app.core.storage.identity import belong_together, deployment_of
+from app.core.storage.identity import belong_together, deployment_of, dispute, is_disputed, note_sweep
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import Artifact, Checkpoint, Deployment, File, Job, SweepMark
 from app.core.telemetry import BLOBS_SWEPT, SWEEP_STOPPED
@@ -104,11 +104,9 @@ def sweep(
     They are cut-off uploads, lost attempts, checkpoints of ended jobs; those of a cancelled job go whatever their age.
     Nothing is deleted where the store is not this database's, an audit is due, or more than `most_share` is nobody's.
     """
-    with database.reading() as session:
-        own, together, began = deployment_of(session), belong_together(session, blobs), read_clock(session)
-    if own is None or not together or own.audit_due:
+    began = _begin(database, blobs)
+    if began is None:
         SWEEP_STOPPED.set(1)
-        log.error("sweep.stopped", reason="audit due" if own is not None and together else "not this database's store")
         return 0
     found = _look(database, blobs, older_than_seconds=older_than_seconds, reports_days=reports_days, began=began)
     if too_many(found.unknown, found.total, most_share):
@@ -124,6 +122,26 @@ def sweep(
         BLOBS_SWEPT.inc(swept)
         log.info("blobs.swept", count=swept)
     return swept
+
+
+def _begin(database: Database, blobs: BlobStore) -> float | None:
+    """Count this sweep in database and store; the database's time, or None where nothing may be swept."""
+    with database.writing() as session:
+        own, together, began = deployment_of(session), belong_together(session, blobs), read_clock(session)
+        if own is None or not together:
+            log.error("sweep.stopped", reason="the store is not this database's")
+            return None
+        if own.audit_due or is_disputed(blobs):
+            log.error("sweep.stopped", reason="an audit is due: run `immunotune audit`")
+            return None
+        own.sweeps += 1
+        number = own.sweeps
+        session.commit()  # the database counts first: killed before the store does, it is still never behind
+    if not note_sweep(blobs, number):
+        dispute(blobs)
+        log.error("sweep.stopped", reason="another database sweeps this store, or this one was set back")
+        return None
+    return began
 
 
 def too_many(unknown: int, total: int, most_share: float) -> bool:

@@ -144,6 +144,42 @@ def test_a_store_that_was_adopted_elsewhere_is_left_alone(
     assert swept(database, blobs) == 0
 
 
+def test_a_database_that_was_set_back_is_refused_and_sweeps_nothing(
+    database: Database, settings: Settings, project: Project, blobs: BlobStore
+) -> None:
+    """S2: a backup carries the deployment's id, so the count of sweeps tells it; `adopt` and an audit end that."""
+    deployment.bind(database, blobs, settings)
+    put_bytes(blobs, "files/proj_x/file-orphan", b"x")
+    swept(database, blobs, times=1)
+    with database.writing() as session:  # as a backup from before that sweep
+        session.execute(update(Deployment).values(sweeps=0))
+        session.commit()
+    with pytest.raises(WrongDeployment, match="restored"):
+        deployment.bind(database, blobs, settings)
+    assert swept(database, blobs, times=3) == 0
+    deployment.adopt(database, blobs)
+    deployment.check(database, blobs, most_share=0.1)
+    deployment.bind(database, blobs, settings)
+    assert swept(database, blobs) == 1
+
+
+def test_a_copy_of_the_database_in_use_stops_the_sweep_for_both(
+    database: Database, settings: Settings, project: Project, blobs: BlobStore, stranger: Database
+) -> None:
+    """S2: staging made of a copy of production's database deletes nothing of what production stored since."""
+    own = deployment.bind(database, blobs, settings)
+    with stranger.writing() as session:
+        session.add(Deployment(id=own, bound_at=1.0))
+        session.commit()
+    keys = {add_file(database, project, settings, blobs=blobs).blob_key for _ in range(5)}
+    for _ in range(3):
+        for each in (stranger, database):
+            assert swept(each, blobs, times=1) == 0
+    assert {blob.key for blob in blobs.list("files/")} == keys
+    deployment.check(database, blobs, most_share=0.1)
+    assert swept(stranger, blobs) == 0
+
+
 def test_the_sweep_stops_where_much_of_the_store_is_nobodys(
     database: Database, settings: Settings, project: Project, blobs: BlobStore
 ) -> None:
