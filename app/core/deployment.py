@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import structlog
-from sqlalchemy import delete, make_url, select, update
+from sqlalchemy import case, delete, make_url, select, update
 from sqlalchemy.orm import Session
 
 from app.core.ids import Prefix, new_id
@@ -21,6 +21,7 @@ from app.core.storage.identity import (
     DISPUTED_KEY,
     STORE_KEY,
     WrongDeployment,
+    belong_together,
     claim_store,
     deployment_of,
     id_in_store,
@@ -115,19 +116,22 @@ def check(database: Database, blobs: BlobStore, *, most_share: float, accept: bo
 
     Where two databases swept this store, the one that is audited gets a new id with it, and the other one is out.
     """
-    with database.writing() as session:
-        own, stored = deployment_of(session), id_in_store(blobs)
-        if own is None or own.id != stored:
+    with database.reading() as session:  # it takes as long as a listing of the store
+        if not belong_together(session, blobs):
             raise WrongDeployment(f"Database and blob store do not belong together. {_SET_BACK}")
         found = audit(session, blobs)
-        if accept or found.passes(most_share):
-            own.audit_due = False
-            own.sweeps = max(own.sweeps, newest_sweep(blobs))
-            if is_disputed(blobs):
-                blobs.delete(STORE_KEY)
-                own.id = claim_store(blobs, new_id(Prefix.DEPLOYMENT))
-                blobs.delete(DISPUTED_KEY)
+    if not (accept or found.passes(most_share)):
+        return found
+    newest, disputed = newest_sweep(blobs), is_disputed(blobs)
+    own_id = {"id": new_id(Prefix.DEPLOYMENT)} if disputed else {}
+    with database.writing() as session:
+        sweeps = case((Deployment.sweeps < newest, newest), else_=Deployment.sweeps)
+        session.execute(update(Deployment).values(audit_due=False, sweeps=sweeps, **own_id))
         session.commit()
+    if disputed:
+        blobs.delete(STORE_KEY)
+        claim_store(blobs, own_id["id"])
+        blobs.delete(DISPUTED_KEY)
     return found
 
 

@@ -17,7 +17,14 @@ from sqlalchemy.orm import Session
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore, StoredBlob
 from app.core.storage.database import Database, alone, change, db_now, read_clock
-from app.core.storage.identity import belong_together, deployment_of, dispute, is_disputed, note_sweep
+from app.core.storage.identity import (
+    belong_together,
+    deployment_of,
+    dispute,
+    id_in_store,
+    is_disputed,
+    note_sweep,
+)
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import Artifact, Checkpoint, Deployment, File, Job, SweepMark
 from app.core.telemetry import BLOBS_SWEPT, SWEEP_STOPPED
@@ -126,12 +133,13 @@ def sweep(
 
 def _begin(database: Database, blobs: BlobStore) -> float | None:
     """Count this sweep in database and store; the database's time, or None where nothing may be swept."""
+    stored, disputed = id_in_store(blobs), is_disputed(blobs)  # no transaction waits for the store
     with database.writing() as session:
-        own, together, began = deployment_of(session), belong_together(session, blobs), read_clock(session)
-        if own is None or not together:
+        own, began = deployment_of(session), read_clock(session)
+        if own is None or own.id != stored:
             log.error("sweep.stopped", reason="the store is not this database's")
             return None
-        if own.audit_due or is_disputed(blobs):
+        if own.audit_due or disputed:
             log.error("sweep.stopped", reason="an audit is due: run `immunotune audit`")
             return None
         own.sweeps += 1

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from obstore.store import MemoryStore
+from prometheus_client import REGISTRY
 from sqlalchemy import event, select, update
 
 from app.core import deployment
@@ -188,8 +189,10 @@ def test_the_sweep_stops_where_much_of_the_store_is_nobodys(
     for number in range(40):
         put_bytes(blobs, f"jobs/ftjob-absent/1/result/{number}", b"x")
     assert swept(database, blobs, times=3) == 0
+    assert REGISTRY.get_sample_value("immunotune_sweep_stopped") == 1
     assert len(list(blobs.list("jobs/"))) == 40
     assert swept(database, blobs, times=1, most_share=1.0) == 40
+    assert REGISTRY.get_sample_value("immunotune_sweep_stopped") == 0
 
 
 def test_a_sweep_asks_in_few_statements(
