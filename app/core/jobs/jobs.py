@@ -282,9 +282,8 @@ def tell_waiting(session: Session, base: BaseRow) -> int:
     """Tell the jobs that wait for a base why it does not come now; they wait on. Returns how many there are."""
     waiting = Job.kind == JobKind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
     ids = session.scalars(select(Job.id).where(*waiting, Job.base_id == base.id)).all()
-    event = _waits_for(base)
-    session.add_all(Event(id=new_id(Prefix.EVENT), job_id=job_id, **asdict(event)) for job_id in ids)
-    session.flush()
+    for job_id in ids:
+        append_events(session, job_id, [_waits_for(base)])
     return len(ids)
 
 
