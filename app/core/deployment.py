@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import structlog
-from sqlalchemy import delete, make_url, select, update
+from sqlalchemy import case, delete, make_url, select, update
 from sqlalchemy.orm import Session
 
 from app.core.ids import Prefix, new_id
@@ -17,7 +17,17 @@ from app.core.models import require_base
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore, open_blobs
 from app.core.storage.database import Database, db_now, one_at_a_time, open_database
-from app.core.storage.identity import STORE_KEY, WrongDeployment, claim_store, deployment_of, id_in_store
+from app.core.storage.identity import (
+    DISPUTED_KEY,
+    STORE_KEY,
+    WrongDeployment,
+    belong_together,
+    claim_store,
+    deployment_of,
+    id_in_store,
+    is_disputed,
+    newest_sweep,
+)
 from app.core.storage.tables import Deployment, File, Job, SweepMark
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -33,6 +43,7 @@ def bind(database: Database, blobs: BlobStore, settings: Settings) -> str:
 
     What an earlier release left in one data folder is taken over where rows and bytes match. Raises WrongDeployment.
     """
+    newest = newest_sweep(blobs)  # before the row is read, for a sweep may go on meanwhile
     with database.writing() as session:
         one_at_a_time(session)
         own = deployment_of(session) or _first_start(session, blobs, settings)
@@ -43,6 +54,10 @@ def bind(database: Database, blobs: BlobStore, settings: Settings) -> str:
         raise WrongDeployment(f"The blob store is not this database's: nothing says whose it is. {_SET_BACK}")
     if stored != own.id:
         raise WrongDeployment(f"The blob store belongs to deployment {stored}, the database to {own.id}. {_SET_BACK}")
+    if newest > own.sweeps:
+        raise WrongDeployment(
+            f"The database is older than the blob store: restored, or a copy of the one in use. {_SET_BACK}"
+        )
     if own.bound_at is None:
         with database.writing() as session:
             session.execute(update(Deployment).where(Deployment.id == own.id).values(bound_at=db_now()))
@@ -91,21 +106,32 @@ def adopt(database: Database, blobs: BlobStore) -> str:
         session.execute(delete(Deployment))
         session.execute(delete(SweepMark))
         kept = {} if before is None else {"pepper": before.pepper, "queue": before.queue}
-        session.add(Deployment(id=own, bound_at=db_now(), audit_due=True, **kept))
+        session.add(Deployment(id=own, bound_at=db_now(), audit_due=True, sweeps=newest_sweep(blobs), **kept))
         session.commit()
     return own
 
 
 def check(database: Database, blobs: BlobStore, *, most_share: float, accept: bool = False) -> Audit:
-    """Hold rows against bytes; where that passes, or is accepted, the sweep may go on. Raises WrongDeployment."""
-    with database.writing() as session:
-        own, stored = deployment_of(session), id_in_store(blobs)
-        if own is None or own.id != stored:
+    """Hold rows against bytes; where that passes, or is accepted, the sweep may go on. Raises WrongDeployment.
+
+    Where two databases swept this store, the one that is audited gets a new id with it, and the other one is out.
+    """
+    with database.reading() as session:  # it takes as long as a listing of the store
+        if not belong_together(session, blobs):
             raise WrongDeployment(f"Database and blob store do not belong together. {_SET_BACK}")
         found = audit(session, blobs)
-        if accept or found.passes(most_share):
-            own.audit_due = False
+    if not (accept or found.passes(most_share)):
+        return found
+    newest, disputed = newest_sweep(blobs), is_disputed(blobs)
+    own_id = {"id": new_id(Prefix.DEPLOYMENT)} if disputed else {}
+    with database.writing() as session:
+        sweeps = case((Deployment.sweeps < newest, newest), else_=Deployment.sweeps)
+        session.execute(update(Deployment).values(audit_due=False, sweeps=sweeps, **own_id))
         session.commit()
+    if disputed:
+        blobs.delete(STORE_KEY)
+        claim_store(blobs, own_id["id"])
+        blobs.delete(DISPUTED_KEY)
     return found
 
 

@@ -70,6 +70,18 @@ class LimitSettings(BaseModel):
     free_bytes: int = Field(default=64 * 2**20, ge=0, description="low-water mark of the blob folder's disk")
 
 
+class RetentionSettings(BaseModel):
+    """How long things are kept, in days; what is not named here stays until its owner deletes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quarantined_days: float = Field(default=30.0, ge=0, description="weights that the gate held back")
+    reports_days: float = Field(default=400.0, ge=0, description="single reports and row ledger, after the job's end")
+    events_days: float = Field(default=400.0, ge=0, description="a job's events, after its end")
+    workers_days: float = Field(default=30.0, gt=0, description="rows of workers that were drained")
+    unfinished_seconds: float = Field(default=60.0, ge=0, description="an upload whose process was killed")
+
+
 class ServingSettings(BaseModel):
     """One model server: how much it takes at once and keeps."""
 
@@ -196,6 +208,7 @@ class Settings(BaseModel):
     log_level: str = "info"
     lease: LeaseSettings = LeaseSettings()
     limits: LimitSettings = LimitSettings()
+    retention: RetentionSettings = RetentionSettings()
     serving: ServingSettings = ServingSettings()
     release: ReleaseSettings = ReleaseSettings()
     edge: EdgeSettings = EdgeSettings()

@@ -34,6 +34,7 @@ def upgrade() -> None:
         sa.Column("bound_at", sa.Double(), nullable=True),
         sa.Column("audit_due", sa.Boolean(), nullable=False),
         sa.Column("swept_at", sa.Double(), nullable=True),
+        sa.Column("sweeps", sa.BigInteger(), nullable=False),
         *_every_table("deployments"),
         sqlite_autoincrement=True,
     )

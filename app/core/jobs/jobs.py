@@ -6,7 +6,7 @@ ended.py.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import cast
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -304,9 +304,8 @@ def tell_waiting(session: Session, base: BaseRow) -> int:
     """Tell the jobs that wait for a base why it does not come now; they wait on. Returns how many there are."""
     waiting = Job.kind == JobKind.FINETUNE, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
     ids = session.scalars(select(Job.id).where(*waiting, Job.base_id == base.id)).all()
-    event = _waits_for(base)
-    session.add_all(Event(job_id=job_id, **asdict(replace(event, id=new_id(Prefix.EVENT)))) for job_id in ids)
-    session.flush()
+    for job_id in ids:
+        append_events(session, job_id, [_waits_for(base)])
     return len(ids)
 
 

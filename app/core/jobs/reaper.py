@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.core import files, idempotency
 from app.core.broker import CHECK_JOB, CHECKS_QUEUE, DEAD_LETTERS, RUN_JOB, TaskName, Wake, queue_depth, wake
+from app.core.jobs import retention
 from app.core.jobs.expiry import expire
 from app.core.jobs.lease import base_is_ready
 from app.core.jobs.sweep import sweep_in_turn
@@ -103,15 +104,25 @@ class Reaper:
             "hide_expired": files.hide_expired,
             "forget_replies": idempotency.forget_old,
         }
+        kept = settings.retention
+        now_and_then = {
+            "hide_quarantined": lambda session: retention.hide_quarantined(session, kept),
+            "forget_events": lambda session: retention.forget_events(session, kept),
+            "forget_workers": lambda session: retention.forget_workers(session, kept),
+        }
         return {
-            "database": [Duty(name, 0.0, _committed(database, work)) for name, work in in_database.items()],
+            "database": [
+                *(Duty(name, 0.0, _committed(database, work)) for name, work in in_database.items()),
+                *(Duty(name, _MINUTE, _committed(database, work)) for name, work in now_and_then.items()),
+            ],
             "broker": [
                 Duty("wake", 0.0, self._send),
                 Duty("rewake", 0.0, lambda: rewake(database, self.celery, settings)),
             ],
             "store": [
                 Duty("erase_deleted", 0.0, lambda: erase_deleted(database, blobs)),
-                Duty("sweep", min(_MINUTE, limits.sweep_seconds), lambda: sweep_in_turn(database, blobs, limits)),
+                Duty("discard", _MINUTE, lambda: blobs.discard_unfinished(kept.unfinished_seconds)),
+                Duty("sweep", min(_MINUTE, limits.sweep_seconds), lambda: sweep_in_turn(database, blobs, settings)),
             ],
         }
 

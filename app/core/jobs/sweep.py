@@ -14,13 +14,21 @@ import structlog
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from app.core.settings import LimitSettings
+from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore, StoredBlob
 from app.core.storage.database import Database, alone, change, db_now, read_clock
-from app.core.storage.identity import belong_together, deployment_of
+from app.core.storage.identity import (
+    belong_together,
+    deployment_of,
+    dispute,
+    id_in_store,
+    is_disputed,
+    note_sweep,
+)
 from app.core.storage.job_states import LIVE, JobState
 from app.core.storage.tables import Artifact, Checkpoint, Deployment, File, Job, SweepMark
 from app.core.telemetry import BLOBS_SWEPT, SWEEP_STOPPED
+from finetuning.contract.recipe import JobKind
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -64,8 +72,9 @@ class Audit:
         return self.missing == 0 and not too_many(self.unknown, self.total, most_share)
 
 
-def sweep_in_turn(database: Database, blobs: BlobStore, limits: LimitSettings) -> int:
+def sweep_in_turn(database: Database, blobs: BlobStore, settings: Settings) -> int:
     """Sweep if none did for `sweep_seconds`, in this process alone. Returns how many blobs were deleted."""
+    limits = settings.limits
     with alone(database, SWEEP_LOCK) as elected:
         if not elected:
             return 0
@@ -80,28 +89,39 @@ def sweep_in_turn(database: Database, blobs: BlobStore, limits: LimitSettings) -
             session.commit()
         if not taken:
             return 0
-        return sweep(database, blobs, older_than_seconds=limits.orphan_blob_seconds, most_share=limits.sweep_share)
+        return sweep(
+            database,
+            blobs,
+            older_than_seconds=limits.orphan_blob_seconds,
+            most_share=limits.sweep_share,
+            reports_days=settings.retention.reports_days,
+        )
 
 
-def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float, most_share: float = 0.1) -> int:
+def sweep(
+    database: Database,
+    blobs: BlobStore,
+    *,
+    older_than_seconds: float,
+    most_share: float = 0.1,
+    reports_days: float = 400.0,
+) -> int:
     """Mark blobs that no row needs, and delete those that an earlier sweep marked. Returns how many were deleted.
 
     They are cut-off uploads, lost attempts, checkpoints of ended jobs; those of a cancelled job go whatever their age.
     Nothing is deleted where the store is not this database's, an audit is due, or more than `most_share` is nobody's.
     """
-    with database.reading() as session:
-        own, together, began = deployment_of(session), belong_together(session, blobs), read_clock(session)
-    if own is None or not together or own.audit_due:
+    began = _begin(database, blobs)
+    if began is None:
         SWEEP_STOPPED.set(1)
-        log.error("sweep.stopped", reason="audit due" if own is not None and together else "not this database's store")
         return 0
-    found = _look(database, blobs, older_than_seconds, began)
+    found = _look(database, blobs, older_than_seconds=older_than_seconds, reports_days=reports_days, began=began)
     if too_many(found.unknown, found.total, most_share):
         SWEEP_STOPPED.set(1)
         log.error("sweep.stopped", reason="too much is nobody's", unknown=found.unknown, total=found.total)
         return 0
     SWEEP_STOPPED.set(0)
-    swept = _delete(database, blobs, found.doomed)
+    swept = _delete(database, blobs, found.doomed, reports_days=reports_days)
     with database.writing() as session:  # marks of what is needed again, or gone
         session.execute(delete(SweepMark).where(SweepMark.seen_at < began))
         session.commit()
@@ -111,18 +131,42 @@ def sweep(database: Database, blobs: BlobStore, *, older_than_seconds: float, mo
     return swept
 
 
+def _begin(database: Database, blobs: BlobStore) -> float | None:
+    """Count this sweep in database and store; the database's time, or None where nothing may be swept."""
+    stored, disputed = id_in_store(blobs), is_disputed(blobs)  # no transaction waits for the store
+    with database.writing() as session:
+        own, began = deployment_of(session), read_clock(session)
+        if own is None or own.id != stored:
+            log.error("sweep.stopped", reason="the store is not this database's")
+            return None
+        if own.audit_due or disputed:
+            log.error("sweep.stopped", reason="an audit is due: run `immunotune audit`")
+            return None
+        own.sweeps += 1
+        number = own.sweeps
+        session.commit()  # the database counts first: killed before the store does, it is still never behind
+    if not note_sweep(blobs, number):
+        dispute(blobs)
+        log.error("sweep.stopped", reason="another database sweeps this store, or this one was set back")
+        return None
+    return began
+
+
 def too_many(unknown: int, total: int, most_share: float) -> bool:
     """Whether so much of a store is nobody's that it may be somebody else's."""
     return unknown > max(_FEW, most_share * total)
 
 
-def standing_of(session: Session, keys: Sequence[str]) -> Standing:
-    """What the rows say of these keys, in a few statements however many keys there are."""
+def standing_of(session: Session, keys: Sequence[str], *, reports_days: float = 400.0) -> Standing:
+    """What the rows say of these keys, in a few statements however many keys there are.
+
+    Reports that lie beside a job's files go when all of these are deleted, or so many days after its end.
+    """
     files = dict(session.execute(select(File.blob_key, File.deleted_at).where(File.blob_key.in_(keys))).all())
     ids = {job_id for key in keys if (job_id := _job_of(key)) is not None}
     found = session.execute(select(Job.id, Job.state, Job.result).where(Job.id.in_(ids))).all()
     jobs = {job_id: (state, result or {}) for job_id, state, result in found}
-    erased = _without_files(session, ids)
+    erased = _without_files(session, ids) | _long_ended(session, ids, reports_days)
     needed: set[str] = {key for key, deleted_at in files.items() if deleted_at is None}
     hurried: set[str] = set()
     for key in keys:
@@ -151,11 +195,13 @@ def audit(session: Session, blobs: BlobStore) -> Audit:
     return Audit(len(wanted), len(wanted - stored), total, unknown)
 
 
-def _look(database: Database, blobs: BlobStore, older_than_seconds: float, began: float) -> _Look:
+def _look(
+    database: Database, blobs: BlobStore, *, older_than_seconds: float, reports_days: float, began: float
+) -> _Look:
     look = _Look()
     for batch in _portions(_listed(blobs)):
         with database.writing() as session:
-            standing = standing_of(session, [blob.key for blob in batch])
+            standing = standing_of(session, [blob.key for blob in batch], reports_days=reports_days)
             idle = [
                 blob.key
                 for blob in batch
@@ -182,13 +228,13 @@ def _mark(session: Session, keys: Iterable[str], began: float) -> list[str]:
     return [by_mark[mark] for mark, created_at in marked.items() if created_at < began]
 
 
-def _delete(database: Database, blobs: BlobStore, doomed: Sequence[str]) -> int:
+def _delete(database: Database, blobs: BlobStore, doomed: Sequence[str], *, reports_days: float) -> int:
     swept = 0
     for keys in _portions(doomed):
         with database.reading() as session:
             if not belong_together(session, blobs):  # adopted meanwhile
                 return swept
-            needed = standing_of(session, keys).needed
+            needed = standing_of(session, keys, reports_days=reports_days).needed
         for key in keys:
             if key not in needed:
                 try:
@@ -211,6 +257,11 @@ def _portions(items: Iterable[T]) -> Iterator[list[T]]:
     left = iter(items)
     while portion := list(islice(left, _AT_ONCE)):
         yield portion
+
+
+def _long_ended(session: Session, job_ids: Iterable[str], days: float) -> set[str]:
+    ended = Job.id.in_(job_ids), Job.kind == JobKind.FINETUNE, Job.finished_at < db_now() - days * 86_400.0
+    return set(session.scalars(select(Job.id).where(*ended)))
 
 
 def _listed(blobs: BlobStore) -> Iterator[StoredBlob]:

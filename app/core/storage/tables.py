@@ -17,7 +17,8 @@ class Deployment(TableRow):
     """The one row that says whose database this is; its `id` lies in the blob store too (`storage/identity.py`).
 
     `pepper` is the fingerprint of what hashes API keys, `queue` the one that jobs are sent to. While `audit_due`
-    nothing is swept. `swept_at` elects the process whose turn the sweep is.
+    nothing is swept. `swept_at` elects the process whose turn the sweep is; `sweeps` counts them, here and in the
+    store, which tells a database that was set back.
     """
 
     __tablename__ = "deployments"
@@ -26,6 +27,7 @@ class Deployment(TableRow):
     bound_at: Mapped[float | None]  # when the store was seen to carry the id
     audit_due: Mapped[bool] = mapped_column(default=False)
     swept_at: Mapped[float | None]
+    sweeps: Mapped[int] = mapped_column(default=0)
 
 
 class SweepMark(TableRow):

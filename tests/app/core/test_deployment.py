@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from obstore.store import MemoryStore
+from prometheus_client import REGISTRY
 from sqlalchemy import event, select, update
 
 from app.core import deployment
@@ -144,6 +145,42 @@ def test_a_store_that_was_adopted_elsewhere_is_left_alone(
     assert swept(database, blobs) == 0
 
 
+def test_a_database_that_was_set_back_is_refused_and_sweeps_nothing(
+    database: Database, settings: Settings, project: Project, blobs: BlobStore
+) -> None:
+    """S2: a backup carries the deployment's id, so the count of sweeps tells it; `adopt` and an audit end that."""
+    deployment.bind(database, blobs, settings)
+    put_bytes(blobs, "files/proj_x/file-orphan", b"x")
+    swept(database, blobs, times=1)
+    with database.writing() as session:  # as a backup from before that sweep
+        session.execute(update(Deployment).values(sweeps=0))
+        session.commit()
+    with pytest.raises(WrongDeployment, match="restored"):
+        deployment.bind(database, blobs, settings)
+    assert swept(database, blobs, times=3) == 0
+    deployment.adopt(database, blobs)
+    deployment.check(database, blobs, most_share=0.1)
+    deployment.bind(database, blobs, settings)
+    assert swept(database, blobs) == 1
+
+
+def test_a_copy_of_the_database_in_use_stops_the_sweep_for_both(
+    database: Database, settings: Settings, project: Project, blobs: BlobStore, stranger: Database
+) -> None:
+    """S2: staging made of a copy of production's database deletes nothing of what production stored since."""
+    own = deployment.bind(database, blobs, settings)
+    with stranger.writing() as session:
+        session.add(Deployment(id=own, bound_at=1.0))
+        session.commit()
+    keys = {add_file(database, project, settings, blobs=blobs).blob_key for _ in range(5)}
+    for _ in range(3):
+        for each in (stranger, database):
+            assert swept(each, blobs, times=1) == 0
+    assert {blob.key for blob in blobs.list("files/")} == keys
+    deployment.check(database, blobs, most_share=0.1)
+    assert swept(stranger, blobs) == 0
+
+
 def test_the_sweep_stops_where_much_of_the_store_is_nobodys(
     database: Database, settings: Settings, project: Project, blobs: BlobStore
 ) -> None:
@@ -152,8 +189,10 @@ def test_the_sweep_stops_where_much_of_the_store_is_nobodys(
     for number in range(40):
         put_bytes(blobs, f"jobs/ftjob-absent/1/result/{number}", b"x")
     assert swept(database, blobs, times=3) == 0
+    assert REGISTRY.get_sample_value("immunotune_sweep_stopped") == 1
     assert len(list(blobs.list("jobs/"))) == 40
     assert swept(database, blobs, times=1, most_share=1.0) == 40
+    assert REGISTRY.get_sample_value("immunotune_sweep_stopped") == 0
 
 
 def test_a_sweep_asks_in_few_statements(
@@ -174,14 +213,15 @@ def test_one_process_sweeps_at_a_time_and_in_turn(database: Database, settings: 
     deployment.bind(database, blobs, settings)
     put_bytes(blobs, "files/proj_x/file-orphan", b"x")
     limits = settings.limits.model_copy(update={"orphan_blob_seconds": 0.0})
+    eager = settings.model_copy(update={"limits": limits})
 
     def again(seconds: float) -> int:
         with database.writing() as session:
             session.execute(update(Deployment).values(swept_at=Deployment.swept_at - seconds))
             session.commit()
-        return sweeping.sweep_in_turn(database, blobs, limits)
+        return sweeping.sweep_in_turn(database, blobs, eager)
 
-    assert sweeping.sweep_in_turn(database, blobs, limits) == 0  # it marks
+    assert sweeping.sweep_in_turn(database, blobs, eager) == 0  # it marks
     assert again(1) == 0
     if database.engine.dialect.name == "postgresql":
         with sweeping.alone(database, sweeping.SWEEP_LOCK) as elected:
