@@ -298,3 +298,19 @@ def test_a_restored_database_meets_the_blobs_of_later_attempts(tmp_path: Path) -
     assert (job.state, job.fence, job.losses, job.host_losses) == (JobState.SUCCEEDED, 1, 0, 0)
     assert scene.checkpoints(job_id) == [(10, 1), (20, 1)]
     scene.database.close()
+
+
+def test_a_disk_that_fills_up_under_a_training_process_is_not_its_fault(scene: Scene) -> None:
+    """S1: whatever it died of, no room was left when it did. A part of the disk stands for all of it."""
+    job_id = scene.add_job(recipe())
+    gib = 2**30
+    low_water = shutil.disk_usage(scene.settings.data).free - 3 * gib // 2
+    if low_water < gib:
+        pytest.skip("the disk has too little room to take some of it away")
+    limits = scene.settings.limits.model_copy(update={"free_bytes": low_water})
+    crowded = replace(scene, settings=scene.settings.model_copy(update={"limits": limits}))
+    supervise(crowded.host(scripted(exit_at=5, fills=5 * gib // 2)), job_id)
+    job = scene.job(job_id)
+    assert (job.state, job.losses, job.host_losses, job.rests) == (JobState.QUEUED, 0, 0, 1)
+    supervise(scene.host(scripted(exit_at=5)), job_id)
+    assert scene.job(job_id).losses == 1
