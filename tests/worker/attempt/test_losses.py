@@ -6,17 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
+from app.core.broker import Wake
 from app.core.jobs.jobs import fail_baseless
+from app.core.jobs.lease import enrol_worker
 from app.core.jobs.workers import count_resting
-from app.core.storage.database import open_database
+from app.core.storage.database import open_database, read_clock
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Worker
 from finetuning.contract.recipe import JobKind
 from tests.support.sick_store import SickStore
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, Scene, open_scene, recipe, scripted, settings_in
+from worker import presence
 from worker.attempt.launch import Launch, Launcher, Mode
 from worker.attempt.supervisor import Host, supervise
 
@@ -76,7 +79,7 @@ def test_what_a_host_or_store_does_wrong_fails_no_job(scene: Scene, tmp_path: Pa
     sick.touch()
     host = sick_host(scene, fault, sick)
     jobs = [scene.add_job(recipe(steps=10)) for _ in range(5)]
-    for _ in range(4):
+    for _ in range(3):
         for job_id in jobs:
             supervise(host, job_id)
     assert {scene.job(job_id).state for job_id in jobs} == {JobState.QUEUED}
@@ -314,3 +317,34 @@ def test_a_disk_that_fills_up_under_a_training_process_is_not_its_fault(scene: S
     assert (job.state, job.losses, job.host_losses, job.rests) == (JobState.QUEUED, 0, 0, 1)
     supervise(scene.host(scripted(exit_at=5)), job_id)
     assert scene.job(job_id).losses == 1
+
+
+def test_a_job_that_must_be_left_to_others_is_passed_on(scene: Scene, tmp_path: Path) -> None:
+    """S1: its message must not end with the worker that may not take it."""
+    sick = tmp_path / "sick"
+    sick.touch()
+    host = sick_host(scene, "no program", sick)
+    with scene.database.writing() as session:
+        other = enrol_worker(session, host="other", devices="none", queues=["train.cpu"])
+        session.commit()
+    job_id = scene.add_job(recipe(steps=10))
+    supervise(host, job_id)
+    scene.wakes.clear()
+    supervise(host, job_id)
+    assert (scene.job(job_id).fence, scene.wakes) == (1, [Wake("immunotune.run_job", job_id, "train.cpu")])
+    supervise(replace(scene.host(scripted()), worker_id=other), job_id)
+    assert scene.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_a_waiting_worker_says_that_it_is_there(scene: Scene) -> None:
+    """S1: whoever has no job to beat for would be nobody to leave one to."""
+
+    def seen_ago() -> float:
+        with scene.database.reading() as session:
+            return read_clock(session) - session.scalars(select(Worker.seen_at)).one()
+
+    with scene.database.writing() as session:
+        session.execute(update(Worker).values(seen_at=0.0))
+        session.commit()
+    presence.say_present(scene.host(scripted()))
+    wait_until(lambda: seen_ago() < 60, seconds=20)
