@@ -59,7 +59,7 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     return 0
 
 
-def build_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher = launch_command) -> Celery:
+def build_worker(settings: Settings, queues: Sequence[str] = (), *, launcher: Launcher = launch_command) -> Celery:
     """The composition root of a worker: the Celery object with its tasks and signal handlers; opens nothing yet."""
     celery = broker.make_celery(settings)
     celery.conf.update(worker_hijack_root_logger=False, worker_redirect_stdouts=False, worker_disable_prefetch=True)
