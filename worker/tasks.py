@@ -76,7 +76,7 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     return 0
 
 
-def build_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher = launch_command) -> Celery:
+def build_worker(settings: Settings, queues: Sequence[str] = (), *, launcher: Launcher = launch_command) -> Celery:
     """The composition root of a worker: the Celery object with its tasks and signal handlers; opens nothing yet."""
     guard_transport()
     celery = broker.make_celery(settings, consumes=True)

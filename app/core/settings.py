@@ -45,7 +45,10 @@ class LeaseSettings(BaseModel):
     max_faults: int = Field(default=3, ge=1, description="jobs lost in a row before work began, then the worker rests")
     rest_seconds: float = Field(default=60.0, ge=0, description="a worker's first rest; twice as long each time")
     stall_seconds: float = Field(default=3 * 3600.0, gt=0, description="running without any progress")
-    stall_seconds_of: dict[Stage, float] = Field(default_factory=dict, description="the same for single stages")
+    stall_seconds_of: dict[Stage, float] = Field(
+        default={"gate": 12 * 3600.0, "parity": 12 * 3600.0},
+        description="the same for single stages: those that ask a judge show no figures meanwhile",
+    )
 
 
 class LimitSettings(BaseModel):

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from sqlalchemy import select
 
 from app.core import broker
 from app.core.broker import DEAD_LETTERS, RUN_JOB, Wake
@@ -19,7 +21,7 @@ from app.core.jobs import jobs
 from app.core.jobs.reaper import Reaper
 from app.core.settings import LeaseSettings, to_environment
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import Form
+from app.core.storage.tables import Form, Worker
 from tests.support.backends import BACKEND, broker_answers, broker_client
 from tests.support.processes import descendants, is_gone
 from tests.support.waiting import wait_until
@@ -228,3 +230,27 @@ def test_what_is_no_message_is_put_aside_and_the_worker_goes_on(service: Running
     kept = [json.loads(found) for found in client.lrange(DEAD_LETTERS, 0, -1)]
     assert (kept[-1]["text"], kept[-2]["text"]) == ("garbage", "5")
     assert all(len(found["text"]) <= 2000 for found in kept)
+
+
+def test_a_sick_worker_stops_claiming_and_another_does_its_work(service: Running, tmp_path: Path) -> None:
+    """S1: it neither fails the queue nor empties it, and it can be stopped while it rests."""
+    sick = tmp_path / "sick"
+    sick.touch()
+    resting = service.start_worker(exit_while=str(sick))
+    jobs_of_all = [service.submit() for _ in range(4)]
+
+    def faults() -> list[int]:
+        with service.scene.database.reading() as session:
+            at_work = Worker.id != service.scene.worker_id
+            return list(session.scalars(select(Worker.faults).where(at_work).order_by(Worker.seq)))
+
+    wait_until(lambda: faults() == [FAST.max_faults], seconds=SECONDS)
+    fences = [service.scene.job(job_id).fence for job_id in jobs_of_all]
+    assert sum(fences) == FAST.max_faults
+    service.start_worker()
+    for job_id in jobs_of_all:
+        service.wait_for_state(job_id, JobState.SUCCEEDED)
+    assert faults() == [FAST.max_faults, 0]
+    asked = time.monotonic()
+    stop([resting])
+    assert time.monotonic() - asked < resting.program.grace_seconds / 2

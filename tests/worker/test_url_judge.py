@@ -58,6 +58,7 @@ def test_an_unreachable_judge_is_a_lost_attempt_and_the_next_one_goes_on(
     supervise(scene.host(launch_command), job_id)
     job = scene.job(job_id)
     assert (job.state, job.error, job.fence) == (JobState.QUEUED, None, 1)
+    assert (job.losses, job.host_losses) == (0, 1)  # S1: the judge's silence is not the job's fault
     assert "guard" not in " ".join(scene.messages(job_id)).lower()
     (log,) = (scene.settings.data / "logs" / "attempts").iterdir()
     assert "JudgeUnreachable: judge elsewhere@" in log.read_text()

@@ -20,7 +20,7 @@ def cause_of_exit(status: int, *, began: bool, garbled: bool) -> ReleaseCause:
     """
     if garbled:
         return ReleaseCause.FAULT
-    killed = status < 0 and signal.Signals(-status) not in _OWN_SIGNALS
+    killed = status < 0 and -status not in _OWN_SIGNALS
     return ReleaseCause.HOST if killed or status in NOT_THE_JOBS or not began else ReleaseCause.FAULT
 
 

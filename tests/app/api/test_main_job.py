@@ -8,6 +8,7 @@ from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
+from app.core.broker import CPU_QUEUE, make_celery, queue_depth
 from app.core.jobs import jobs, lease
 from tests.support.http import METRICS_CSV, Customer, chat_rows
 
@@ -113,6 +114,20 @@ def test_a_cancel_shows_in_its_own_reply_and_repeats(customer: Customer) -> None
         assert cancelled.finished_at is not None
     messages = [event.message for event in customer.sdk.fine_tuning.jobs.list_events(job_id)]
     assert messages == ["Fine-tuning job cancelled", f"Created fine-tuning job: {job_id}"]
+
+
+def test_a_cancel_wakes_the_projects_next_job(customer: Customer) -> None:
+    """Small: the slot that a cancel frees was found by the reaper, up to 40 s later."""
+    celery = make_celery(customer.served.settings)
+    running, waiting = customer.job(), customer.job()
+    customer.claim(running)
+    before = queue_depth(celery, CPU_QUEUE)
+    customer.sdk.fine_tuning.jobs.cancel(running.id)
+    assert before is not None
+    assert queue_depth(celery, CPU_QUEUE) == before + 1
+    customer.sdk.fine_tuning.jobs.cancel(running.id)
+    customer.sdk.fine_tuning.jobs.cancel(waiting.id)
+    assert queue_depth(celery, CPU_QUEUE) == before + 1  # nothing was freed
 
 
 def test_a_running_job_estimates_its_end_and_lists_checkpoints(customer: Customer) -> None:

@@ -1,5 +1,6 @@
 """Facts about checkpoints: complete or refused, and telling whether a resume is bitwise."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,24 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match="shape"):
             checkpoint.restore(other, folder)
         assert all(torch.equal(a, b) for a, b in zip(before, other.parameters, strict=True))
+
+
+@pytest.mark.parametrize("changed", [{"tokens": None}, {"next_step": "x"}, {"attempt": None}, {"fingerprint": None}])
+def test_a_checkpoint_of_another_release_is_refused_by_name(tmp_path: Path, changed: dict[str, str | None]) -> None:
+    """S10: whole, but without what this release reads; any other error would be taken for a fault of the job."""
+    setup, _, folder = saved(tmp_path)
+    loop = json.loads((folder / "loop.json").read_text())
+    for name, value in changed.items():
+        loop.pop(name)
+        if value is not None:
+            loop[name] = value
+    (folder / "loop.json").write_text(json.dumps(loop))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["loop.json"] = hashlib.sha256((folder / "loop.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadCheckpoint, match="does not fit"):
+        checkpoint.restore(setup, folder)
+        checkpoint.attempt_of(folder)
 
 
 def test_attempts_of_the_ladder_do_not_share_folders(tmp_path: Path) -> None:

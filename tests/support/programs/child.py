@@ -66,7 +66,7 @@ def train(scratch: Path, script: dict[str, object]) -> None:
         if script.get("hang_at") == step:
             threading.Event().wait()
         if script.get("exit_at") == step:
-            sys.exit(int(str(script.get("exit_status", 1))))
+            leave(scratch, script)
         if should_die(script, step):
             os.kill(os.getpid(), signal.SIGKILL)
         chain = hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
@@ -75,6 +75,13 @@ def train(scratch: Path, script: dict[str, object]) -> None:
         if saves_after(step - 1, steps=total, save_every=order.recipe.save_every):
             save(scratch, step, chain)
     finish(scratch, chain, order.recipe.kind, script)
+
+
+def leave(scratch: Path, script: dict[str, object]) -> None:
+    if "fills" in script:
+        with (scratch / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, int(str(script["fills"])))
+    sys.exit(int(str(script.get("exit_status", 1))))
 
 
 def should_die(script: dict[str, object], step: int) -> bool:

@@ -1,14 +1,17 @@
 """The heartbeat keeps events until a beat writes them, and says truthfully how long the last good beat is past."""
 
 import time
+from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from app.core.errors import LeaseLost
+from app.core.jobs import lease
 from app.core.jobs.jobs import NewEvent
-from app.core.jobs.lease import Beat, BeatReply
+from app.core.jobs.lease import Beat, BeatReply, SavedCheckpoint
 from tests.support.waiting import wait_until
+from tests.support.worlds import open_scene, recipe, settings_in
 from worker.attempt.heartbeat import Heartbeat, join
 
 
@@ -110,3 +113,54 @@ def test_stop_returns_what_no_beat_has_carried(leases: Leases) -> None:
 def test_joined_reports_keep_the_later_stage_and_progress() -> None:
     both = join(Beat(stage="train", progress={"step": 1}), Beat(progress={"step": 2}))
     assert (both.stage, both.progress) == ("train", {"step": 2})
+
+
+def test_beats_go_on_after_a_commit_whose_answer_was_lost(tmp_path: Path) -> None:
+    """S19: the same checkpoint came again, the insert failed, and the thread of a healthy job was gone."""
+    scene = open_scene(settings_in(tmp_path / "data"))
+    job_id = scene.add_job(recipe())
+    with scene.database.writing() as session:
+        held = lease.claim(session, scene.settings, job_id, scene.worker_id)
+        session.commit()
+    assert held is not None
+    beats = 0
+
+    def send(carried: Beat) -> BeatReply:
+        nonlocal beats
+        with scene.database.writing() as session:
+            answer = lease.beat(session, scene.settings.lease, held, carried, worker_id=scene.worker_id)
+            session.commit()
+        beats += 1
+        if beats <= 2:
+            raise OperationalError("COMMIT", None, Exception("the server closed the connection"))
+        return answer
+
+    heartbeat = Heartbeat(send, interval_seconds=0.01, claimed_at=time.monotonic())
+    saved = SavedCheckpoint(10, f"{held.prefix}/checkpoints/10", "print", {})
+    heartbeat.report(Beat(events=(NewEvent("saved"),), checkpoints=(saved,)))
+    heartbeat.start()
+    wait_until(lambda: beats >= 4, seconds=20)
+    assert heartbeat.stop(timeout_seconds=5) == Beat()
+    assert scene.checkpoints(job_id) == [(10, 1)]
+    assert scene.messages(job_id).count("saved") == 1
+    scene.database.close()
+
+
+def test_news_that_the_database_refuses_cost_no_lease(leases: Leases) -> None:
+    """S19: whatever a beat raises, the thread goes on, at last without what cannot be written."""
+    sent: list[Beat] = []
+
+    def send(carried: Beat) -> BeatReply:
+        sent.append(carried)
+        if carried != Beat():
+            raise IntegrityError("INSERT", None, Exception("no"))
+        return leases.send(carried)
+
+    heartbeat = Heartbeat(send, interval_seconds=0.01, claimed_at=time.monotonic())
+    saved = SavedCheckpoint(10, "x", "print", {})
+    heartbeat.report(Beat(events=(NewEvent("odd"),), checkpoints=(saved,)))
+    heartbeat.start()
+    wait_until(lambda: leases.beats >= 1, seconds=20)
+    heartbeat.stop(timeout_seconds=5)
+    assert [len(beat.events) + len(beat.checkpoints) for beat in sent[:4]] == [2, 2, 1, 0]
+    assert not heartbeat.standing().lost

@@ -1,20 +1,25 @@
 """Faults of a host or a store cost a job time and never its outcome; what is the job's own ends it."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
+from app.core.broker import Wake
+from app.core.jobs.lease import enrol_worker
 from app.core.jobs.waiting import count_baseless
 from app.core.jobs.workers import count_resting
+from app.core.storage.database import open_database, read_clock
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import BaseRow, BaseStatus, Worker
+from app.core.storage.tables import BaseRow, BaseStatus, Form, Worker
 from finetuning.contract.recipe import JobKind
 from tests.support.sick_store import SickStore
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, Scene, open_scene, recipe, scripted, settings_in
+from worker import presence
 from worker.attempt.launch import Launch, Launcher, Mode
 from worker.attempt.supervisor import Host, supervise
 
@@ -74,7 +79,7 @@ def test_what_a_host_or_store_does_wrong_fails_no_job(scene: Scene, tmp_path: Pa
     sick.touch()
     host = sick_host(scene, fault, sick)
     jobs = [scene.add_job(recipe(steps=10)) for _ in range(5)]
-    for _ in range(4):
+    for _ in range(3):
         for job_id in jobs:
             supervise(host, job_id)
     assert {scene.job(job_id).state for job_id in jobs} == {JobState.QUEUED}
@@ -209,3 +214,137 @@ def test_a_job_that_waits_for_its_store_tells_so_less_and_less(scene: Scene) -> 
     job, told = scene.job(job_id), [m for m in scene.messages(job_id) if "store" in m or "started" in m]
     assert (job.state, job.losses, job.host_losses, job.rests) == (JobState.QUEUED, 0, 0, 9)
     assert len(told) == 5  # started; the 1st, 2nd, 4th, 8th return
+
+
+def rot(scene: Scene, name: str) -> None:
+    """Change a stored byte of every blob of this name."""
+    found = list((scene.settings.data / "blobs").rglob(name))
+    assert found
+    for path in found:
+        path.write_bytes(path.read_bytes() + b" ")
+
+
+def adapter(scene: Scene, job_id: str, folder: Path) -> bytes:
+    return scene.unpacked(scene.artifacts(job_id)[Form.ADAPTER], folder)["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("rotten", "first_saved"),
+    [
+        (["checkpoints/20/loop.json"], [20, 30]),
+        (["checkpoints/20/contents.json"], [20, 30]),
+        (["checkpoints/20/loop.json", "checkpoints/10/adapter.safetensors"], [10, 20, 30]),
+    ],
+    ids=["newest", "its list of contents", "all"],
+)
+def test_a_rotten_checkpoint_costs_its_steps_and_nothing_else(
+    scene: Scene, tmp_path: Path, rotten: list[str], first_saved: list[int]
+) -> None:
+    """S10: the next older one is taken, then none; no loss is counted, and the result has the same bytes."""
+    whole, job_id = (scene.add_job(recipe(steps=40)) for _ in range(2))
+    supervise(scene.host(scripted()), whole)
+    supervise(scene.host(scripted(die_at=25)), job_id)
+    assert scene.checkpoints(job_id) == [(10, 1), (20, 1)]
+    for name in rotten:
+        rot(scene, name)
+    work_until_done(scene, scene.host(scripted()), [job_id])
+    job = scene.job(job_id)
+    assert (job.state, job.fence, job.losses) == (JobState.SUCCEEDED, 2, 0)
+    assert scene.checkpoints(job_id)[2:] == [(step, 2) for step in first_saved]
+    told = [message for message in scene.messages(job_id) if "cannot be used" in message]
+    assert len(told) == len(rotten)
+    assert adapter(scene, job_id, tmp_path) == adapter(scene, whole, tmp_path)
+
+
+def test_a_checkpoint_that_a_new_release_refuses_is_passed_over(scene: Scene) -> None:
+    """S10: the training process says so, and the same attempt goes on from the older one."""
+    job_id = scene.add_job(recipe(steps=40))
+    supervise(scene.host(scripted(die_at=25)), job_id)
+    work_until_done(scene, scene.host(scripted(refuses_step=20)), [job_id])
+    job = scene.job(job_id)
+    assert (job.state, job.fence, job.losses) == (JobState.SUCCEEDED, 2, 0)
+    assert scene.checkpoints(job_id)[2:] == [(20, 2), (30, 2)]
+    assert job.error is None
+
+
+def test_a_store_that_is_away_condemns_no_checkpoint(scene: Scene) -> None:
+    """S10: an error of the connection says nothing about the bytes."""
+    job_id = scene.add_job(recipe(steps=40))
+    supervise(scene.host(scripted(die_at=25)), job_id)
+    away = SickStore(scene.blobs, lambda key: "/checkpoints/" in key)
+    supervise(replace(scene.host(scripted()), blobs=away), job_id)
+    assert scene.job(job_id).state == JobState.QUEUED
+    work_until_done(scene, scene.host(scripted()), [job_id])
+    assert scene.checkpoints(job_id)[2:] == [(30, 3)]
+
+
+def test_a_restored_database_meets_the_blobs_of_later_attempts(tmp_path: Path) -> None:
+    """S29: an attempt that got an old number again died on the keys that the first one had written."""
+    settings = settings_in(tmp_path / "data", lease=HASTY)
+    scene = open_scene(settings)
+    job_id = scene.add_job(recipe())
+    scene.database.close()
+    stored = Path(settings.database_url.removeprefix("sqlite:///"))
+    backup = tmp_path / "backup.db"
+    shutil.copy(stored, backup)
+    scene = replace(scene, database=open_database(settings))
+    supervise(scene.host(scripted(die_at=25)), job_id)
+    assert scene.checkpoints(job_id)
+    scene.database.close()
+    for left in stored.parent.glob(f"{stored.name}*"):
+        left.unlink()
+    shutil.copy(backup, stored)
+    scene = replace(scene, database=open_database(settings))
+    assert scene.job(job_id).fence == 0
+    supervise(scene.host(scripted()), job_id)
+    job = scene.job(job_id)
+    assert (job.state, job.fence, job.losses, job.host_losses) == (JobState.SUCCEEDED, 1, 0, 0)
+    assert scene.checkpoints(job_id) == [(10, 1), (20, 1)]
+    scene.database.close()
+
+
+def test_a_disk_that_fills_up_under_a_training_process_is_not_its_fault(scene: Scene) -> None:
+    """S1: whatever it died of, no room was left when it did. A part of the disk stands for all of it."""
+    job_id = scene.add_job(recipe())
+    gib = 2**30
+    low_water = shutil.disk_usage(scene.settings.data).free - 3 * gib // 2
+    if low_water < gib:
+        pytest.skip("the disk has too little room to take some of it away")
+    limits = scene.settings.limits.model_copy(update={"free_bytes": low_water})
+    crowded = replace(scene, settings=scene.settings.model_copy(update={"limits": limits}))
+    supervise(crowded.host(scripted(exit_at=5, fills=5 * gib // 2)), job_id)
+    job = scene.job(job_id)
+    assert (job.state, job.losses, job.host_losses, job.rests) == (JobState.QUEUED, 0, 0, 1)
+    supervise(scene.host(scripted(exit_at=5)), job_id)
+    assert scene.job(job_id).losses == 1
+
+
+def test_a_job_that_must_be_left_to_others_is_passed_on(scene: Scene, tmp_path: Path) -> None:
+    """S1: its message must not end with the worker that may not take it."""
+    sick = tmp_path / "sick"
+    sick.touch()
+    host = sick_host(scene, "no program", sick)
+    with scene.database.writing() as session:
+        other = enrol_worker(session, host="other", devices="none", queues=["train.cpu"])
+        session.commit()
+    job_id = scene.add_job(recipe(steps=10))
+    supervise(host, job_id)
+    scene.wakes.clear()
+    supervise(host, job_id)
+    assert (scene.job(job_id).fence, scene.wakes) == (1, [Wake("immunotune.run_job", job_id, "train.cpu")])
+    supervise(replace(scene.host(scripted()), worker_id=other), job_id)
+    assert scene.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_a_waiting_worker_says_that_it_is_there(scene: Scene) -> None:
+    """S1: whoever has no job to beat for would be nobody to leave one to."""
+
+    def seen_ago() -> float:
+        with scene.database.reading() as session:
+            return read_clock(session) - session.scalars(select(Worker.seen_at)).one()
+
+    with scene.database.writing() as session:
+        session.execute(update(Worker).values(seen_at=0.0))
+        session.commit()
+    presence.say_present(scene.host(scripted()))
+    wait_until(lambda: seen_ago() < 60, seconds=20)

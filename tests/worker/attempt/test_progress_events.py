@@ -10,6 +10,7 @@ from finetuning.contract.progress import (
     StageStarted,
     StepDone,
 )
+from worker.attempt.heartbeat import join
 from worker.attempt.progress_events import ProgressEvents, checkpoint_event
 
 
@@ -92,3 +93,14 @@ def test_a_saved_checkpoint_is_an_event_and_a_row() -> None:
 
 def test_a_final_message_is_no_event() -> None:
     assert ProgressEvents(Clock()).of(Finished(released=True, trained_tokens=1)) == Beat()
+
+
+def test_figures_say_life_only_where_they_move() -> None:
+    """S30: what a process repeats, or merely says, is no progress."""
+    progress_events = ProgressEvents(Clock())
+    screening = [progress_events.of(StageProgress(stage="screen", done=n, total=9)).advanced for n in (1, 2, 2, 3)]
+    assert screening == [True, True, False, True]
+    assert progress_events.of(StageProgress(stage="gate", done=3, total=9)).advanced
+    assert [progress_events.of(step(n)).advanced for n in (1, 1, 10)] == [True, False, True]
+    assert not progress_events.of(Note(code="x", message="still here")).advanced
+    assert join(progress_events.of(step(11)), Beat()).advanced
