@@ -9,6 +9,7 @@ from celery import Celery
 from fastapi import Depends, Request
 
 from app.api.gateway.client import Gateway
+from app.api.http.rates import Rates
 from app.api.http.shares import Shares
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore
@@ -35,6 +36,7 @@ class Resources:
     body_bytes: Shares
     computing: CapacityLimiter
     scanning: threading.Semaphore
+    rates: Rates
 
 
 def get_resources(request: Request) -> Resources:
