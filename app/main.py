@@ -94,6 +94,6 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         uploads=Shares(edge.uploads, edge.uploads_per_project),
         body_bytes=Shares(edge.body_bytes, edge.body_bytes // 3),
         computing=CapacityLimiter(_COMPUTING_AT_ONCE),
-        scanning=threading.Semaphore(_COMPUTING_AT_ONCE),
+        turn=threading.Semaphore(_COMPUTING_AT_ONCE),
         rates=Rates(edge),
     )

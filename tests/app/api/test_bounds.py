@@ -234,7 +234,7 @@ def test_small_hostile_requests_stop_nobody(running: Running) -> None:
         for body, _, _ in BAD_JSON:
             customer.http.post("/fine_tuning/jobs", content=body, headers=kind)
         for fields, _, _ in CREATE_FAULTS:
-            customer.create(training_file="file-0000000000000000000000", **fields | {"training_file": "x"})
+            customer.create(**{"training_file": "x", **fields})
         for form, _, _ in BAD_FORMS:
             customer.http.post("/files", content=form, headers={"Content-Type": "multipart/form-data; boundary=b"})
         for path, _ in PATHS:
