@@ -52,7 +52,7 @@ async def create_chat_completion(
 
 
 class TokenCount:
-    """The tokens of one answer: as many as it may have until it ends, then as many as it had.
+    """The tokens of one answer: as many as it may have until it ends, then as many as it had, none if it never began.
 
     A guess on the prompt's side, four bytes a token: only the model server knows its tokeniser.
     """
@@ -61,8 +61,8 @@ class TokenCount:
         body = question.body
         text = sum(len(str(message.get("content", ""))) for message in cast(list[Json], body.get("messages") or []))
         most = cast(int, body.get("max_tokens") or default) * cast(int, body.get("n") or 1)
-        self.reserved = self.used = text // 4
-        self.reserved += most
+        self.prompt, self.used = text // 4, 0
+        self.reserved = self.prompt + most
 
     def unused(self) -> int:
         """Minus what was reserved and not used."""
@@ -83,6 +83,7 @@ class EventStream(StreamingResponse):
     def __init__(self, stream: AnswerStream, asked: TokenCount, held: ExitStack) -> None:
         super().__init__(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         self._stream, self._asked, self._held = stream, asked, held
+        asked.used = asked.prompt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. Raises TimeoutError when one write is blocked for too long."""

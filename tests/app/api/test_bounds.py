@@ -76,7 +76,7 @@ def running(
         base="tiny",
         lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
         limits=LimitSettings(live_jobs=1000, file_bytes=24 * 2**20),
-        edge=EdgeSettings(requests_per_minute=1_000_000, wrong_keys_per_minute=1_000_000),
+        edge=EdgeSettings(requests_per_minute=10**6, wrong_keys_per_minute=10**6, tokens_per_minute=10**9),
     )
     migrate(settings)
     environment = {**inherited_environment(), **to_environment(settings)}

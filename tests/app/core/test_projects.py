@@ -1,6 +1,7 @@
 import stat
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select, update
 
 from app.core import projects
@@ -42,7 +43,7 @@ def test_the_services_policy_is_that_of_the_default_project_from_the_next_start(
 def test_an_operators_own_key_opens_the_default_project(
     database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
 ) -> None:
-    own = settings.model_copy(update={"api_key": "my-own-key-of-some-length"})
+    own = settings.model_copy(update={"api_key": SecretStr("my-own-key-of-some-length")})
     with database.writing() as session:
         assert projects.bootstrap(session, own, pepper).default == "my-own-key-of-some-length"
         holder = projects.authenticate(session, pepper, "my-own-key-of-some-length")
@@ -52,7 +53,7 @@ def test_an_operators_own_key_opens_the_default_project(
 def test_a_changed_key_revokes_the_one_before(
     database: Database, settings: Settings, keys: projects.BootstrapKeys, pepper: bytes
 ) -> None:
-    own = settings.model_copy(update={"api_key": "my-own-key-of-some-length"})
+    own = settings.model_copy(update={"api_key": SecretStr("my-own-key-of-some-length")})
     with database.writing() as session:
         projects.bootstrap(session, own, pepper)
         with pytest.raises(InvalidApiKey):
