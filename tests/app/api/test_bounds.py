@@ -273,6 +273,20 @@ def test_large_and_slow_requests_stop_nobody(running: Running) -> None:
         check(running, send)
 
 
+def test_many_large_bodies_at_once_have_a_bound(running: Running) -> None:
+    """S5: memory for bodies is lent; who finds none left waits, and health is told meanwhile."""
+    body = chat(f'[{{"role":"user","content":"{"word " * 800_000}"}}]')
+
+    def work() -> None:
+        with ThreadPoolExecutor(24) as clients:
+            list(clients.map(post("/chat/completions", body, 503), [running.customer] * 24))
+
+    lags = [lag_while(running, work) for _ in range(2)]
+    told = f"lags {[round(1000 * lag) for lag in lags]} ms, peak {running.peak_bytes() >> 20} MiB"
+    assert running.peak_bytes() < MEMORY_BYTES, told
+    assert min(lags) <= LAG_SECONDS, told
+
+
 @pytest.fixture(scope="module")
 def full(running: Running, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A project whose lists are as long as they may be asked for; the id of a job with much to show."""
