@@ -10,10 +10,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import structlog
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
+from prometheus_client import start_http_server
 
 from app.api.gateway.client import Gateway
 from app.api.http import exception_handlers
 from app.api.http.middleware import RequestGuard, RequestLog
+from app.api.http.rates import Rates
 from app.api.http.resources import Resources
 from app.api.http.shares import Shares
 from app.api.routes import chat, files, health, jobs, models, results
@@ -23,7 +25,7 @@ from app.core.errors import StartRefused
 from app.core.jobs.reaper import Reaper
 from app.core.kept_secrets import model_server_secret
 from app.core.models import ensure_base
-from app.core.settings import Settings
+from app.core.settings import EdgeSettings, Settings
 from app.core.storage.blobs import open_blobs
 from app.core.storage.database import open_database
 from app.core.telemetry import configure_logging
@@ -31,7 +33,8 @@ from app.core.telemetry import configure_logging
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 ROUTERS = (files.router, results.router, jobs.router, models.router, chat.router, health.router)
-_COMPUTING_AT_ONCE = 2
+# the interpreter runs one at a time anyway, and each more is one more that the event loop waits for
+_COMPUTING_AT_ONCE = 1
 
 
 def build_app(settings: Settings) -> FastAPI:
@@ -50,6 +53,7 @@ def build_app(settings: Settings) -> FastAPI:
             reaper = Reaper(resources.database, resources.celery, resources.blobs, settings)
             reaper.start()
             stack.callback(reaper.stop)
+            _serve_metrics(settings.edge, stack)
             yield
 
     # no schema pages: clients know the API from the OpenAI SDK, and a redirect would make them loop
@@ -60,6 +64,15 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(RequestLog)
     return app
+
+
+def _serve_metrics(edge: EdgeSettings, stack: AsyncExitStack) -> None:
+    """Serve the counters of this process where the operator says, apart from what clients reach."""
+    if edge.metrics_port is None:
+        return
+    server, _ = start_http_server(edge.metrics_port, addr=edge.metrics_host)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
 
 
 def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
@@ -99,5 +112,6 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         uploads=Shares(edge.uploads, edge.uploads_per_project),
         body_bytes=Shares(edge.body_bytes, edge.body_bytes // 3),
         computing=CapacityLimiter(_COMPUTING_AT_ONCE),
-        scanning=threading.Semaphore(_COMPUTING_AT_ONCE),
+        turn=threading.Semaphore(_COMPUTING_AT_ONCE),
+        rates=Rates(edge),
     )

@@ -7,6 +7,7 @@ ImmunotuneError             code, status, param, message (what to do next), opti
 ├── NotFound           404  absent or somebody else's: the same answer
 ├── RequestInProgress  409
 ├── QuotaExceeded      429  retrying does not help
+├── RateLimited        429  too often: wait, then retry
 ├── ServiceBusy        503  nothing was done; retry later
 │   └── StoreDown           the blob store does not answer, or not as it should
 └── StorageFull        507
@@ -82,6 +83,18 @@ class QuotaExceeded(ImmunotuneError):
     status = 429
     code = "insufficient_quota"
     type = "insufficient_quota"
+
+
+class RateLimited(ImmunotuneError):
+    """Too often, or too many at once; `type` says of what: requests or tokens."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "requests"
+
+    def __init__(self, message: str, wait_seconds: float, *, of: str = "requests") -> None:
+        super().__init__(message, retry_after=min(60.0, wait_seconds))
+        self.type = of
 
 
 class ServiceBusy(ImmunotuneError):

@@ -2,10 +2,12 @@
 
 import logging
 import sys
+import traceback
 
 import structlog
 from prometheus_client import Counter, Gauge
-from structlog.typing import EventDict
+from pydantic import ValidationError
+from structlog.typing import EventDict, ExcInfo
 
 JOBS_ENDED = Counter("immunotune_jobs_ended_total", "Jobs that reached a final state in this process.", ["state"])
 LEASES_EXPIRED = Counter("immunotune_leases_expired_total", "Leases that this reaper took back.")
@@ -26,6 +28,23 @@ SWEEP_STOPPED = Gauge(
 )
 
 
+def trace_of(exc_info: ExcInfo) -> str:
+    """The trace of an exception as it is logged: without the values that it quotes, which may be a customer's."""
+    text = "".join(traceback.format_exception(*exc_info)).rstrip("\n")
+    error: BaseException | None = exc_info[1]
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ValidationError):
+            faults = error.errors(include_url=False, include_context=False, include_input=False)
+            text = text.replace(str(error), f"{error.title}: {faults}")
+        detail = getattr(getattr(error, "diag", None), "message_detail", None)  # Postgres quotes the row in question
+        if detail:
+            text = text.replace(str(detail), "(values left out)")
+        error = error.__cause__ or error.__context__
+    return text
+
+
 def configure_logging(process: str, level: str) -> None:
     """One JSON line per event on standard error, `process` and all bound context in each. Once per process."""
 
@@ -39,7 +58,7 @@ def configure_logging(process: str, level: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            structlog.processors.ExceptionRenderer(trace_of),
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

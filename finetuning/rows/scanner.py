@@ -20,6 +20,7 @@ __all__ = ["InvalidRowError", "Message", "Row", "RowError", "RowReport", "RowSca
 MAX_FILE_BYTES = 512 * 2**20
 MAX_LINE_BYTES = 2 * 2**20
 MAX_ROWS = 200_000
+MAX_KEYS = 1000  # of one object
 MAX_SECONDS = 900.0  # of computing, not of waiting for the client
 
 _BOM = b"\xef\xbb\xbf"
@@ -130,7 +131,7 @@ class RowScanner:
         self._max_file_bytes, self._max_rows = max_file_bytes, max_rows
         self._seconds_left = max_seconds
         patience = Patience()
-        self._reader, self._found = JsonReader(patience), Findings(patience)
+        self._reader, self._found = JsonReader(patience, most_keys=MAX_KEYS), Findings(patience)
         self._first_line_of: dict[
             bytes, int
         ] = {}  # by half of a row's hash: two rows that share it by chance do not occur

@@ -1,22 +1,33 @@
 """Who asks: the bearer key of a request becomes a Caller, who must hold the route's scope."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.api.http.rates import Standing, rate_headers
 from app.api.http.resources import ResourcesDep
 from app.core import projects
-from app.core.errors import Forbidden, InvalidApiKey
+from app.core.errors import Forbidden, InvalidApiKey, RateLimited
 from app.core.projects import Caller
 
 
 def get_caller(request: Request, resources: ResourcesDep) -> Caller:
-    """Authenticate. Raises InvalidApiKey `invalid_api_key` or `mismatched_project`."""
+    """Authenticate. Raises InvalidApiKey `invalid_api_key` or `mismatched_project`, RateLimited."""
     if "api_key" in request.query_params:
         raise InvalidApiKey("An API key in a URL ends up in logs. Revoke it, and send keys as a bearer token.")
-    with resources.database.reading() as session:
-        caller = projects.authenticate(session, resources.pepper, _bearer(request))
+    secret, address = _bearer(request), request.client.host if request.client else ""
+    key = hashlib.blake2b(secret.encode("utf-8", "surrogateescape"), key=resources.pepper).digest()
+    resources.rates.check_address(address, key)
+    try:
+        with resources.database.reading() as session:
+            caller = projects.authenticate(session, resources.pepper, secret)
+    except InvalidApiKey:
+        resources.rates.note_key(address, key, is_right=False)
+        raise
+    resources.rates.note_key(address, key, is_right=True)
+    _check_rate(request, resources.rates.requests.take(key))
     _check_tenant(request, caller)
     request.state.org, request.state.project = caller.org.id, caller.project_id
     return caller
@@ -48,6 +59,12 @@ ModelsUser = Annotated[Caller, Depends(caller_with("models:infer"))]
 ModelsWriter = Annotated[Caller, Depends(caller_with("models:w"))]
 ArtifactsReader = Annotated[Caller, Depends(caller_with("artifacts:r"))]
 SafetyReader = Annotated[Caller, Depends(caller_with("safety:r"))]
+
+
+def _check_rate(request: Request, standing: Standing) -> None:
+    request.state.rates = rate_headers("requests", standing)
+    if standing.wait_seconds:
+        raise RateLimited(f"More than {standing.limit} requests a minute. Send fewer.", standing.wait_seconds)
 
 
 def _bearer(request: Request) -> str:

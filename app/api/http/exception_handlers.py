@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from app.core.errors import ImmunotuneError, ServiceBusy
+from app.core.errors import ImmunotuneError, RateLimited, ServiceBusy
 from app.core.storage.database import DATABASE_DOWN
 
 _log = structlog.get_logger(__name__)
@@ -53,6 +53,8 @@ def error_response(error: ImmunotuneError) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, ceil(error.retry_after)))
+        if isinstance(error, RateLimited):
+            headers["retry-after-ms"] = str(max(1, ceil(error.retry_after * 1000)))
     if error.type == "insufficient_quota" or error.status == HTTPStatus.INSUFFICIENT_STORAGE:
         headers["x-should-retry"] = "false"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)

@@ -4,6 +4,8 @@ Plain ASGI, so that streams pass through unbuffered.
 """
 
 import time
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import anyio
 import structlog
@@ -13,12 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.http.exception_handlers import ProtocolError, crash_response, error_response
 from app.api.http.paging import check_query
-from app.core.errors import ImmunotuneError
+from app.core.errors import ImmunotuneError, InvalidRequest
 from app.core.ids import Prefix, new_id
 from app.core.settings import EdgeSettings, LimitSettings, Settings
 
 MAX_URL_BYTES = 8 * 1024
 UPLOADS = "/v1/files"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_HEALTH = ("/healthz", "/readyz")  # probes know an address at best
 # boundary lines, part headers and the small fields of a multipart upload
 _MULTIPART_OVERHEAD_BYTES = 128 * 1024
 
@@ -43,7 +47,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _add_headers(MutableHeaders(scope=message), request_id, started, state.get("org"))
+                _add_headers(MutableHeaders(scope=message), request_id, started, state)
             await send(message)
 
         try:
@@ -70,7 +74,7 @@ class RequestGuard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._limits, self._edge = settings.limits, settings.edge
+        self._limits, self._edge, self._hosts = settings.limits, settings.edge, _allowed_hosts(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,7 +84,9 @@ class RequestGuard:
         scope["path"] = _routable(path.partition(b"?")[0].decode("latin-1"))
         try:
             limit_bytes = body_limit(scope["path"], self._limits)
-            _check_headers(scope, Headers(scope=scope), limit_bytes)
+            headers = Headers(scope=scope)
+            _check_host(scope["path"], headers.get("host", ""), self._hosts)
+            _check_headers(scope, headers, limit_bytes)
         except ImmunotuneError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -97,6 +103,21 @@ def body_limit(path: str, limits: LimitSettings) -> int:
             return limits.chat_body_bytes
         case _:
             return limits.json_body_bytes
+
+
+def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
+    """The names that a request may address us by; None where the operator left it open on an address of a network."""
+    if settings.edge.allowed_hosts:
+        return frozenset(name.lower() for name in settings.edge.allowed_hosts)
+    return _LOOPBACK if settings.host.lower() in _LOOPBACK else None
+
+
+def _check_host(path: str, host: str, allowed: Collection[str] | None) -> None:
+    # a page of somebody's else, whose name was made to resolve to us, cannot send our name
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if allowed is not None and name.strip("[]").lower() not in allowed and path not in _HEALTH:
+        message = "This server is not known by that Host. Operators list its names in IMMUNOTUNE_EDGE__ALLOWED_HOSTS."
+        raise InvalidRequest(message, code="invalid_value", param="host")
 
 
 def _routable(path: str) -> str:
@@ -173,10 +194,11 @@ def _limited(receive: Receive, limit_bytes: int, pace: Pace) -> Receive:
     return receive_within
 
 
-def _add_headers(headers: MutableHeaders, request_id: str, started: float, org: str | None) -> None:
+def _add_headers(headers: MutableHeaders, request_id: str, started: float, state: Mapping[str, Any]) -> None:
     headers["x-request-id"] = request_id
     headers["openai-processing-ms"] = str(round((time.monotonic() - started) * 1000))
-    if org:
-        headers["openai-organization"] = org
+    if state.get("org"):
+        headers["openai-organization"] = state["org"]
+    headers.update(state.get("rates", {}))
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Content-Type-Options"] = "nosniff"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 from urllib.parse import parse_qsl
@@ -9,6 +10,7 @@ from urllib.parse import parse_qsl
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from app.api.http.shares import in_turn
 from app.core.errors import InvalidRequest, invalid_cursor
 from app.core.ids import Prefix, is_id
 from app.core.storage.database import Listing, Page, TableRow
@@ -78,25 +80,31 @@ def page(items: Sequence[dict[str, object]], *, has_more: bool) -> dict[str, obj
 
 
 def long_page(
-    first: Listing[R], asked: Page, rest: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+    asked: Page,
+    read: Callable[[Page], Listing[R]],
+    show: Callable[[R], dict[str, object]],
+    *,
+    turn: threading.Semaphore,
 ) -> Response:
-    """A page of a list that may be asked for in thousands: `first` as it is, more of it bit by bit while it is sent.
+    """A page of a list that may be asked for in thousands, of which more than BIT_ROWS are read and made bit by bit.
 
-    `first` are the page's first rows, at most BIT_ROWS, and `rest` reads what follows; each bit is a read of its own,
-    so that neither a long page nor a slow client holds a connection or much memory.
+    So neither a long page nor a slow client holds a database connection, much memory, or the turn of who computes.
     """
+    with turn:
+        first = read(_bit_of(asked, asked.after))
     if asked.limit <= len(first.rows) or not first.has_more:
         return JSONResponse(page([show(row) for row in first.rows], has_more=first.has_more))
-    return StreamingResponse(_bits(first, asked, rest, show), media_type="application/json")
+    bits = in_turn(turn, _bits(first, asked, read, show))
+    return StreamingResponse(bits, media_type="application/json")
 
 
-def bit_of(asked: Page, after: str | None, given: int = 0) -> Page:
+def _bit_of(asked: Page, after: str | None, given: int = 0) -> Page:
     """The page's next bit."""
     return Page(after, min(BIT_ROWS, asked.limit - given), asked.descending)
 
 
 def _bits(
-    found: Listing[R], asked: Page, rest: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+    found: Listing[R], asked: Page, read: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
 ) -> Iterator[str]:
     given, first_id, last_id = 0, found.rows[0].id, found.rows[0].id
     yield '{"object":"list","data":['
@@ -106,7 +114,7 @@ def _bits(
         given, last_id = given + len(found.rows), found.rows[-1].id
         if not found.has_more or given >= asked.limit:
             break
-        found = rest(bit_of(asked, last_id, given))
+        found = read(_bit_of(asked, last_id, given))
     end = {"has_more": found.has_more, "first_id": first_id, "last_id": last_id}
     yield "]," + json.dumps(end).removeprefix("{")
 

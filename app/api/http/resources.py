@@ -9,6 +9,7 @@ from celery import Celery
 from fastapi import Depends, Request
 
 from app.api.gateway.client import Gateway
+from app.api.http.rates import Rates
 from app.api.http.shares import Shares
 from app.core.broker import Waker
 from app.core.settings import Settings
@@ -20,8 +21,8 @@ from app.core.storage.database import Database
 class Resources:
     """Settings and open resources; `pepper` hashes API keys.
 
-    The rest is what requests share. `computing`: threads that parse, check or write much at once, few, since they take
-    the interpreter from each other and from the event loop; `scanning` is the same for those that are threads already.
+    The rest is what requests share. `computing`: threads that parse a large body, few, since they take the interpreter
+    from each other and from the event loop; `turn` is the same for threads that check a file or make a long list.
     `uploads`: places, each with a thread of `upload_threads`; `body_bytes`: memory for JSON bodies.
     """
 
@@ -36,7 +37,8 @@ class Resources:
     uploads: Shares
     body_bytes: Shares
     computing: CapacityLimiter
-    scanning: threading.Semaphore
+    turn: threading.Semaphore
+    rates: Rates
 
 
 def get_resources(request: Request) -> Resources:

@@ -4,6 +4,7 @@ A proxy in front should have the same limits (docs/getting-started/operator.md);
 """
 
 import asyncio
+import gc
 import json
 import resource
 import sys
@@ -57,6 +58,9 @@ def serve(app: ASGIApp, settings: Settings) -> None:
     """Serve the app until a signal comes."""
     _allow_many_files()
     sys.setswitchinterval(_SWITCH_SECONDS)
+    # what is loaded by now stays: a full collection, which stops every thread, need not look at it again
+    gc.collect()
+    gc.freeze()
     make_server(app, settings).run()
 
 

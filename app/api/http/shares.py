@@ -1,11 +1,12 @@
 """What requests share while they last (places to upload in, memory for bodies): so much in all, so much for one owner.
 
-Lives on the event loop alone.
+Shares live on the event loop alone.
 """
 
 import asyncio
+import threading
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +18,16 @@ class _Waiting:
     owner: str
     amount: int
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+def in_turn(turn: threading.Semaphore, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of an answer, each made while nobody else computes; for iterators that run in threads."""
+    while True:
+        with turn:
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 class Shares:

@@ -72,7 +72,7 @@ def _store(part: FormPart, resources: Resources, key: str) -> tuple[Blob, RowRep
     filename = clean_filename(part.filename)
     scanner = RowScanner(max_file_bytes=limits.file_bytes, max_rows=limits.rows_max, max_seconds=limits.check_seconds)
     blob = resources.blobs.put(key, _scanned(part.data, scanner, resources))
-    with resources.scanning:
+    with resources.turn:
         return blob, scanner.close(), filename
 
 
@@ -82,7 +82,7 @@ def _scanned(data: Iterator[bytes], scanner: RowScanner, resources: Resources) -
         size_bytes += len(piece)
         if size_bytes > limit_bytes:
             raise ProtocolError(413, "request_too_large", f"The file is larger than {limit_bytes} bytes.", param="file")
-        with resources.scanning:  # piece by piece: whoever checks a large file lets others in between
+        with resources.turn:  # piece by piece: whoever checks a large file lets others in between
             scanner.feed(piece)
         yield piece
 

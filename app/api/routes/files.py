@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from app.api.http.auth import FilesReader, FilesWriter, require_scope
 from app.api.http.downloads import Download, send_blob, send_bytes
 from app.api.http.idempotency import replay, taken_up
-from app.api.http.paging import bit_of, long_page, one_value, order_query, page, page_query
+from app.api.http.paging import long_page, one_value, order_query, page, page_query
 from app.api.http.path_params import FileId
 from app.api.http.resources import Resources, ResourcesDep
 from app.api.http.uploads import Upload, receive_upload
@@ -96,7 +96,7 @@ def list_files(request: Request, caller: FilesReader, resources: ResourcesDep) -
         with resources.database.reading() as session:
             return files.list_files(session, caller.project_id, part, purpose=wanted)
 
-    return long_page(read(bit_of(asked, asked.after)), asked, read, file_to_item)
+    return long_page(asked, read, file_to_item, turn=resources.turn)
 
 
 @router.get("/{file_id}")

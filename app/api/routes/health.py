@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.api.http.resources import ResourcesDep
 from app.core.storage.database import read_clock
@@ -22,9 +21,3 @@ def is_ready(resources: ResourcesDep) -> Response:
     with resources.database.reading() as session:
         read_clock(session)
     return JSONResponse({"status": "ok"})
-
-
-@router.get("/metrics")
-def metrics() -> Response:
-    """Counters of this process in Prometheus text."""
-    return Response(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

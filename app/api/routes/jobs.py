@@ -67,7 +67,7 @@ def list_jobs(request: Request, caller: JobsReader, resources: ResourcesDep) -> 
     """The project's jobs, newest first; `metadata[k]=v` and `metadata=null` filter."""
     asked = page_query(request, Prefix.JOB, default=20, maximum=100)
     pairs, none_only = _metadata_filter(request)
-    with resources.database.reading() as session:
+    with resources.turn, resources.database.reading() as session:
         results_of = partial(jobs.list_artifacts, session, caller.project_id)
         found = jobs.list_jobs(session, caller.project_id, asked, metadata=pairs, no_metadata=none_only)
         now = read_clock(session)

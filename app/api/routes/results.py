@@ -13,6 +13,7 @@ from app.api.http.downloads import Download, send_blob
 from app.api.http.paging import one_value, page, page_query
 from app.api.http.path_params import JobId
 from app.api.http.resources import ResourcesDep
+from app.api.http.shares import in_turn
 from app.api.schemas.results import (
     OFFERED_FORMS,
     artifact_to_body,
@@ -90,8 +91,8 @@ def list_rows(job_id: JobId, request: Request, caller: SafetyReader, resources: 
     prefix = "" if result is None else str(result["prefix"])
     if wants_csv:
         rows = ledger.read_all(resources.blobs, prefix, RowQuery(query.order, query.verdict)) if prefix else iter(())
-        return StreamingResponse(_csv_lines(rows), media_type="text/csv")
-    with resources.scanning:
+        return StreamingResponse(in_turn(resources.turn, _csv_lines(rows)), media_type="text/csv")
+    with resources.turn:
         found, has_more = ledger.read_page(resources.blobs, prefix, query) if prefix else ((), False)
     return JSONResponse(page([verdict_to_body(row) for row in found], has_more=has_more))
 
@@ -117,7 +118,7 @@ def _csv_lines(rows: Iterator[RowVerdict]) -> Iterator[str]:
         reasons = " ".join(reason.code for reason in row.reasons)
         cells = (row.line, row.row_sha256, row.verdict, row.weight, reasons, row.tokens, row.trained_tokens)
         writer.writerow((*cells, str(row.truncated).lower()))
-        if line.tell() > 65_536:
+        if line.tell() > 16_384:
             yield line.getvalue()
             line.seek(0)
             line.truncate()

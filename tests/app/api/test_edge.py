@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
+import openai
 import pytest
 
 from app.core.settings import EdgeSettings, Settings
@@ -16,6 +18,7 @@ from tests.app.api.test_hostile_requests import FILE, PURPOSE, check_envelope, f
 from tests.support.apis import new_customer, serving
 from tests.support.http import Customer, Served
 from tests.support.jobs import QUICK
+from tests.support.model_server import free_port
 from tests.support.waiting import wait_until
 from worker.processes import StartedProgram
 
@@ -89,11 +92,14 @@ def test_who_waits_too_long_for_a_place_may_come_again(one: Customer) -> None:
 
         feeding = threading.Thread(target=keep_going)
         feeding.start()
-        reply = one.upload(FILE[1])
-        stop.set()
-        feeding.join()
-    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
-    assert reply.headers["retry-after"] == "5"
+        try:
+            replies: list[httpx2.Response] = []
+            wait_until(lambda: replies.append(one.upload(FILE[1])) or replies[-1].status_code == 503, seconds=5)
+        finally:
+            stop.set()
+            feeding.join()
+    assert replies[-1].json()["error"]["code"] == "overloaded"
+    assert replies[-1].headers["retry-after"] == "5"
 
 
 @pytest.mark.parametrize("kind", ["files", "fine_tuning/jobs"])
@@ -138,3 +144,77 @@ def test_a_form_that_is_refused_early_is_answered(one: Customer) -> None:
     kind = {"Content-Type": "multipart/form-data; boundary=b"}
     body = form(PURPOSE, ('name="purpose"', b"x"), FILE)
     check_envelope(one.http.post("/files", content=body, headers=kind), 400, "invalid_request_body")
+
+
+@contextmanager
+def api_of(settings: Settings, edge: EdgeSettings, folder: Path) -> Iterator[Customer]:
+    """A project in an API of its own with these limits."""
+    own = settings.model_copy(update={"data": folder, "edge": edge, "database_url": f"sqlite:///{folder}/own.db"})
+    with serving(own) as served:
+        customers = new_customer(served)
+        yield next(customers)
+        customers.close()
+
+
+def test_a_key_has_so_many_requests_a_minute(tight: Served, tmp_path: Path) -> None:
+    """S11: every reply says what is left; too many are refused with the time to wait, and no other key suffers."""
+    with api_of(tight.settings, EdgeSettings(requests_per_minute=20), tmp_path) as customer:
+        first = customer.http.get("/files").headers
+        assert (first["x-ratelimit-limit-requests"], first["x-ratelimit-remaining-requests"]) == ("20", "19")
+        assert float(first["x-ratelimit-reset-requests"].removesuffix("s")) > 0
+        replies = [customer.http.get("/files") for _ in range(30)]
+        refused = [reply for reply in replies if reply.status_code == 429]
+        assert 5 < len(refused) <= 11
+        error = refused[0].json()["error"]
+        assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+        assert 1 <= int(refused[0].headers["retry-after"]) <= 60
+        assert 0 < int(refused[0].headers["retry-after-ms"]) <= 60_000
+        assert refused[0].headers["x-ratelimit-remaining-requests"] == "0"
+        with pytest.raises(openai.RateLimitError):
+            for _ in range(5):
+                customer.sdk.models.list()
+        others = new_customer(customer.served)
+        assert next(others).http.get("/files").status_code == 200
+        others.close()
+
+
+def test_who_guesses_keys_must_wait_and_others_need_not(tight: Served, tmp_path: Path) -> None:
+    """S11: an address that sent many wrong keys gets no answer to more, right or wrong; keys at work go on."""
+    with api_of(tight.settings, EdgeSettings(wrong_keys_per_minute=5), tmp_path) as customer:
+        assert customer.http.get("/files").status_code == 200
+
+        def ask(key: str) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            return httpx2.get(f"{customer.served.url}/v1/files", headers=headers, verify=False).status_code
+
+        found = [ask(f"sk-proj-{number}") for number in range(12)]
+        assert found[:5] == [401] * 5
+        assert found[-4:] == [429] * 4
+        others = new_customer(customer.served)
+        assert ask(next(others).key) == 429  # nobody can tell a right guess from a wrong one
+        others.close()
+        assert customer.http.get("/files").status_code == 200
+
+
+def test_metrics_have_an_address_of_their_own(tight: Served, tmp_path: Path) -> None:
+    """S26: clients do not reach the counters; where the operator says, they are served."""
+    port = free_port()
+    with api_of(tight.settings, EdgeSettings(metrics_port=port), tmp_path) as customer:
+        assert httpx2.get(f"{customer.served.url}/metrics", verify=False).status_code == 404
+        reply = httpx2.get(f"http://127.0.0.1:{port}/metrics")
+        assert reply.status_code == 200
+        assert "immunotune_jobs_queued" in reply.text
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_an_unknown_host_is_refused(tight: Served, one: Customer, tmp_path: Path) -> None:
+    """S26: on a loopback address only its own names are ours; elsewhere those that the operator lists."""
+    for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example", "[::2]:80", ""):
+        check_envelope(one.http.get("/files", headers={"Host": host}), 400, "invalid_value", "host")
+    for host in ("localhost", "LOCALHOST:1234", "[::1]:80", "127.0.0.1"):
+        assert one.http.get("/files", headers={"Host": host}).status_code == 200
+    assert httpx2.get(f"{tight.url}/healthz", headers={"Host": "10.0.0.1"}).status_code == 200
+    with api_of(tight.settings, EdgeSettings(allowed_hosts=("api.example",)), tmp_path) as customer:
+        assert customer.http.get("/files", headers={"Host": "API.example:443"}).status_code == 200
+        check_envelope(customer.http.get("/files"), 400, "invalid_value", "host")

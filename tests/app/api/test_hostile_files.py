@@ -210,7 +210,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(customer: Customer) -> None:
     address = urlsplit(customer.served.url)
     assert address.hostname is not None
     head = (
-        "POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n"
+        "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n"
         f"Authorization: Bearer {customer.key}\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n"
         '--b\r\nContent-Disposition: form-data; name="file"; filename="t.jsonl"\r\n\r\n'
     )

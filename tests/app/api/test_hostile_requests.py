@@ -257,7 +257,8 @@ def raw_get(customer: Customer, path: str) -> tuple[int, dict[str, dict[str, obj
     address = urlsplit(customer.served.url)
     assert address.hostname is not None
     with socket.create_connection((address.hostname, address.port or 0), timeout=10) as connection:
-        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {customer.key}\r\nConnection: close\r\n\r\n"
+        head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {customer.key}\r\n"
+        head += "Connection: close\r\n\r\n"
         connection.sendall(head.encode())
         reply = b"".join(iter(lambda: connection.recv(65536), b""))
     head_bytes, _, body = reply.partition(b"\r\n\r\n")

@@ -110,7 +110,7 @@ def test_a_host_with_another_pepper_does_not_start_and_locks_nobody_out(
     with database.writing() as session, pytest.raises(projects.WrongPepper, match="IMMUNOTUNE_PEPPER_FILE"):
         projects.bind_pepper(session, host, projects.load_pepper(host))
     shared = host.model_copy(update={"pepper_file": settings.data / "keys" / "pepper"})
-    told = host.model_copy(update={"pepper": (settings.data / "keys" / "pepper").read_text()})
+    told = host.model_copy(update={"pepper": SecretStr((settings.data / "keys" / "pepper").read_text())})
     for its in (shared, told):
         with database.writing() as session:
             projects.bind_pepper(session, its, projects.load_pepper(its))

@@ -185,6 +185,19 @@ def test_a_stream_has_data_lines_and_comments_only(customer: Customer) -> None:
     assert {(chunk["id"], chunk["model"]) for chunk in chunks} == {(chunks[0]["id"], "tiny")}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_counted_and_what_was_not_used_is_given_back(customer: Customer, *, stream: bool) -> None:
+    """S11: a reply says what is left of the project's tokens a minute."""
+    left: list[int] = []
+    for _ in range(3):
+        reply = ask(customer, max_tokens=5000, stream=stream, stop=["e", "a", " ", "o"])
+        assert reply.status_code == 200
+        assert reply.headers["x-ratelimit-limit-tokens"] == "200000"
+        left.append(int(reply.headers["x-ratelimit-remaining-tokens"]))
+    assert left[0] <= 195_000  # held while it lasts
+    assert left[2] > 190_000  # most of it given back since
+
+
 def test_many_streams_at_once_all_end_well(customer: Customer, tuned: str) -> None:
     async def one(client: openai.AsyncOpenAI, model: str) -> str:
         stream = await client.chat.completions.create(
