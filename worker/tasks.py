@@ -21,7 +21,7 @@ from app.core.storage.database import DATABASE_DOWN, open_database
 from app.core.telemetry import configure_logging
 from finetuning.safety_rows.operator_file import BadOperatorRows, require_fit
 from worker import checks
-from worker.attempt.launch import Launcher, launch_command, usable_cores
+from worker.attempt.launch import Launcher, WrongDevice, device_of, launch_command, usable_cores
 from worker.attempt.supervisor import Host, supervise
 from worker.processes import die_with_parent
 
@@ -48,9 +48,12 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     """
     try:
         require_fit(settings.operator_rows)
-    except BadOperatorRows as error:
-        _log.error("operator_rows.refused", reason=str(error))
+        device = device_of(queues)
+    except (BadOperatorRows, WrongDevice) as error:
+        _log.error("worker.refused", reason=str(error))
         return 1  # every job of this worker would be lost
+    if device != "auto":
+        settings = settings.model_copy(update={"device": device})
     celery = build_worker(settings, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]

@@ -137,6 +137,11 @@ class Settings(BaseModel):
         pattern=r"train\.[a-z0-9]+",
         description="the queue that new jobs go to, and the size of the gate: a CPU's for train.cpu, else a GPU's",
     )
+    device: str = Field(
+        default="auto",
+        pattern="auto|cpu|cuda",
+        description="on which a training worker's jobs run; a worker of a GPU's queue sets cuda, whatever stands here",
+    )
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
     database_seconds: float = Field(default=5.0, gt=0, description="no database call may take longer")

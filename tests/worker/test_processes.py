@@ -107,3 +107,17 @@ def test_tail_shows_the_last_lines_only(tmp_path: Path) -> None:
     assert tail(log).splitlines()[-1] == "99"
     assert len(tail(log).splitlines()) < 20
     assert tail(tmp_path / "absent") == ""
+
+
+def test_what_a_service_writes_is_its_users_alone(tmp_path: Path) -> None:
+    """S33: database, rows and blobs were readable to every user of the machine."""
+    environment = {**inherited_environment(), "IMMUNOTUNE_DATA": str(tmp_path / "data"), "IMMUNOTUNE_BASE": "tiny"}
+    argv = [sys.executable, "-m", "embedded", "migrate"]
+    before = os.umask(0o022)
+    try:
+        subprocess.run(argv, cwd=ROOT, env=environment, check=True, capture_output=True)
+    finally:
+        os.umask(before)
+    written = list((tmp_path / "data").rglob("*"))
+    assert written
+    assert [path for path in (tmp_path / "data", *written) if path.stat().st_mode & 0o077] == []

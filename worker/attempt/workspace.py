@@ -155,6 +155,7 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         private=(str(settings.data), str(settings.runtime)),
         states=str(settings.data / "states"),
         threads=usable_cores(),
+        device=settings.device,
     )
 
 
