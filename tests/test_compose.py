@@ -122,7 +122,7 @@ def shell(tmp_path: Path) -> str:
 @pytest.fixture
 def broker(shell: str, tmp_path: Path) -> Iterator[Path]:
     process = subprocess.Popen(["sh", "-c", shell], stdout=subprocess.DEVNULL)
-    wait_until(lambda: (tmp_path / "s").exists(), seconds=20)
+    wait_until((tmp_path / "s").exists, seconds=20)
     yield tmp_path / "s"
     process.terminate()
     process.wait(timeout=20)

@@ -11,7 +11,7 @@ from app.core.broker import Wake
 from app.core.errors import Forbidden, NotFound, ServiceBusy, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.jobs.jobs import NewEvent, append_events, base_trouble, served_alignment, wake_for
+from app.core.jobs.jobs import NewEvent, append_events, base_trouble, recipe_columns, served_alignment, wake_for
 from app.core.jobs.policy import get_policy, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
@@ -104,7 +104,6 @@ def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wa
 def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     # align jobs belong to the operator: no key of this project exists
     project = ensure_project(session, "operator", policy=settings.policy, org_slug="operator")
-    recipe = _alignment_recipe(settings)
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -112,8 +111,7 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
         base_id=base.id,
         policy=settings.policy,
         request={},
-        recipe=recipe.model_dump(mode="json"),
-        recipe_version=recipe.schema_version,
+        **recipe_columns(_alignment_recipe(settings)),
         queue=settings.train_queue,
         state=JobState.QUEUED,
         stage="wait",
