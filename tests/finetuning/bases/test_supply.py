@@ -1,11 +1,16 @@
 """What a base is fetched from: a wheel with its digest and no code that runs, in an environment without secrets."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -13,6 +18,9 @@ from finetuning.bases import fetch
 from finetuning.bases.fetch import FetchFailed, download_environment, split_revision
 from finetuning.recipes.library import base_of
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+FILES = {"config.json": b"{}", "model.safetensors": b"weights", "modeling_own.py": b"raise SystemExit"}
+ROOT = Path(__file__).resolve().parents[3]
 RAN = "ran.txt"
 SETUP = """
 from pathlib import Path
@@ -90,7 +98,81 @@ def test_pip_gets_no_secret(index: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_hub_id_can_name_its_revision() -> None:
     """S35: a hub's base had neither revision nor digest."""
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    assert split_revision(f"org/some-base@{revision}") == ("org/some-base", revision)
+    assert split_revision(f"org/some-base@{REVISION}") == ("org/some-base", REVISION)
     assert split_revision("org/some-base") == ("org/some-base", None)
-    assert base_of(f"org/some-base@{revision}").id == base_of("org/some-base").id == "some-base"
+    assert base_of(f"org/some-base@{REVISION}").id == base_of("org/some-base").id == "some-base"
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A model hub with one base at one revision, which notes what it is asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.path.startswith(f"/api/models/org/some-base/tree/{REVISION}"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in FILES.items()
+            ]
+            self._answer(json.dumps(tree).encode(), "application/json")
+        elif self.path.startswith("/api/models/org/some-base"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
+            about = {"id": "org/some-base", "sha": REVISION, "siblings": siblings, "tags": [], "downloads": 0}
+            self._answer(json.dumps(about).encode(), "application/json")
+        elif self.path.startswith(f"/org/some-base/resolve/{REVISION}/"):
+            self._answer(FILES[self.path.rpartition("/")[2]], "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _answer(self, data: bytes, kind: str) -> None:
+        self.send_response(200)
+        for name, value in {
+            "Content-Type": kind, "Content-Length": str(len(data)), "X-Repo-Commit": REVISION,
+            "ETag": _oid(data),
+        }.items():  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    _Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["org/some-base", f"org/some-base@{REVISION}"])
+def test_a_hubs_base_comes_at_one_revision_which_is_recorded(hub: str, tmp_path: Path, name: str) -> None:
+    """S35: a hub base came without revision or digest, at whatever stood there when each host asked."""
+    program = (
+        "import sys; from pathlib import Path; from finetuning.bases.fetch import fetch; "
+        f"fetch({name!r}, Path(sys.argv[1]), say=print)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+    argv = [sys.executable, "-c", program, str(tmp_path / "bases" / "some-base")]
+    done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = tmp_path / "bases" / "some-base"
+    about = json.loads((found / "base.json").read_text(encoding="utf-8"))
+    assert about["revision"] == REVISION
+    assert about["weights_sha256"] == hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+    assert not (found / "modeling_own.py").exists()
+    assert all(REVISION in path for path in _Hub.asked if "/resolve/" in path)
+    assert (f"pin it as org/some-base@{REVISION}" in done.stdout) == ("@" not in name)
