@@ -1,6 +1,8 @@
 # Everything that runs torch: training workers (one per GPU), model servers, and the one-shot that fetches a base.
 # torch comes from the index with its own CUDA libraries, at the version we pin.
-FROM python:3.11-slim
+# give a digest to build the same again: --build-arg PYTHON=python:3.11-slim@sha256:...
+ARG PYTHON=python:3.11-slim
+FROM ${PYTHON}
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/immunotune
 COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
@@ -11,9 +13,11 @@ COPY embedded ./embedded
 COPY demo ./demo
 COPY immunotune ./immunotune
 COPY migrations ./migrations
-RUN PIP_CONSTRAINT=constraints.txt pip install ".[train,postgres]" \
+# wheels only: a source distribution would run its code here
+RUN PIP_CONSTRAINT=constraints.txt pip install hatchling \
+ && PIP_CONSTRAINT=constraints.txt PIP_ONLY_BINARY=:all: pip install --no-build-isolation ".[train,postgres]" \
  && useradd --system --uid 10001 --create-home immunotune \
- && install -d -o immunotune /var/lib/immunotune
+ && cd /var/lib && install -d -m 700 -o immunotune immunotune immunotune/keys immunotune/blobs immunotune/bases immunotune/adapters
 USER immunotune
 # several containers share a box: pinned threads would all sit on its first cores (training pins its own)
 ENV IMMUNOTUNE_DATA=/var/lib/immunotune HF_HUB_OFFLINE=1 OMP_PROC_BIND=false

@@ -109,10 +109,12 @@ def inherited_environment() -> dict[str, str]:
 
 
 def keep_to_ourselves() -> None:
-    """Close our memory and environment, where secrets lie, to other processes of our user, and write no core dump.
+    """Close our memory and environment, where secrets lie, to other processes of our user, write no core dump, and
+    files that only our user can open.
 
-    It does not bind a superuser, and not what we fork; a program that we execute starts without it.
+    The first does not bind a superuser, and a program that we execute starts without it; it inherits the rest.
     """
+    os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -24,7 +24,7 @@ from app.core.telemetry import configure_logging
 from finetuning.contract.recipe import Recipe
 from finetuning.safety_rows.operator_file import BadOperatorRows, require_fit
 from worker import checks, presence
-from worker.attempt.launch import Launcher, launch_command, usable_cores
+from worker.attempt.launch import Launcher, WrongDevice, device_of, launch_command, usable_cores
 from worker.attempt.supervisor import Host, supervise
 from worker.messages import guard_transport
 from worker.processes import die_with_parent
@@ -58,8 +58,9 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     configure_logging("worker", settings.log_level)  # a refusal belongs on standard error, too
     try:
         require_fit(settings.operator_rows)
-    except BadOperatorRows as error:
-        _log.error("operator_rows.refused", reason=str(error))
+        device = device_of(queues)
+    except (BadOperatorRows, WrongDevice) as error:
+        _log.error("worker.refused", reason=str(error))
         return 1  # every job of this worker would be lost
     try:
         require_ours(settings)
@@ -69,6 +70,8 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     except (StoreDown, *DATABASE_DOWN) as error:
         _log.critical("start.failed", reason=type(error).__name__)
         return 1  # whoever watches over this process starts it again
+    if device != "auto":
+        settings = settings.model_copy(update={"device": device})
     celery = build_worker(settings, queues, launcher=launcher)
     arguments = ["worker", "--queues", ",".join(queues), "--pool", "prefork", "--concurrency", "1"]
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]

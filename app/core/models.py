@@ -11,7 +11,15 @@ from app.core.broker import Wake
 from app.core.errors import Forbidden, NotFound, ServiceBusy, StartRefused, model_not_found
 from app.core.files import blob_of
 from app.core.ids import Prefix, new_id
-from app.core.jobs.jobs import NewEvent, append_events, base_trouble, served_alignment, tell_waiting, wake_for
+from app.core.jobs.jobs import (
+    NewEvent,
+    append_events,
+    base_trouble,
+    recipe_columns,
+    served_alignment,
+    tell_waiting,
+    wake_for,
+)
 from app.core.jobs.policy import get_policy, resolve_alignment
 from app.core.projects import ensure_project
 from app.core.settings import Settings
@@ -142,7 +150,6 @@ def _bring_back(session: Session, settings: Settings, base: BaseRow) -> tuple[Wa
 def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, ...]:
     # align jobs belong to the operator: no key of this project exists
     project = ensure_project(session, "operator", policy=settings.policy, org_slug="operator")
-    recipe = _alignment_recipe(settings)
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -150,8 +157,7 @@ def _align(session: Session, settings: Settings, base: BaseRow) -> tuple[Wake, .
         base_id=base.id,
         policy=settings.policy,
         request={},
-        recipe=recipe.model_dump(mode="json"),
-        recipe_version=recipe.schema_version,
+        **recipe_columns(_alignment_recipe(settings)),
         queue=settings.train_queue,
         state=JobState.QUEUED,
         stage="wait",

@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Self
+from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -202,10 +203,20 @@ class Settings(BaseModel):
         pattern=r"train\.[a-z0-9]+",
         description="the queue that new jobs go to, and the size of the gate: a CPU's for train.cpu, else a GPU's",
     )
+    device: str = Field(
+        default="auto",
+        pattern="auto|cpu|cuda",
+        description="on which a training worker's jobs run; a worker of a GPU's queue sets cuda, whatever stands here",
+    )
     runtime: Path = Field(default_factory=lambda d: _runtime_folder(d["data"]), description="short path for sockets")
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
     database_seconds: float = Field(default=5.0, gt=0, description="no database call may take longer")
     broker_url: str = Field(default_factory=lambda d: f"redis+socket://{d['runtime'] / 'valkey.sock'}", repr=False)
+    database_password: str | None = Field(default=None, min_length=1, repr=False, description="goes into database_url")
+    broker_password: str | None = Field(default=None, min_length=1, repr=False, description="goes into broker_url")
+    secrets: Path = Field(
+        default=Path("/run/secrets"), description="files of single settings, named as their variables in small letters"
+    )
     blob_url: str = Field(default_factory=lambda d: (d["data"] / "blobs").as_uri(), repr=False)
     model_server_urls: Annotated[tuple[str, ...], NoDecode] = ()
     log_level: str = "info"
@@ -258,8 +269,17 @@ class _Environment(Settings, BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read IMMUNOTUNE_* once. Raises pydantic.ValidationError naming each bad variable."""
-    return Settings.model_validate(_Environment().model_dump(exclude_unset=True))
+    """Read IMMUNOTUNE_* once, and what is not set there from files of the folder IMMUNOTUNE_SECRETS.
+
+    Raises pydantic.ValidationError naming each bad variable.
+    """
+    folder = Path(os.environ.get(_PREFIX + "SECRETS", Settings.model_fields["secrets"].default))
+    found = _Environment(_secrets_dir=folder if folder.is_dir() else None)  # pyright: ignore[reportCallIssue]
+    settings = Settings.model_validate(found.model_dump(exclude_unset=True))
+    passwords = {"database_url": settings.database_password, "broker_url": settings.broker_password}
+    return settings.model_copy(
+        update={name: _with_password(getattr(settings, name), word) for name, word in passwords.items() if word}
+    )
 
 
 def take_settings() -> Settings:
@@ -288,6 +308,12 @@ def to_environment(settings: Settings) -> dict[str, str]:
         elif value is not None:
             found[_PREFIX + name.upper()] = str(value)
     return found
+
+
+def _with_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    user, host = parts.username or "", parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl()
 
 
 def _unfit_judge(error: BadGuard) -> ValueError:

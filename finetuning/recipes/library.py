@@ -86,6 +86,7 @@ def base_of(name: str) -> BaseDefaults:
     for short, base in _KNOWN.items():
         if name in (short, base.id):
             return base
+    name = re.sub(r"@[0-9a-f]{40}$", "", name)  # a hub id's revision is no part of what clients call it
     plain = re.sub(r"[^a-z0-9._-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-._")
     careful = replace(_SMOLLM2, context=2048, trained_layers=0, align_rate=2e-4, tune_rate=2e-4)
     return replace(careful, id=plain[:64] or "base")

@@ -36,7 +36,7 @@ from finetuning.stages import align, finetune, parity
 from finetuning.stages.finetune import DataRejected
 from finetuning.training.batches import BATCHING
 from finetuning.training.checkpoint import BadCheckpoint, fingerprint
-from finetuning.training.determinism import make_deterministic, secret_draw
+from finetuning.training.determinism import made_by, make_deterministic, secret_draw
 from finetuning.training.strategies import NonFiniteLoss, NonFiniteScore
 
 # Faults that no retry of the same here can fix. The job fails at once, with a code and a sentence for the client; but
@@ -122,14 +122,7 @@ def _told(error: Exception, *, is_operators: bool) -> str:
 
 def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
     job = open_job(order, scratch)
-    made_of = {
-        "recipe": order.recipe.model_dump_json(),
-        "judge": label(order.judge),
-        "batches": BATCHING,
-        "draws": secret_draw(order.secret, "fingerprint"),
-        **_inputs(order, scratch),
-    }
-    digest = fingerprint({**made_of, "base": order.base_sha256 or order.base}, threads=order.threads)
+    digest = fingerprint(made_of(order, scratch), threads=order.threads)
     (scratch / "result" / "reports").mkdir(parents=True, exist_ok=True)
     (scratch / "result" / "recipe.json").write_text(job.recipe.model_dump_json(indent=2), encoding="utf-8")
     match order.recipe.kind:
@@ -141,6 +134,19 @@ def _stages(order: TrainOrder, scratch: Path) -> Iterator[Progress]:
         if isinstance(progress, Finished):
             job.model.cache.leave()
         yield progress
+
+
+def made_of(order: TrainOrder, scratch: Path) -> dict[str, str]:
+    """All that this job's result depends on, beside the machine: a checkpoint of the same is resumed to the bit."""
+    return {
+        "recipe": order.recipe.model_dump_json(),
+        "judge": label(order.judge),
+        "batches": BATCHING,
+        "draws": secret_draw(order.secret, "fingerprint"),
+        "base": order.base_sha256 or order.base,
+        **made_by(),
+        **_inputs(order, scratch),
+    }
 
 
 def _inputs(order: TrainOrder, scratch: Path) -> dict[str, str]:

@@ -5,6 +5,8 @@ import hmac
 import os
 import platform
 import random
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -49,6 +51,26 @@ def make_deterministic(threads: int = 0) -> None:
         torch.backends.cuda.enable_flash_sdp(enabled=False)
     if threads:
         torch.set_num_threads(threads)
+
+
+def made_by() -> dict[str, str]:
+    """What computes: our own code by its text, and the libraries in which a change may change a bit, by version."""
+    libraries = ("numpy", "safetensors", "tokenizers")
+    return {
+        "code": code_digest(Path(__file__).parents[1]),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        **{name: version(name) for name in libraries},
+    }
+
+
+@lru_cache(maxsize=4)
+def code_digest(package: Path) -> str:
+    """The sha256 of the package's modules and tables: a version number stays the same while one works on the code."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".toml")):
+        digest.update(f"{path.relative_to(package)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def processor_name() -> str:

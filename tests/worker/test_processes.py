@@ -107,3 +107,41 @@ def test_tail_shows_the_last_lines_only(tmp_path: Path) -> None:
     assert tail(log).splitlines()[-1] == "99"
     assert len(tail(log).splitlines()) < 20
     assert tail(tmp_path / "absent") == ""
+
+
+def test_what_a_service_writes_is_its_users_alone(tmp_path: Path) -> None:
+    """S33: database, rows and blobs were readable to every user of the machine."""
+    environment = {**inherited_environment(), "IMMUNOTUNE_DATA": str(tmp_path / "data"), "IMMUNOTUNE_BASE": "tiny"}
+    argv = [sys.executable, "-m", "embedded", "migrate"]
+    before = os.umask(0o022)
+    try:
+        subprocess.run(argv, cwd=ROOT, env=environment, check=True, capture_output=True)
+    finally:
+        os.umask(before)
+    written = list((tmp_path / "data").rglob("*"))
+    assert written
+    assert [path for path in (tmp_path / "data", *written) if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lets a process close itself")
+@pytest.mark.parametrize(("verb", "dumpable"), [("worker", 0), ("serve", 0), ("models", 0), ("up", 0), ("train", 1)])
+def test_what_runs_with_the_services_secrets_cannot_be_read_by_its_users_other_programs(
+    verb: str, dumpable: int, tmp_path: Path
+) -> None:
+    """S14: /proc/<pid>/environ gave database URL and cloud key to every program of the user; a researcher's training
+    stays open to debuggers."""
+    program = (
+        "import ctypes, os, sys; from embedded.__main__ import _settings_for\n"
+        "_settings_for(sys.argv[1])\n"
+        "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), 'IMMUNOTUNE_DATABASE_PASSWORD' in os.environ)"
+    )
+    environment = {
+        **inherited_environment(),
+        "IMMUNOTUNE_DATA": str(tmp_path),
+        "IMMUNOTUNE_DATABASE_PASSWORD": "secret",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program, verb], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    is_kept = verb in ("models", "train")  # they read their settings themselves, later
+    assert done.stdout.split() == [str(dumpable), str(is_kept)]

@@ -5,12 +5,14 @@ It is one process on at most one device. Tests start a stand-in by another funct
 
 import os
 import site
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from app.core.broker import CHECKS_QUEUE, CPU_QUEUE
 from finetuning.contract.order import ORDER_FILE, read_order
 from finetuning.judging.catalogue import key_variables
 from worker.processes import inherited_environment
@@ -19,6 +21,9 @@ Mode = Literal["run", "parity"]
 # where our packages were imported from, a clone or site-packages: a training process runs this very code
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
+# A driver may list a device that cannot compute.
+_LOOK_FOR_A_GPU = "import torch; print(torch.ones(2, device='cuda').sum().item(), torch.cuda.get_device_name())"
+_LOOK_SECONDS = 180.0
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV")
 
 
@@ -29,6 +34,10 @@ class Launch:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     folder: Path
+
+
+class WrongDevice(RuntimeError):
+    """A queue's device is not there; the message says what to do."""
 
 
 Launcher = Callable[[Path, Mode], Launch]
@@ -44,6 +53,31 @@ def launch_command(scratch: Path, mode: Mode) -> Launch:
     argv = (sys.executable, "-P", "-m", "worker.train", *flags, str(scratch))
     keys = key_variables(read_order(scratch).judge) if (scratch / ORDER_FILE).exists() else ()
     return Launch(argv=argv, env=_environment(inherited_environment(), usable_cores(), keys), folder=SOURCE_ROOT)
+
+
+def device_of(queues: Sequence[str]) -> str:
+    """On which device jobs of these queues train, after a look whether it answers. Raises WrongDevice.
+
+    `train.cpu` trains on whatever there is; every other queue is a GPU's, on which a job must not train without one.
+    """
+    on_gpus = [queue for queue in queues if queue not in (CHECKS_QUEUE, CPU_QUEUE)]
+    if not on_gpus:
+        return "auto"
+    argv = (sys.executable, "-P", "-c", _LOOK_FOR_A_GPU)
+    environment = _environment(inherited_environment(), usable_cores())
+    try:
+        found = subprocess.run(
+            argv, env=environment, cwd=SOURCE_ROOT, capture_output=True, text=True, timeout=_LOOK_SECONDS, check=False
+        )
+        reason = found.stderr.strip().splitlines()[-1:] if found.returncode else None
+    except subprocess.TimeoutExpired:
+        reason = [f"it did not answer within {_LOOK_SECONDS:.0f} s"]
+    if reason is not None:
+        raise WrongDevice(
+            f"the queue {on_gpus[0]} needs a GPU, and torch cannot use one here ({' '.join(reason)}): mend the driver "
+            f"or CUDA_VISIBLE_DEVICES, or serve {CPU_QUEUE}"
+        )
+    return "cuda"
 
 
 def usable_cores() -> int:

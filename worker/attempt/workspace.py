@@ -210,9 +210,10 @@ def _fetch_inputs(settings: Settings, store: BlobStore, lease: Lease, folder: Pa
         judge=settings.judge,
         cache="cache",
         secret=job_secret(settings, lease.job_id),
-        private=(str(settings.data), str(settings.runtime)),
+        private=(str(settings.data), str(settings.runtime), str(settings.secrets)),
         states=str(settings.data / "states"),
         threads=usable_cores(),
+        device=settings.device,
     )
 
 

@@ -82,6 +82,11 @@ def build_app(served: Served) -> FastAPI:
             return StreamingResponse(completions.stream(engine, answer), media_type="text/event-stream")
         return await _whole(engine, answer, request)
 
+    _install_handlers(app)
+    return app
+
+
+def _install_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     def refused(_request: Request, error: Refused) -> JSONResponse:
         headers = {"Retry-After": "2"} if error.status == 503 else None
@@ -94,8 +99,6 @@ def build_app(served: Served) -> FastAPI:
         return JSONResponse(
             protocol.error_json(f"{param}: {first['msg']}.", "invalid_value", param=param), status_code=400
         )
-
-    return app
 
 
 class _GatewayOnly:

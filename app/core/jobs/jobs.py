@@ -93,7 +93,6 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
             code="invalid_n_examples",
             param="training_file",
         )
-    recipe = resolve_recipe(policy, base.id, request, rows=rows)
     job = Job(
         id=new_id(Prefix.JOB),
         project_id=project.id,
@@ -101,8 +100,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         base_id=base.id,
         policy=policy.name,
         request=request.model_dump(mode="json"),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_version=recipe.schema_version,
+        **recipe_columns(resolve_recipe(policy, base.id, request, rows=rows)),
         queue=policy.queue,
         training_file=request.training_file,
         validation_file=request.validation_file,
@@ -135,6 +133,11 @@ def find_unchecked(session: Session, job_id: str) -> Job | None:
     knows the form of its recipe: a check writes the recipe anew."""
     waiting = Job.id == job_id, Job.state == JobState.VALIDATING, recipe_is_known()
     return session.scalars(select(Job).where(*waiting)).one_or_none()
+
+
+def recipe_columns(recipe: Recipe) -> JsonObject:
+    """What a job's row says of its recipe."""
+    return {"recipe": recipe.model_dump(mode="json"), "recipe_version": recipe.schema_version}
 
 
 def recipe_is_known() -> ColumnElement[bool]:
@@ -239,8 +242,7 @@ def pass_checks(session: Session, job_id: str, recipe: Recipe) -> tuple[Wake, ..
 
     Returns the wake-up to send after the commit: none while the job's base is still being aligned.
     """
-    ready = {"recipe": recipe.model_dump(mode="json"), "recipe_version": recipe.schema_version}
-    ready |= {"stage": "wait", "woken_at": db_now()}
+    ready = {**recipe_columns(recipe), "stage": "wait", "woken_at": db_now()}
     event = NewEvent("Files validated, moving job to queued state")
     unchecked = Job.state == JobState.VALIDATING, recipe_is_known()
     job = move(session, job_id, JobState.QUEUED, *unchecked, event=event, **ready)

@@ -158,8 +158,17 @@ _OF_RESULTS = {
 
 def get_policy(name: str, *, queue: str = CPU_QUEUE, release: ReleaseSettings | None = None) -> Policy:
     """The policy of that name for jobs of that queue: a CPU sees fewer rows and is asked less. Its name is a defence of
-    the registry, of which those in `OFFERED` are meant for a service. Raises KeyError.
+    the registry, of which those in `OFFERED` are meant for a service.
+
+    Raises InvalidRequest `model_not_fine_tunable` for one that this release has not.
     """
+    if name not in DEFENCES:  # an earlier or a later release had it
+        raise InvalidRequest(
+            f"This project's policy '{name}' is none of this service's release, so nothing trains by it. Ask the "
+            "operator to give the project another one.",
+            code="model_not_fine_tunable",
+            param="model",
+        )
     rows_seen = _CPU_ROWS_SEEN if queue == CPU_QUEUE else _GPU_ROWS_SEEN
     evaluation, limits = _gate_of(queue, release or ReleaseSettings())
     return Policy(

@@ -1,7 +1,9 @@
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from pydantic import SecretStr, ValidationError
+from sqlalchemy import make_url
 
 from app.core.settings import LeaseSettings, LimitSettings, ReleaseSettings, Settings, load_settings, to_environment
 from tests.support.judge_server import guard_text
@@ -151,3 +153,29 @@ def test_secrets_have_no_text(tmp_path: Path) -> None:
         assert "0123456789abcdef" not in shown
         assert "d" * 32 not in shown
     assert to_environment(settings)["IMMUNOTUNE_API_KEY"] == "sk-proj-0123456789abcdef0123456789abcdef"
+
+
+def test_secrets_come_from_files_and_passwords_go_into_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S36: a password stood in a URL of the environment, and broke it where it held an @."""
+    for name, value in (("database_password", "p@ss/w:rd%"), ("broker_password", "b@1"), ("api_key", "k" * 40)):
+        (tmp_path / f"immunotune_{name}").write_text(value + "\n")
+    monkeypatch.setenv("IMMUNOTUNE_SECRETS", str(tmp_path))
+    monkeypatch.setenv("IMMUNOTUNE_DATABASE_URL", "postgresql://immunotune@postgres/immunotune")
+    monkeypatch.setenv("IMMUNOTUNE_BROKER_URL", "redis://valkey:6379/0")
+    settings = load_settings()
+    database = make_url(settings.database_url)
+    assert (database.username, database.password, database.host) == ("immunotune", "p@ss/w:rd%", "postgres")
+    broker = urlsplit(settings.broker_url)
+    assert (unquote(broker.password or ""), broker.hostname, broker.port) == ("b@1", "valkey", 6379)
+    monkeypatch.delenv("IMMUNOTUNE_SECRETS")
+    for name, value in to_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == settings
+
+
+def test_what_the_environment_says_goes_before_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S36: so an operator can try another value without touching the files."""
+    (tmp_path / "immunotune_base").write_text("smollm2")
+    monkeypatch.setenv("IMMUNOTUNE_SECRETS", str(tmp_path))
+    monkeypatch.setenv("IMMUNOTUNE_BASE", "tiny")
+    assert load_settings().base == "tiny"

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 
+import finetuning
+from finetuning.contract.order import TrainOrder
 from finetuning.contract.recipe import LoraSettings
+from finetuning.recipes.library import align_recipe
+from finetuning.stages.pipeline import made_of
 from finetuning.training import checkpoint
 from finetuning.training.checkpoint import BadCheckpoint, fingerprint
+from finetuning.training.determinism import code_digest
 from finetuning.training.loop import train
 from finetuning.training.state import LoopState, TrainSetup
 from tests.finetuning.training.test_loop import plain_setup
@@ -139,3 +146,26 @@ def test_the_fingerprint_knows_the_processor_by_name(monkeypatch: pytest.MonkeyP
     known = fingerprint({}, threads=1)
     monkeypatch.setattr(checkpoint, "processor_name", lambda: "another one")
     assert fingerprint({}, threads=1) != known
+
+
+def test_a_job_is_fingerprinted_with_the_code_and_the_libraries_that_run_it(tmp_path: Path) -> None:
+    """S34: a resume after an upgrade called itself bitwise."""
+    order = TrainOrder(job_id="a", recipe=align_recipe("tiny"), base="tiny")
+    found = made_of(order, tmp_path)
+    assert found["tokenizers"] == tokenizers.__version__
+    assert found["cuda"] == str(torch.version.cuda)
+    assert found["code"] == code_digest(Path(finetuning.__file__).parent)
+    assert {"numpy", "safetensors", "cudnn"} <= found.keys()
+
+
+def test_another_text_of_the_code_is_another_fingerprint(tmp_path: Path) -> None:
+    """S34: also where its version number is the same."""
+    package = Path(finetuning.__file__).parent
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    assert code_digest(copy) == code_digest(package)
+    other = tmp_path / "other"
+    shutil.copytree(package, other)
+    with (other / "training" / "loop.py").open("a", encoding="utf-8") as file:
+        file.write("# another\n")
+    assert code_digest(other) != code_digest(package)

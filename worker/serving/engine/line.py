@@ -1,4 +1,4 @@
-"""The line of asks that wait for the engine: tenants in turn; a large ask holds up no other, nor waits for ever."""
+"""The line of asks that wait for the engine: tenants take turns; a large ask neither blocks others nor starves."""
 
 from collections.abc import Callable, Iterator
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import update
 
 from app.core.storage.blobs import put_bytes
-from app.core.storage.tables import Job
+from app.core.storage.tables import Job, Project
 from tests.support.http import Customer, publish
 
 NEWER_RECIPE: dict[str, Any] = {"schema_version": 9, "echo": {"depth": 3}, "tuning_step": "of_tomorrow"}
@@ -126,3 +126,15 @@ def test_a_ledger_with_newer_rows_is_read(customer: Customer) -> None:
     assert found.status_code == 200, found.text
     (shown,) = found.json()["data"]
     assert (shown["verdict"], shown["reasons"][0]["code"]) == ("set_aside", "echo")
+
+
+def test_a_project_whose_policy_is_gone_is_told_so(customer: Customer) -> None:
+    """S7: a create was a 500; old jobs stay readable."""
+    job = customer.job()
+    with customer.served.database.writing() as session:
+        session.execute(update(Project).where(Project.id == customer.project.id).values(policy="of_yesterday"))
+        session.commit()
+    refused = customer.create()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_fine_tunable")
+    assert "of_yesterday" in refused.json()["error"]["message"]
+    assert customer.http.get(f"/fine_tuning/jobs/{job.id}").status_code == 200
