@@ -24,8 +24,8 @@ def job_secret(settings: Settings, job_id: str) -> str:
 def model_server_secret(settings: Settings) -> str:
     """What the gateway says to a model server: IMMUNOTUNE_MODEL_SERVER_SECRET, or, where that is unset,
     <data>/keys/models."""
-    own = settings.model_server_secret
-    return own or keep_secret(settings.data / "keys" / "models", secrets.token_hex(32))
+    given = settings.model_server_secret
+    return given.get_secret_value() if given else keep_secret(settings.data / "keys" / "models", secrets.token_hex(32))
 
 
 def keep_secret(path: Path, fresh: str) -> str:

@@ -177,10 +177,9 @@ class Settings(BaseModel):
         min_length=32,
         description="what hidden draws of jobs are made with, the same wherever jobs train; unset: <data>/keys/draws",
     )
-    model_server_secret: str | None = Field(
+    model_server_secret: SecretStr | None = Field(
         default=None,
         min_length=32,
-        repr=False,
         description="what the API says to the model servers, the same on both; unset: <data>/keys/models",
     )
     base: str = "smollm2"
@@ -212,8 +211,8 @@ class Settings(BaseModel):
     database_url: str = Field(default_factory=lambda d: f"sqlite:///{d['data'] / 'immunotune.db'}", repr=False)
     database_seconds: float = Field(default=5.0, gt=0, description="no database call may take longer")
     broker_url: str = Field(default_factory=lambda d: f"redis+socket://{d['runtime'] / 'valkey.sock'}", repr=False)
-    database_password: str | None = Field(default=None, min_length=1, repr=False, description="goes into database_url")
-    broker_password: str | None = Field(default=None, min_length=1, repr=False, description="goes into broker_url")
+    database_password: SecretStr | None = Field(default=None, min_length=1, description="goes into database_url")
+    broker_password: SecretStr | None = Field(default=None, min_length=1, description="goes into broker_url")
     secrets: Path = Field(
         default=Path("/run/secrets"), description="files of single settings, named as their variables in small letters"
     )
@@ -310,10 +309,10 @@ def to_environment(settings: Settings) -> dict[str, str]:
     return found
 
 
-def _with_password(url: str, password: str) -> str:
+def _with_password(url: str, password: SecretStr) -> str:
     parts = urlsplit(url)
     user, host = parts.username or "", parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl()
+    return parts._replace(netloc=f"{user}:{quote(password.get_secret_value(), safe='')}@{host}").geturl()
 
 
 def _unfit_judge(error: BadGuard) -> ValueError:

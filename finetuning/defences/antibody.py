@@ -20,8 +20,10 @@ from finetuning.model.base import FrozenBase
 from finetuning.model.losses import row_nll
 from finetuning.model.prefix_cache import PrefixCache
 from finetuning.rows.chat_format import EncodedRow
-from finetuning.training.batches import pick
+from finetuning.training.batches import pick, within
 from finetuning.training.strategies import NonFiniteScore, RowWeights
+
+_BATCH_TOKENS = 4096
 
 
 def softmax_weights(scores: Tensor, temperature: float) -> Tensor:
@@ -57,18 +59,19 @@ def row_scores(
     `places` are the rows' own in the file, from 0 (absent: all of it, in order): a row is held against the same
     refusals whatever stands beside it.
     """
-    places = range(len(rows)) if places is None else places
+    own_places = range(len(rows)) if places is None else places
+    drawn = [pick(len(refusals), per_row, seed=seed, step=place, stream="score") for place in own_places]
+    order: list[int] = []
     parts: list[Tensor] = []
-    for start in range(0, len(rows), batch):
-        group = rows[start : start + batch]
-        own = row_nll(base, cache, group).nll
+    for chosen in within([len(row.ids) for row in rows], rows=batch, tokens=_BATCH_TOKENS):
+        own = row_nll(base, cache, [rows[i] for i in chosen]).nll
         other = torch.zeros_like(own)
-        own_places = places[start : start + batch]
-        draws = [pick(len(refusals), per_row, seed=seed, step=place, stream="score") for place in own_places]
-        for k in range(len(draws[0])):
-            other += row_nll(base, cache, [refused(r, refusals[d[k]]) for r, d in zip(group, draws, strict=True)]).nll
-        parts.append((other / len(draws[0]) - own).cpu())
-    return torch.cat(parts)
+        for k in range(len(drawn[0])):
+            other += row_nll(base, cache, [refused(rows[i], refusals[drawn[i][k]]) for i in chosen]).nll
+        order += chosen
+        parts.append((other / len(drawn[0]) - own).cpu())
+    found = torch.cat(parts)
+    return torch.empty_like(found).index_copy(0, torch.tensor(order), found)
 
 
 @dataclass(frozen=True)

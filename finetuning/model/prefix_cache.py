@@ -6,7 +6,7 @@ operator's own rows outlive the job (state_store.py).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from finetuning.model.hidden_states import caught_outputs, first_tensor
 from finetuning.model.state_store import KeptStates
 
 Ids = tuple[int, ...]
-# Rows computed together, always this many, at lengths that are multiples of _LENGTH_STEP.
-_GROUP = 8
+# Lengths are multiples of _LENGTH_STEP, and about so many tokens are computed together: on a CPU few rows are as fast
+# as many, and a group that is filled up costs as much as a full one. A GPU wants more at once.
 _LENGTH_STEP = 8
+_TOKENS_TOGETHER = {"cpu": 192}
+_TOKENS_ON_ACCELERATORS = 8192
+_MOST_TOGETHER = 8
 
 
 class _Shape:
@@ -148,7 +151,7 @@ class PrefixCache:
         """Compute what is missing; returns the states for which the file has no room left."""
         missing = list({key(row): row for row in rows if not self._knows(key(row))}.values())
         unkept: dict[bytes, Tensor] = {}
-        for group in _groups(missing):
+        for group in _groups(missing, self._together):
             for row, state in zip(group, self._compute(group), strict=True):
                 self._keep(row, state)
                 if key(row) not in self._places:
@@ -164,19 +167,26 @@ class PrefixCache:
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[Ids]) -> list[Tensor]:
-        """Run the layers below the cut on up to _GROUP rows of one length class; (T, D) each.
+        """Run the layers below the cut on some rows of one length class; (T, D) each.
 
-        A matrix product's last bits depend on its shape, so the shape is fixed: the group is filled up, the length
-        rounded up. A row's states then never depend on which rows were computed with it, before a kill or after.
+        A matrix product's last bits depend on its shape, so each length class has one shape: the group is filled up,
+        the length rounded up. A row's states then never depend on which rows were computed with it, before a kill or
+        after.
         """
-        full = [*rows, *[rows[0]] * (_GROUP - len(rows))]
-        ids = pad(full, self._base.device, length=_length_class(rows[0]))
+        length = _length_class(rows[0])
+        full = [*rows, *[rows[0]] * (self._together(length) - len(rows))]
+        ids = pad(full, self._base.device, length=length)
         with (
             passing_above(self._base, self._cut, self._shape),
             caught_outputs(self._base.layers[self._cut - 1]) as kept,
         ):
             body(self._base.model)(input_ids=ids, use_cache=False)
         return [kept[0][i, : len(row)] for i, row in enumerate(rows)]
+
+    def _together(self, length: int) -> int:
+        """How many rows of this length class are computed at once."""
+        tokens = _TOKENS_TOGETHER.get(self._base.device.type, _TOKENS_ON_ACCELERATORS)
+        return max(1, min(_MOST_TOGETHER, tokens // length))
 
     def _open(self, folder: Path | None) -> np.memmap[Any, Any] | np.ndarray[Any, Any] | None:
         if self._cut == 0:
@@ -222,12 +232,13 @@ def _length_class(row: Ids) -> int:
     return -(-len(row) // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def _groups(rows: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Groups of at most _GROUP rows of one length class, in order of first appearance."""
+def _groups(rows: Sequence[Ids], together: Callable[[int], int]) -> Iterator[list[Ids]]:
+    """Groups of rows of one length class, at most `together` of it, in order of first appearance."""
     waiting: dict[int, list[Ids]] = {}
     for row in rows:
-        group = waiting.setdefault(_length_class(row), [])
+        length = _length_class(row)
+        group = waiting.setdefault(length, [])
         group.append(row)
-        if len(group) == _GROUP:
-            yield waiting.pop(_length_class(row))
+        if len(group) == together(length):
+            yield waiting.pop(length)
     yield from waiting.values()

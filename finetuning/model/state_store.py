@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # What else a row's bits depend on: how prefix_cache.py groups and pads. Another layout gets another folder.
-LAYOUT = "8 rows, multiples of 8, packed maps"
+LAYOUT = "192 tokens, at most 8 rows, multiples of 8, packed maps"
 MOST_BYTES = 1 << 30
 _SCRATCH = ".writing-"
 _DAY = 86_400
