@@ -91,27 +91,34 @@ class _Recorded(Response):
         self._response, self._end = response, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response."""
-        status, sent, is_whole = 0, bytearray(), False
+        """Send the response; it is stored before its end is sent, so that no repeat can come too early."""
+        status, sent, is_ended = 0, bytearray(), False
 
         async def note(message: Message) -> None:
-            nonlocal status, is_whole
-            await send(message)
+            nonlocal status, is_ended
             status = message.get("status", status)
             if len(sent) <= _MOST_STORED_BYTES:
                 sent.extend(message.get("body", b""))
-            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                is_ended = True
+                await self._store(status, bytes(sent))
+            await send(message)
 
         try:
             await self._response(scope, receive, note)
         finally:
-            media_type = self._response.media_type or "application/json"
-            # a stream that broke off ends like any other, but without its last line
-            is_good = media_type != "text/event-stream" or sent.endswith(b"data: [DONE]\n\n")
-            fits = status == 200 and len(sent) <= _MOST_STORED_BYTES
-            body: JsonObject = {"media_type": media_type, "text": sent.decode()}
-            with CancelScope(shield=True):
-                await to_thread.run_sync(self._end, body if is_whole and is_good and fits else None)
+            if not is_ended:
+                with CancelScope(shield=True):
+                    await to_thread.run_sync(self._end, None)
+
+    async def _store(self, status: int, sent: bytes) -> None:
+        media_type = self._response.media_type or "application/json"
+        # a stream that broke off ends like any other, but without its last line
+        is_whole = media_type != "text/event-stream" or sent.endswith(b"data: [DONE]\n\n")
+        fits = status == 200 and len(sent) <= _MOST_STORED_BYTES
+        body: JsonObject = {"media_type": media_type, "text": sent.decode()} if is_whole and fits else {}
+        with CancelScope(shield=True):
+            await to_thread.run_sync(self._end, body or None)
 
 
 def _open_pending(resources: Resources, repeat: Repeat) -> Reply:
