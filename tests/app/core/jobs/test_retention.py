@@ -37,6 +37,7 @@ def end(database: Database, settings: Settings, job: Job, blobs: BlobStore, *, p
         result = published(held, *SUCCESS, blobs=blobs)
         for name in ("safety", "rows"):
             put_bytes(blobs, f"{result.prefix}/reports/{name}.json", b"{}")
+        put_bytes(blobs, f"{result.prefix}/ledger/line.jsonl", b"{}\n")
         if passed:
             ended.finish(session, held, result)
         else:
@@ -92,7 +93,7 @@ def test_loose_reports_go_with_the_last_file_or_in_time(
                 files.delete_file(session, project.id, found.file.id)
             session.commit()
         swept()
-        assert list(blobs.list(f"{result.prefix}/reports/")) == []
+        assert [*blobs.list(f"{result.prefix}/reports/"), *blobs.list(f"{result.prefix}/ledger/")] == []
         assert len(list(blobs.list(f"{kept.prefix}/reports/"))) == 2
     else:
         age(database, 401)
