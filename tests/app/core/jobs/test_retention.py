@@ -97,7 +97,7 @@ def test_loose_reports_go_with_the_last_file_or_in_time(
         assert len(list(blobs.list(f"{kept.prefix}/reports/"))) == 2
     else:
         age(database, 401)
-        assert swept() == 4
+        assert swept() == 6
         assert {blob.key for blob in blobs.list(f"{kept.prefix}/")} == {one.blob.key for one in kept.files}
 
 
