@@ -49,6 +49,9 @@ def main(argv: list[str]) -> int:
     return served_by[options.verb]()
 
 
+_START_PROGRAMS = ("up", "serve", "worker", "base")  # which must inherit no secret unasked
+
+
 def _settings_for(verb: str) -> Settings:
     """Read once. What runs with the service's secrets keeps them to itself: other programs of the user could read them.
 
@@ -57,7 +60,7 @@ def _settings_for(verb: str) -> Settings:
     if verb == "train":
         return load_settings()
     keep_to_ourselves()
-    return load_settings() if verb == "models" else take_settings()
+    return take_settings() if verb in _START_PROGRAMS else load_settings()
 
 
 def _up(settings: Settings) -> int:

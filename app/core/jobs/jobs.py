@@ -86,7 +86,7 @@ def add_job(session: Session, settings: Settings, project: Project, request: Cre
         _readable_file(session, project, request.validation_file, "validation_file")
     policy = get_policy(project.policy, queue=settings.train_queue, release=settings.release)
     require_alignment(policy, base.id, served_alignment(session, base))
-    rows = count_rows(training)
+    rows = cast(int, (training.validation or {})["rows"])
     if rows < settings.limits.rows_min:
         raise InvalidRequest(
             f"Training file has {rows} examples, but must have at least {settings.limits.rows_min}.",
@@ -335,11 +335,6 @@ def _waits_for(base: BaseRow) -> NewEvent:
     if trouble is None:
         return NewEvent(f"Waiting until the base {base.id} is aligned")
     return NewEvent(f"The job waits for its base. {trouble}", level="warn", data={"code": "base_not_served"})
-
-
-def count_rows(file: File) -> int:
-    """How many rows a valid file has."""
-    return cast(int, (file.validation or {})["rows"])
 
 
 def _leave_room(session: Session, project: Project, live_jobs: int) -> None:

@@ -26,12 +26,12 @@ from app.core.settings import EdgeSettings, LimitSettings, Settings, to_environm
 from app.core.storage.blobs import open_blobs, put_file
 from app.core.storage.database import migrate, open_database
 from app.core.storage.tables import Checkpoint, Event, File, FilePurpose, FileStatus
-from embedded import valkey
 from finetuning.contract.ledger import write_ledger
 from finetuning.contract.report import RowVerdict
 from tests.app.api.test_hostile_files import FILE_FAULTS, ROW_FAULTS
 from tests.app.api.test_hostile_requests import BAD_FORMS, BAD_JSON, CREATE_FAULTS, PATHS
 from tests.support.apis import align, new_customer
+from tests.support.backends import BACKEND
 from tests.support.http import Customer, Served, chat_row, chat_rows
 from tests.support.jobs import QUICK
 from tests.support.model_server import free_port
@@ -67,16 +67,17 @@ def running(
 ) -> Iterator[Running]:
     """The API as `serve` starts it."""
     assert broker_process.is_alive
-    settings = Settings(
-        data=tmp_path_factory.mktemp("bounds"),
-        port=free_port(),
-        api_key=SecretStr(projects.new_secret()),
-        broker_url=f"redis+socket://{broker_folder / valkey.SOCKET_NAME}",
-        runtime=broker_folder,
-        base="tiny",
-        lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
-        limits=LimitSettings(live_jobs=1000, file_bytes=24 * 2**20),
-        edge=EdgeSettings(requests_per_minute=10**6, wrong_keys_per_minute=10**6, tokens_per_minute=10**9),
+    data = tmp_path_factory.mktemp("bounds")
+    values = {
+        "port": free_port(),
+        "api_key": SecretStr(projects.new_secret()),
+        "base": "tiny",
+        "lease": QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
+        "limits": LimitSettings(live_jobs=1000, file_bytes=24 * 2**20),
+        "edge": EdgeSettings(requests_per_minute=10**6, wrong_keys_per_minute=10**6, tokens_per_minute=10**9),
+    }
+    settings = Settings.model_validate(
+        {"data": data, **BACKEND.storage(data), **BACKEND.broker(broker_folder), **values}
     )
     migrate(settings)
     environment = {**inherited_environment(), **to_environment(settings)}

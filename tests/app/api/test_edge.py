@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from app.core.settings import EdgeSettings, Settings
-from embedded import valkey
 from tests.app.api.test_hostile_requests import FILE, PURPOSE, check_envelope, form
 from tests.support.apis import new_customer, serving
+from tests.support.backends import BACKEND
 from tests.support.http import Customer, Served
 from tests.support.jobs import QUICK
 from tests.support.model_server import free_port
@@ -31,15 +31,16 @@ def tight(
 ) -> Iterator[Served]:
     """An API that lends little."""
     assert broker_process.is_alive
-    settings = Settings(
-        data=tmp_path_factory.mktemp("tight"),
-        broker_url=f"redis+socket://{broker_folder / valkey.SOCKET_NAME}",
-        runtime=broker_folder,
-        base="tiny",
-        lease=QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
-        edge=EdgeSettings(
+    data = tmp_path_factory.mktemp("tight")
+    values = {
+        "base": "tiny",
+        "lease": QUICK.model_copy(update={"ttl_seconds": 600.0, "reaper_tick_seconds": 600.0}),
+        "edge": EdgeSettings(
             uploads=4, uploads_per_project=2, upload_wait_seconds=1.0, window_seconds=2.0, upload_seconds=6.0
         ),
+    }
+    settings = Settings.model_validate(
+        {"data": data, **BACKEND.storage(data), **BACKEND.broker(broker_folder), **values}
     )
     with serving(settings) as opened:
         yield opened
@@ -149,7 +150,8 @@ def test_a_form_that_is_refused_early_is_answered(one: Customer) -> None:
 @contextmanager
 def api_of(settings: Settings, edge: EdgeSettings, folder: Path) -> Iterator[Customer]:
     """A project in an API of its own with these limits."""
-    own = settings.model_copy(update={"data": folder, "edge": edge, "database_url": f"sqlite:///{folder}/own.db"})
+    values = {"data": folder, "database_url": f"sqlite:///{folder}/own.db", "blob_url": (folder / "blobs").as_uri()}
+    own = settings.model_copy(update={**values, **BACKEND.storage(folder), "edge": edge})
     with serving(own) as served:
         customers = new_customer(served)
         yield next(customers)

@@ -1,14 +1,14 @@
 """Jobs say the form of their recipe; those that are there have the first
 
-Revision ID: 0002e
+Revision ID: 0005
 Revises: 0001
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002e"
-down_revision = "0002c"
+revision = "0005"
+down_revision = "0004"
 
 
 def upgrade() -> None:

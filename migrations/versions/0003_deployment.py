@@ -1,14 +1,14 @@
 """Deployment, marks of the sweep, tries to erase a file, indexes for what the reaper looks for
 
-Revision ID: 0002b
+Revision ID: 0003
 Revises: 0001
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002b"
-down_revision = "0002a"
+revision = "0003"
+down_revision = "0002"
 
 _INDEXES = (
     ("files", ("expires_at",)),

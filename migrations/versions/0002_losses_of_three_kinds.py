@@ -1,13 +1,13 @@
 """Losses of three kinds, the word of an attempt, rotten checkpoints and resting workers
 
-Revision ID: 0002a
+Revision ID: 0002
 Revises: 0001
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002a"
+revision = "0002"
 down_revision = "0001"
 
 

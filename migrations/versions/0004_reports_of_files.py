@@ -1,14 +1,14 @@
 """Keep the whole report of a file's check
 
-Revision ID: 0002c
+Revision ID: 0004
 Revises: 0001
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002c"
-down_revision = "0002b"
+revision = "0004"
+down_revision = "0003"
 
 
 def upgrade() -> None:
