@@ -1,7 +1,7 @@
 """Deployment, marks of the sweep, tries to erase a file, indexes for what the reaper looks for
 
 Revision ID: 0003
-Revises: 0001
+Revises: 0002
 """
 
 import sqlalchemy as sa

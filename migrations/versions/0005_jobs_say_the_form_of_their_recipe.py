@@ -1,7 +1,7 @@
 """Jobs say the form of their recipe; those that are there have the first
 
 Revision ID: 0005
-Revises: 0001
+Revises: 0004
 """
 
 import sqlalchemy as sa
