@@ -4,7 +4,9 @@ A message only says "look": the database is the truth, so a lost or doubled mess
 claim. No torch: training runs in a process of its own.
 """
 
+import multiprocessing
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -62,13 +64,7 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     except (BadOperatorRows, WrongDevice) as error:
         _log.error("worker.refused", reason=str(error))
         return 1  # every job of this worker would be lost
-    try:
-        require_ours(settings)
-    except StartRefused as error:
-        _log.critical("start.refused", reason=str(error))
-        return 1
-    except (StoreDown, *DATABASE_DOWN) as error:
-        _log.critical("start.failed", reason=type(error).__name__)
+    if not _is_ours(settings):
         return 1  # whoever watches over this process starts it again
     if device != "auto":
         settings = settings.model_copy(update={"device": device})
@@ -77,6 +73,28 @@ def run_worker(settings: Settings, queues: Sequence[str], *, launcher: Launcher 
     arguments += ["--without-gossip", "--without-mingle", "--loglevel", settings.log_level]
     celery.worker_main(arguments)
     return 0
+
+
+def _is_ours(settings: Settings) -> bool:
+    """Whether the deployment lets this worker in; the log says why not.
+
+    Asked in a process of its own: an object store's client that was used before a fork hangs in the pool process.
+    """
+
+    def ask() -> None:
+        try:
+            require_ours(settings)
+        except StartRefused as error:
+            _log.critical("start.refused", reason=str(error))
+            sys.exit(1)
+        except (StoreDown, *DATABASE_DOWN) as error:
+            _log.critical("start.failed", reason=type(error).__name__)
+            sys.exit(1)
+
+    asking = multiprocessing.get_context("fork").Process(target=ask)
+    asking.start()
+    asking.join()
+    return asking.exitcode == 0
 
 
 def build_worker(settings: Settings, queues: Sequence[str] = (), *, launcher: Launcher = launch_command) -> Celery:

@@ -8,10 +8,12 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,15 +29,50 @@ from sqlalchemy.orm import Session
 
 from app.core.settings import Settings
 from app.core.storage import tables
-from app.core.storage.database import migrate
+from app.core.storage.database import Database, migrate
 from embedded import valkey
 from tests.support.waiting import wait_until
-from worker.processes import Program, die_with_parent, inherited_environment, start, stop
+from worker.processes import Program, StartedProgram, die_with_parent, inherited_environment, start, stop
 
 NAMES = ("embedded", "production")
 PASSWORD = "of-the-tests"
 _BUCKET = "immunotune-tests"
 _START_SECONDS = 60.0
+
+
+@dataclass
+class PostgresServer:
+    """A Postgres server of the tests' own, below `folder`, which may be stopped and started again."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its database `postgres`."""
+        return f"postgresql://postgres:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        """Start it; returns when it answers."""
+        # -F: what a power cut leaves is none of these tests' matter
+        argv = [str(_bundled("postgres")), "-D", str(self.folder / "data"), "-k", str(self.folder), "-F"]
+        self.process = subprocess.Popen(
+            [*argv, "-p", str(self.port), "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"],
+            user=_postgres_user(),
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,  # noqa: PLW1509  (no thread of ours forks meanwhile)
+        )
+        wait_until(lambda: _answers(self.url), seconds=_START_SECONDS)
+
+    def end(self, number: signal.Signals) -> None:
+        """End it: by SIGTERM in an orderly way, by SIGQUIT at once, as a crash would."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(timeout=20)
 
 
 @dataclass
@@ -46,7 +83,8 @@ class Backend:
     _opened: ExitStack = field(default_factory=ExitStack)
     _postgres: str = ""
     _template: str = ""
-    _s3: str = ""
+    _server: PostgresServer | None = None
+    _s3: StartedProgram | None = None
     _kept: dict[tuple[str, Path], str] = field(default_factory=dict[tuple[str, Path], str])
 
     @property
@@ -83,9 +121,19 @@ class Backend:
     def postgres(self) -> str:
         """A running Postgres server, by the URL of its database `postgres`."""
         if not self._postgres:
-            given = os.environ.get("IMMUNOTUNE_TEST_POSTGRES_URL")
-            self._postgres = given or self._opened.enter_context(_postgres_server())
+            self._postgres = os.environ.get("IMMUNOTUNE_TEST_POSTGRES_URL") or self.postgres_server().url
         return self._postgres
+
+    def postgres_server(self) -> PostgresServer:
+        """The server that this run started, for tests that stop it."""
+        if self._server is None:
+            self._server = self._opened.enter_context(_postgres_server())
+        return self._server
+
+    def s3_pid(self) -> int:
+        """The process of the S3 server."""
+        self.new_blobs()
+        return self._s3.process.pid if self._s3 else 0
 
     def new_database(self, *, migrated: bool = True) -> str:
         """The URL of a new Postgres database, at the newest revision or without any table."""
@@ -99,7 +147,7 @@ class Backend:
 
     def new_blobs(self) -> str:
         """The URL of an empty place in an S3 server; the process's AWS_* variables say where that is."""
-        if not self._s3:
+        if self._s3 is None:
             self._s3 = self._opened.enter_context(_s3_server())
         return f"s3://{_BUCKET}/{uuid4().hex}"
 
@@ -154,6 +202,24 @@ def stop_writers(session: Session) -> None:
         session.execute(text(f"LOCK TABLE {names} IN EXCLUSIVE MODE"))
 
 
+@contextmanager
+def lock_out(database: Database) -> Iterator[Callable[[], int]]:
+    """Nobody else can write until the end of the block; yields how many wait to, as far as the database says."""
+    with database.writing() as session:
+        stop_writers(session)
+        on_postgres = session.connection().dialect.name == "postgresql"
+        begin = time.monotonic()
+
+        def waiting() -> int:
+            if not on_postgres:  # SQLite does not say; what was sent has reached the lock by then
+                return int((time.monotonic() - begin) / 0.3)
+            with database.reading() as other:
+                blocked = text("SELECT count(*) FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0")
+                return int(other.execute(blocked).scalar_one())
+
+        yield waiting
+
+
 @cache
 def postgres_missing() -> str | None:
     """Why no Postgres server can be used here; None when one can."""
@@ -167,7 +233,7 @@ def postgres_missing() -> str | None:
 
 
 @contextmanager
-def _postgres_server() -> Iterator[str]:
+def _postgres_server() -> Iterator[PostgresServer]:
     folder = Path(tempfile.mkdtemp(prefix="it-pg-", dir="/tmp"))
     user = _postgres_user()
     secret = folder / "password"
@@ -175,25 +241,12 @@ def _postgres_server() -> Iterator[str]:
     for path in (folder, secret):
         if user is not None:
             shutil.chown(path, user)
-    data, port = folder / "data", free_port()
-    argv = [str(_bundled("initdb")), "-D", str(data), "-U", "postgres", "-A", "scram-sha-256", "--no-sync"]
+    argv = [str(_bundled("initdb")), "-D", str(folder / "data"), "-U", "postgres", "-A", "scram-sha-256", "--no-sync"]
     subprocess.run([*argv, "--pwfile", str(secret)], user=user, cwd=folder, check=True, capture_output=True)
-    # -F: what a power cut leaves is none of these tests' matter
-    argv = [str(_bundled("postgres")), "-D", str(data), "-k", str(folder), "-p", str(port), "-F"]
-    server = subprocess.Popen(
-        [*argv, "-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"],
-        user=user,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,  # noqa: PLW1509  (no thread of ours forks meanwhile)
-    )
-    url = f"postgresql://postgres:{PASSWORD}@127.0.0.1:{port}/postgres"
-    wait_until(lambda: _answers(url), seconds=_START_SECONDS)
-    yield url
-    server.terminate()
-    server.wait(timeout=20)
+    server = PostgresServer(folder, free_port())
+    server.start()
+    yield server
+    server.end(signal.SIGINT)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -218,7 +271,7 @@ def _answers(url: str) -> bool:
 
 
 @contextmanager
-def _s3_server() -> Iterator[str]:
+def _s3_server() -> Iterator[StartedProgram]:
     """moto's server: unlike other small ones it refuses to replace where it was asked to create."""
     folder, port = Path(tempfile.mkdtemp(prefix="it-s3-", dir="/tmp")), free_port()
     argv = (sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port))
@@ -232,7 +285,7 @@ def _s3_server() -> Iterator[str]:
         AWS_ACCESS_KEY_ID="tests",
         AWS_SECRET_ACCESS_KEY=PASSWORD,
     )
-    yield url
+    yield child
     stop([child])
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,5 +1,9 @@
 """What the kernel says of processes; Linux only, like the parent-death signal that these tests are about."""
 
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,6 +26,30 @@ def descendants(pid: int) -> set[int]:
         found |= below
         waiting += below
     return found
+
+
+def children_of(pid: int) -> set[int]:
+    """The live processes that `pid` itself started."""
+    below = descendants(pid)
+    return below - {further for child in below for further in descendants(child)}
+
+
+@contextmanager
+def suspended(pid: int, *, alone: bool = False) -> Iterator[None]:
+    """The process and, unless `alone`, all below it stand still (SIGSTOP) for the length of the block."""
+    stopped: list[int] = []
+    try:
+        # until nobody is left who could have forked
+        while still := ({pid} | (set() if alone else descendants(pid))) - set(stopped):
+            for one in sorted(still):
+                with suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGSTOP)
+                stopped.append(one)
+        yield
+    finally:
+        for one in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGCONT)
 
 
 def _state(pid: int) -> str:

@@ -34,6 +34,7 @@ from tests.support.jobs import add_file, add_job
 from worker.attempt.launch import Launch, Launcher, Mode, launch_command
 from worker.attempt.supervisor import Host
 
+ROWS = b'{"messages": []}\n'
 CHILD_PROGRAM = Path(__file__).with_name("programs") / "child.py"
 BASE_ID = "tiny"
 # beats and waits are quick; a lease outlasts the stalls of a busy test machine
@@ -102,7 +103,7 @@ class Scene:
         """A worker process's context with this launcher."""
         return Host(self.settings, self.database, self.blobs, self.worker_id, self.wakes.extend, launcher)
 
-    def add_job(self, wanted: Recipe, rows: bytes = b'{"messages": []}\n') -> str:
+    def add_job(self, wanted: Recipe, rows: bytes = ROWS) -> str:
         """A queued job over these rows; returns its id. An align job is added as the operator's, without rows."""
         with self.database.writing() as session:
             project = ensure_project(session, "default", policy="immunotune")

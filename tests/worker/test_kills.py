@@ -2,125 +2,44 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from celery import Celery
 from sqlalchemy import select
 
 from app.core import broker
 from app.core.broker import DEAD_LETTERS, RUN_JOB, Wake
 from app.core.jobs import jobs
-from app.core.jobs.reaper import Reaper
-from app.core.settings import LeaseSettings, to_environment
 from app.core.storage.job_states import JobState
-from app.core.storage.tables import Form, Worker
-from tests.support.backends import BACKEND, broker_answers, broker_client
-from tests.support.processes import descendants, is_gone
+from app.core.storage.tables import Worker
+from tests.support.backends import broker_client
+from tests.support.processes import children_of, descendants, is_gone
+from tests.support.running import PROGRAMS, SECONDS, Running, running
 from tests.support.waiting import wait_until
-from tests.support.worlds import FAST, SHORT, Scene, open_scene, pid_in, recipe, settings_in
-from worker.attempt.launch import SOURCE_ROOT
-from worker.processes import Program, StartedProgram, start, stop
+from tests.support.worlds import FAST, SHORT, recipe
+from worker.processes import stop
 
 pytestmark = [pytest.mark.kill, pytest.mark.slow, pytest.mark.timeout(300)]
-PROGRAMS = Path(__file__).parents[1] / "support" / "programs"
-SECONDS = 90.0
-SLOW = {"step_seconds": 0.05}
-
-
-class Running:
-    """A service made of real processes, except that jobs are added without an API."""
-
-    def __init__(self, folder: Path, runtime: Path, timings: LeaseSettings) -> None:
-        settings = settings_in(folder / "data", runtime=runtime, lease=timings)
-        self.scene: Scene = open_scene(settings)
-        self.celery: Celery = broker.make_celery(settings)
-        self.reaper = Reaper(self.scene.database, self.celery, self.scene.blobs, settings)
-        self.pid_file = folder / "child.pid"
-        self.started: list[StartedProgram] = []
-        self.start_broker()
-        self.reaper.start()
-
-    def start_broker(self) -> StartedProgram:
-        settings = self.scene.settings
-        child = start(BACKEND.broker_program(settings.runtime))
-        self.started.append(child)
-        wait_until(lambda: broker_answers(settings), seconds=SECONDS)
-        return child
-
-    def start_worker(self, **script: object) -> StartedProgram:
-        scripted = json.dumps({"pid_file": str(self.pid_file), **SLOW, **script})
-        argv = (sys.executable, "-P", str(PROGRAMS / "worker.py"), scripted, "train.cpu")
-        child = start(
-            Program("worker", argv, self.environment(), self.scene.settings.data / "worker.log", grace_seconds=40.0)
-        )
-        self.started.append(child)
-        return child
-
-    def environment(self) -> dict[str, str]:
-        return dict(os.environ) | to_environment(self.scene.settings) | {"PYTHONPATH": str(SOURCE_ROOT)}
-
-    def submit(self) -> str:
-        job_id = self.scene.add_job(recipe(steps=40, save_every=10))
-        broker.wake(self.celery, Wake(RUN_JOB, job_id, "train.cpu"))
-        return job_id
-
-    def wait_for_state(self, job_id: str, state: JobState) -> None:
-        wait_until(lambda: self.scene.job(job_id).state == state, seconds=SECONDS)
-
-    def wait_for_checkpoint(self, job_id: str) -> int:
-        """Returns the training process that has just saved."""
-        wait_until(lambda: self.scene.checkpoints(job_id), seconds=SECONDS)
-        return pid_in(self.pid_file)()
-
-    def adapter(self, job_id: str) -> bytes:
-        folder = self.scene.settings.data
-        return self.scene.unpacked(self.scene.artifacts(job_id)[Form.ADAPTER], folder)["adapter_model.safetensors"]
-
-    def assert_same_as_undisturbed(self, job_id: str) -> None:
-        other = self.submit()
-        self.wait_for_state(other, JobState.SUCCEEDED)
-        assert self.scene.job(other).losses == 0
-        assert self.adapter(job_id) == self.adapter(other)
-
-    def close(self) -> None:
-        self.reaper.stop()
-        stop(self.started)
-        self.celery.close()
-        self.scene.database.close()
 
 
 @pytest.fixture
-def runtime() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="it-", dir="/tmp"))  # short: it holds a socket
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+def service(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path, FAST) as opened:
+        opened.start_reaper()
+        yield opened
 
 
 @pytest.fixture
-def service(tmp_path: Path, runtime: Path) -> Iterator[Running]:
-    running = Running(tmp_path, runtime, FAST)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def expiring(tmp_path: Path, runtime: Path) -> Iterator[Running]:
+def expiring(tmp_path: Path) -> Iterator[Running]:
     """The same with leases short enough to wait for their end."""
-    running = Running(tmp_path, runtime, SHORT)
-    yield running
-    running.close()
-
-
-def children_of(pid: int) -> set[int]:
-    return {below for below in descendants(pid) if not any(below in descendants(other) for other in descendants(pid))}
+    with running(tmp_path, SHORT) as opened:
+        opened.start_reaper()
+        yield opened
 
 
 def test_a_killed_training_process_changes_no_byte(service: Running) -> None:

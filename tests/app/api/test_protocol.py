@@ -2,9 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx2
 import openai
@@ -12,9 +10,8 @@ import pytest
 from sqlalchemy import text
 
 from app.core import projects
-from app.core.storage.database import Database
 from tests.app.api.test_hostile_requests import check_envelope
-from tests.support.backends import stop_writers
+from tests.support.backends import lock_out
 from tests.support.http import Customer, chat_rows
 from tests.support.waiting import wait_until
 
@@ -281,24 +278,6 @@ def test_two_keys_of_a_project_do_not_share_replies(customer: Customer) -> None:
         for key in (customer.key, secret)
     ]
     assert replies[0].json()["id"] != replies[1].json()["id"]
-
-
-@contextmanager
-def lock_out(database: Database) -> Iterator[Callable[[], int]]:
-    """Nobody else can write until the end of the block; yields how many wait to, as far as the database says."""
-    with database.writing() as session:
-        stop_writers(session)
-        on_postgres = session.connection().dialect.name == "postgresql"
-        begin = time.monotonic()
-
-        def waiting() -> int:
-            if not on_postgres:  # SQLite does not say; what was sent has reached the lock by then
-                return int((time.monotonic() - begin) / 0.3)
-            with database.reading() as other:
-                blocked = text("SELECT count(*) FROM pg_stat_activity WHERE cardinality(pg_blocking_pids(pid)) > 0")
-                return int(other.execute(blocked).scalar_one())
-
-        yield waiting
 
 
 def test_simultaneous_cancels_agree(customer: Customer) -> None:

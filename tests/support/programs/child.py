@@ -52,7 +52,7 @@ def train(scratch: Path, script: dict[str, object]) -> None:
     if step and script.get("refuses_step") == step:
         say(Failed(code=CHECKPOINT_UNUSABLE, message="it has another shape"))
         return
-    chain = chain or hashlib.sha256((scratch / order.rows).read_bytes() if order.rows else b"align").hexdigest()
+    chain = chain or begin((scratch / order.rows).read_bytes() if order.rows else b"align")
     say(StageStarted(stage="train"))
     if "needs" in script:
         assert (scratch / str(script["needs"])).exists()
@@ -69,12 +69,20 @@ def train(scratch: Path, script: dict[str, object]) -> None:
             leave(scratch, script)
         if should_die(script, step):
             os.kill(os.getpid(), signal.SIGKILL)
-        chain = hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
+        chain = advance(chain, step)
         step += 1
         say(StepDone(step=step, total_steps=total, train_loss=1.0 / step, learning_rate=1e-3, tokens=10, skipped=False))
         if saves_after(step - 1, steps=total, save_every=order.recipe.save_every):
             save(scratch, step, chain)
     finish(scratch, chain, order.recipe.kind, script)
+
+
+def begin(rows: bytes) -> str:
+    return hashlib.sha256(rows).hexdigest()
+
+
+def advance(chain: str, step: int) -> str:
+    return hashlib.sha256(f"{chain}{step}".encode()).hexdigest()
 
 
 def leave(scratch: Path, script: dict[str, object]) -> None:

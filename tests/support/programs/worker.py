@@ -1,4 +1,4 @@
-"""A real Celery worker whose training processes are the stand-in: `python worker.py SCRIPT_JSON QUEUE`."""
+"""A real Celery worker whose training processes are the stand-in: `python worker.py SCRIPT_JSON QUEUES`."""
 
 import json
 import sys
@@ -8,4 +8,4 @@ from tests.support.worlds import scripted
 from worker.tasks import run_worker
 
 if __name__ == "__main__":
-    sys.exit(run_worker(load_settings(), [sys.argv[2]], launcher=scripted(**json.loads(sys.argv[1]))))
+    sys.exit(run_worker(load_settings(), sys.argv[2].split(","), launcher=scripted(**json.loads(sys.argv[1]))))
