@@ -110,7 +110,7 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         waker,
         upload_threads=CapacityLimiter(edge.uploads),
         uploads=Shares(edge.uploads, edge.uploads_per_project),
-        body_bytes=Shares(edge.body_bytes, edge.body_bytes // 3),
+        body_bytes=Shares(edge.body_bytes, edge.body_bytes // 4),
         computing=CapacityLimiter(_COMPUTING_AT_ONCE),
         turn=threading.Semaphore(_COMPUTING_AT_ONCE),
         rates=Rates(edge),

@@ -36,11 +36,13 @@ class Target:
     """What answers for a model name: this adapter on the public base, or the public base alone.
 
     A base answers with its alignment, a fine-tuned model with alignment and task adapter joined (`adapter_stock`).
+    `context`: the most tokens that the base reads and writes together.
     """
 
     model: str
     base_id: str
     adapter: Blob | None
+    context: int
 
     @property
     def served(self) -> str:
@@ -192,9 +194,10 @@ def get_alignment(session: Session, base_id: str) -> Job | None:
 def resolve(session: Session, project_id: str, name: str) -> Target:
     """What answers for this name in this project. Raises NotFound `model_not_found`, ServiceBusy `model_loading`."""
     found = get_model(session, project_id, name)
-    _refuse_retired(get_base(session, found.base_id) if isinstance(found, Model) else found)
+    base = get_base(session, found.base_id) if isinstance(found, Model) else found
+    _refuse_retired(base)
     if isinstance(found, Model):
-        return Target(found.id, found.base_id, _adapter(session, found.artifact_id))
+        return Target(found.id, found.base_id, _adapter(session, found.artifact_id), base.context)
     trouble = base_trouble(found)
     if trouble is not None:
         raise ServiceBusy(trouble, code="model_loading", retry_after=30.0)
@@ -204,7 +207,7 @@ def resolve(session: Session, project_id: str, name: str) -> Target:
             code="model_loading",
             retry_after=10.0,
         )
-    return Target(found.id, found.id, _alignment(session, found))
+    return Target(found.id, found.id, _alignment(session, found), found.context)
 
 
 def list_models(session: Session, project_id: str) -> Sequence[BaseRow | Model]:

@@ -135,13 +135,13 @@ class EdgeSettings(BaseModel):
     window_seconds: float = Field(default=30.0, gt=0, description="a body must bring bytes_per_second over each window")
     bytes_per_second: int = Field(default=1024, ge=1)
     body_seconds: float = Field(default=120.0, gt=0, description="waited for a JSON body in all")
-    upload_seconds: float = Field(default=3600.0, gt=0, description="waited for an upload in all")
+    upload_seconds: float = Field(default=6 * 3600.0, gt=0, description="waited for an upload in all")
     body_bytes: int = Field(
-        default=32 * 2**20, ge=2**20, description="of all JSON bodies held at once; a third a project"
+        default=32 * 2**20, ge=2**20, description="of all JSON bodies read and parsed at once; a quarter a project"
     )
     uploads: int = Field(default=16, ge=1, description="received at once")
     uploads_per_project: int = Field(default=4, ge=1, description="received at once; more wait in line")
-    upload_wait_seconds: float = Field(default=60.0, gt=0, description="in that line")
+    upload_wait_seconds: float = Field(default=600.0, gt=0, description="in that line")
     requests_per_minute: int = Field(default=600, ge=1, description="of one key, at one API process")
     tokens_per_minute: int = Field(default=200_000, ge=1, description="of one project's chats, at one API process")
     chats: int = Field(default=32, ge=1, description="answers of one project in progress at one API process")

@@ -86,4 +86,4 @@ def zip_adapter(folder: Path, target: Path) -> bytes:
 
 def served_name(key: str, data: bytes) -> str:
     """The name under which a model server pulls a blob."""
-    return Target("any", "any", Blob(key, len(data), hashlib.sha256(data).hexdigest())).served
+    return Target("any", "any", Blob(key, len(data), hashlib.sha256(data).hexdigest()), 1).served

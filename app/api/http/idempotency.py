@@ -62,15 +62,16 @@ async def answer_once(
     resources: Resources,
     answer: Callable[[], Awaitable[Response]],
     *,
-    meaning: object,
+    meaning: Callable[[], object],
 ) -> Response:
     """The answer; under an Idempotency-Key the stored one, if there is one. Whole answers are stored, others forgotten.
 
-    Raises InvalidRequest as `idempotency.reserve` does, RequestInProgress, and whatever `answer` raises.
+    `meaning` is asked for only under a key. Raises InvalidRequest as `idempotency.reserve` does, RequestInProgress, and
+    whatever `answer` raises.
     """
     if _key(request) is None:  # the SDK's own retries of an answer are not stored: it holds what a model said
         return await answer()
-    repeat = repeat_of(request, caller, meaning)
+    repeat = await to_thread.run_sync(lambda: repeat_of(request, caller, meaning()), limiter=resources.computing)
     reply = await to_thread.run_sync(_open_pending, resources, repeat)
     if not idempotency.is_pending(reply):
         headers = {"x-idempotent-replay": "true", "X-Accel-Buffering": "no"}

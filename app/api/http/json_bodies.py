@@ -1,6 +1,6 @@
 """Strict JSON request bodies: one meaning per byte string, or 400 with the place of the fault."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from typing import TypeVar, cast
@@ -34,19 +34,22 @@ _SENTENCES = {
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
-def body_of(body: type[Body]) -> Callable[[Request, Resources], AsyncGenerator[Body]]:
-    """A dependency that reads, parses and validates the request's body, and has memory for it until the answer ends."""
+def body_of(body: type[Body]) -> Callable[[Request, Resources], Coroutine[None, None, Body]]:
+    """A dependency that reads, parses and validates the request's body, and holds memory for it meanwhile.
 
-    async def read(request: Request, resources: ResourcesDep) -> AsyncGenerator[Body]:
+    It stands behind the caller among a handler's parameters: nothing is read for whom nobody knows.
+    """
+
+    async def read(request: Request, resources: ResourcesDep) -> Body:
         async with _memory(request, resources):
-            data = await request.body()
+            # not request.body(), which keeps the bytes until the answer ends
+            data = b"".join([piece async for piece in request.stream()])
             if data:
                 _check_media_type(request)
             make = partial(_made, body, data)
             if len(data) <= _SMALL_BYTES:
-                yield make()
-            else:
-                yield await to_thread.run_sync(make, limiter=resources.computing)
+                return make()
+            return await to_thread.run_sync(make, limiter=resources.computing)
 
     return read
 
@@ -57,7 +60,8 @@ def _memory(request: Request, resources: Resources) -> AbstractAsyncContextManag
     size_bytes = (int(length) if length else 0) if "transfer-encoding" not in request.headers else most
     if size_bytes <= _SMALL_BYTES:
         return nullcontext()
-    owner = getattr(request.state, "project", "")
+    owner = getattr(request.state, "project", None)
+    assert owner, "a body is read after its caller is known"
     return resources.body_bytes.hold(owner, size_bytes, seconds=_BODY_WAIT_SECONDS)
 
 

@@ -23,7 +23,7 @@ from app.core.ids import Prefix, new_id
 from app.core.settings import EdgeSettings, Settings
 
 DRAIN_SECONDS, DRAIN_BYTES = 2.0, 4 * 2**20
-SHUTDOWN_SECONDS = 30
+SHUTDOWN_SECONDS = 25  # an orchestrator kills after 30: the rest is for what ends behind the requests
 _MOST_FILES = 65_536
 # a thread that computes lets the event loop in after this: a request crosses the loop some ten times
 _SWITCH_SECONDS = 0.001

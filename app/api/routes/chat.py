@@ -43,7 +43,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation."""
     answer = partial(_answer, request, caller, resources, body)
-    return await answer_once(request, caller, resources, answer, meaning=body.model_dump(mode="json"))
+    return await answer_once(request, caller, resources, answer, meaning=partial(body.model_dump, mode="json"))
 
 
 async def _answer(request: Request, caller: Caller, resources: Resources, body: ChatCompletionBody) -> Response:
@@ -51,7 +51,7 @@ async def _answer(request: Request, caller: Caller, resources: Resources, body: 
     question = Question(target.served, target.model, to_model_server(body, target.served, caller.project_id))
     with ExitStack() as held:
         held.enter_context(resources.rates.chat(caller.project_id))
-        asked = TokenCount(question, resources.settings.serving.new_tokens)
+        asked = TokenCount(question, resources.settings.serving.new_tokens, target.context)
         _take_tokens(request, resources, caller.project_id, asked)
         held.callback(lambda: resources.rates.tokens.change(caller.project_id, asked.unused()))
         if body.stream:
@@ -62,15 +62,16 @@ async def _answer(request: Request, caller: Caller, resources: Resources, body: 
 class TokenCount:
     """The tokens of one answer: as many as it may have until it ends, then as many as it had, none if it never began.
 
-    A guess on the prompt's side, four bytes a token: only the model server knows its tokeniser.
+    A guess on the prompt's side, four bytes a token: only the model server knows its tokeniser. No answer is longer
+    than the `context` of the base, whatever a client allows it.
     """
 
-    def __init__(self, question: Question, default: int) -> None:
+    def __init__(self, question: Question, default: int, context: int) -> None:
         body = question.body
         text = sum(len(str(message.get("content", ""))) for message in cast(list[Json], body.get("messages") or []))
-        most = cast(int, body.get("max_tokens") or default) * cast(int, body.get("n") or 1)
+        most = min(cast(int, body.get("max_tokens") or default), context)
         self.prompt, self.used = text // 4, 0
-        self.reserved = self.prompt + most
+        self.reserved = self.prompt + most * cast(int, body.get("n") or 1)
 
     def unused(self) -> int:
         """Minus what was reserved and not used."""

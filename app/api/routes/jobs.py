@@ -90,8 +90,15 @@ def get_job(job_id: JobId, request: Request, caller: JobsReader, resources: Reso
     return not_modified(etag) if matches_etag(request, etag) else JSONResponse(body, headers={"ETag": etag})
 
 
-@router.post("/{job_id}/cancel", dependencies=[Depends(body_of(EmptyBody))])
-def cancel_job(job_id: JobId, request: Request, caller: JobsWriter, resources: ResourcesDep) -> Response:
+@router.post("/{job_id}/cancel")
+def cancel_job(
+    job_id: JobId,
+    *,
+    request: Request,
+    caller: JobsWriter,
+    resources: ResourcesDep,
+    _body: Annotated[EmptyBody, Depends(body_of(EmptyBody))],
+) -> Response:
     """Cancel at once: the reply already says `cancelled`; a repeat changes nothing."""
     with taken_up(request, caller, {}) as repeat, resources.database.writing() as session:
         stored = idempotency.reserve(session, repeat)
