@@ -112,9 +112,14 @@ def _worker(settings: Settings, queues: str) -> int:
 
 
 def _migrate(settings: Settings) -> int:
+    from app.core.errors import StartRefused
     from app.core.storage.database import migrate
 
-    migrate(settings)
+    try:
+        migrate(settings)
+    except StartRefused as error:
+        _say(str(error))
+        return 1
     return 0
 
 

@@ -11,6 +11,7 @@ from app.core.errors import NotFound, StartRefused, StoreDown
 from app.core.settings import Settings
 from app.core.storage.blobs import open_blobs
 from app.core.storage.database import DATABASE_DOWN, Database, open_database
+from app.core.storage.schema import require_newest
 
 
 def retire(settings: Settings, base_id: str) -> int:
@@ -98,12 +99,14 @@ def why_not_here(settings: Settings) -> str | None:
 def _done(settings: Settings, work: Callable[[Database], str]) -> int:
     database = open_database(settings)
     try:
+        with database.reading() as session:
+            require_newest(session.connection())
         _say(work(database))
     except (StartRefused, StoreDown) as error:
         _say(str(error))
         return 1
     except DATABASE_DOWN as error:
-        _say(f"the database does not answer, or has no tables yet (`immunotune migrate`): {type(error).__name__}")
+        _say(f"the database does not answer: {type(error).__name__}")
         return 1
     finally:
         database.close()

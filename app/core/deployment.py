@@ -28,6 +28,7 @@ from app.core.storage.identity import (
     is_disputed,
     newest_sweep,
 )
+from app.core.storage.schema import require_newest
 from app.core.storage.tables import Deployment, File, Job, SweepMark
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -41,8 +42,11 @@ _SET_BACK = (
 def bind(database: Database, blobs: BlobStore, settings: Settings) -> str:
     """Make sure that database and store belong together; returns the deployment's id, made at the first start.
 
-    What an earlier release left in one data folder is taken over where rows and bytes match. Raises WrongDeployment.
+    What an earlier release left in one data folder is taken over where rows and bytes match. Raises WrongDeployment,
+    and WrongSchema before anything else is read.
     """
+    with database.reading() as session:
+        require_newest(session.connection())
     newest = newest_sweep(blobs)  # before the row is read, for a sweep may go on meanwhile
     with database.writing() as session:
         one_at_a_time(session)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import structlog
 from alembic import command
-from alembic.config import Config
 from sqlalchemy import (
     JSON,
     URL,
@@ -48,6 +47,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from app.core.errors import invalid_cursor
 from app.core.settings import Settings
+from app.core.storage import schema
 from app.core.storage.postgres_waits import bound_waits
 
 JsonObject = dict[str, object]
@@ -190,8 +190,8 @@ def migrate(settings: Settings, revision: str = "head") -> None:
     """Bring the schema to a revision; the one place that changes tables. Safe to repeat.
 
     Waits for another migration to end; a lock of a running service is asked for again and again, each time for no
-    longer than a request may wait behind it. Raises RuntimeError when rows point at absent rows afterwards, and
-    OperationalError when a table stays locked.
+    longer than a request may wait behind it. Raises RuntimeError when rows point at absent rows afterwards,
+    OperationalError when a table stays locked, and WrongSchema where a newer release has been here.
     """
     engine = migration_engine(settings)
     try:
@@ -214,8 +214,8 @@ def _migrate(engine: Engine, revision: str) -> None:
             connection.execute(text("SET LOCAL lock_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(7300101)"))
             connection.execute(text("RESET lock_timeout"))
-        config = Config()
-        config.set_main_option("script_location", str(_migrations()))
+        schema.require_known(connection)
+        config = schema.migrations()
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
         _check_references(connection)
@@ -349,13 +349,6 @@ def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
     return engine
-
-
-def _migrations() -> Path:
-    """The folder of revisions: inside the installed package (anybody may have a `migrations`), in a clone beside it."""
-    package = Path(__file__).parents[2]
-    installed = package / "migrations"
-    return installed if installed.is_dir() else package.parent / "migrations"
 
 
 def _check_references(connection: Connection) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import openai
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select
 
 from app.core import projects
 from tests.app.api.test_hostile_requests import check_envelope
@@ -327,7 +327,7 @@ def test_liveness_needs_no_thread(customer: Customer) -> None:
     """S5 f: requests that wait for a lock hold every thread; the process is alive nevertheless, and says so."""
     file_id = customer.file_id()
     with customer.served.database.writing() as session, ThreadPoolExecutor(48) as clients:
-        session.execute(text("SELECT 1"))
+        session.execute(select(Project.seq).where(Project.id == customer.project.id).with_for_update())
         waiting = [clients.submit(customer.create, training_file=file_id) for _ in range(48)]
         wait_until(lambda: has_no_thread(customer), seconds=30)
         started = time.monotonic()

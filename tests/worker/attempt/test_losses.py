@@ -12,10 +12,12 @@ from app.core.broker import Wake
 from app.core.jobs.lease import enrol_worker
 from app.core.jobs.waiting import count_baseless
 from app.core.jobs.workers import count_resting
+from app.core.storage.blobs import put_bytes, read_bytes
 from app.core.storage.database import open_database, read_clock
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Worker
 from finetuning.contract.recipe import JobKind
+from tests.support.backends import BACKEND
 from tests.support.sick_store import SickStore
 from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, Scene, open_scene, recipe, scripted, settings_in
@@ -218,10 +220,12 @@ def test_a_job_that_waits_for_its_store_tells_so_less_and_less(scene: Scene) -> 
 
 def rot(scene: Scene, name: str) -> None:
     """Change a stored byte of every blob of this name."""
-    found = list((scene.settings.data / "blobs").rglob(name))
+    found = [blob.key for blob in scene.blobs.list("jobs/") if blob.key.endswith(name)]
     assert found
-    for path in found:
-        path.write_bytes(path.read_bytes() + b" ")
+    for key in found:
+        altered = read_bytes(scene.blobs, key) + b" "
+        scene.blobs.delete(key)
+        put_bytes(scene.blobs, key, altered)
 
 
 def adapter(scene: Scene, job_id: str, folder: Path) -> bytes:
@@ -280,6 +284,8 @@ def test_a_store_that_is_away_condemns_no_checkpoint(scene: Scene) -> None:
 
 def test_a_restored_database_meets_the_blobs_of_later_attempts(tmp_path: Path) -> None:
     """S29: an attempt that got an old number again died on the keys that the first one had written."""
+    if BACKEND.is_production:
+        pytest.skip("puts the database back by copying its file")
     settings = settings_in(tmp_path / "data", lease=HASTY)
     scene = open_scene(settings)
     job_id = scene.add_job(recipe())
@@ -307,6 +313,7 @@ def test_a_disk_that_fills_up_under_a_training_process_is_not_its_fault(scene: S
     """S1: whatever it died of, no room was left when it did. A part of the disk stands for all of it."""
     job_id = scene.add_job(recipe())
     gib = 2**30
+    scene.settings.data.mkdir(parents=True, exist_ok=True)
     low_water = shutil.disk_usage(scene.settings.data).free - 3 * gib // 2
     if low_water < gib:
         pytest.skip("the disk has too little room to take some of it away")
