@@ -12,6 +12,7 @@ from app.core.broker import Wake
 from app.core.jobs.lease import enrol_worker
 from app.core.jobs.waiting import count_baseless
 from app.core.jobs.workers import count_resting
+from app.core.storage.blobs import put_bytes, read_bytes
 from app.core.storage.database import open_database, read_clock
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Worker
@@ -218,10 +219,12 @@ def test_a_job_that_waits_for_its_store_tells_so_less_and_less(scene: Scene) -> 
 
 def rot(scene: Scene, name: str) -> None:
     """Change a stored byte of every blob of this name."""
-    found = list((scene.settings.data / "blobs").rglob(name))
+    found = [blob.key for blob in scene.blobs.list("jobs/") if blob.key.endswith(f"/{name}")]
     assert found
-    for path in found:
-        path.write_bytes(path.read_bytes() + b" ")
+    for key in found:
+        altered = read_bytes(scene.blobs, key) + b" "
+        scene.blobs.delete(key)
+        put_bytes(scene.blobs, key, altered)
 
 
 def adapter(scene: Scene, job_id: str, folder: Path) -> bytes:
