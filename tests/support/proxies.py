@@ -117,7 +117,7 @@ class StoreProxy:
             asked.rfile.read(size // 2)
             return
         sent = asked.rfile.read(size)
-        if mode in ("503", "507"):
+        if mode == "503" or (mode == "507" and asked.command in ("PUT", "POST")):
             _answer(asked, int(mode), {}, _BROKEN if mode == "503" else _FULL)
             return
         if mode == "slow":

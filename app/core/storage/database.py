@@ -48,6 +48,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from app.core.errors import invalid_cursor
 from app.core.settings import Settings
 from app.core.storage import schema
+from app.core.storage.postgres_waits import bound_waits
 
 JsonObject = dict[str, object]
 T = TypeVar("T")
@@ -65,6 +66,8 @@ _MIGRATION_PAUSE_SECONDS = 1.0
 _MIGRATION_SECONDS = 600.0  # SQLite: how long another writer, such as a migration, may take
 _LOCK_NOT_AVAILABLE = "55P03"
 _FULL = "53100"
+# how much later than the server's own limit we give up on its answer
+_ANSWER_GRACE_SECONDS = 1.0
 
 
 class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled like one)
@@ -315,7 +318,7 @@ def _engine(settings: Settings, *, migrates: bool) -> Engine:
     limits = f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000"
     if migrates:
         limits = f"-c statement_timeout=0 -c lock_timeout={milliseconds}"
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=10,
         max_overflow=30,
@@ -327,6 +330,9 @@ def _engine(settings: Settings, *, migrates: bool) -> Engine:
             "options": limits,
         },
     )
+    if not migrates:
+        bound_waits(engine, seconds + _ANSWER_GRACE_SECONDS)
+    return engine
 
 
 def _sqlite_engine(url: URL, seconds: float, *, foreign_keys: bool) -> Engine:
