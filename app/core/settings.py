@@ -137,7 +137,7 @@ class EdgeSettings(BaseModel):
     body_seconds: float = Field(default=120.0, gt=0, description="waited for a JSON body in all")
     upload_seconds: float = Field(default=3600.0, gt=0, description="waited for an upload in all")
     body_bytes: int = Field(
-        default=48 * 2**20, ge=2**20, description="of all JSON bodies held at once; a third a project"
+        default=32 * 2**20, ge=2**20, description="of all JSON bodies held at once; a third a project"
     )
     uploads: int = Field(default=16, ge=1, description="received at once")
     uploads_per_project: int = Field(default=4, ge=1, description="received at once; more wait in line")

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import openai
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select
 
 from app.core import projects
+from app.core.storage.tables import Project
 from tests.app.api.test_hostile_requests import check_envelope
 from tests.support.backends import lock_out
 from tests.support.http import Customer, chat_rows
@@ -327,7 +328,7 @@ def test_liveness_needs_no_thread(customer: Customer) -> None:
     """S5 f: requests that wait for a lock hold every thread; the process is alive nevertheless, and says so."""
     file_id = customer.file_id()
     with customer.served.database.writing() as session, ThreadPoolExecutor(48) as clients:
-        session.execute(text("SELECT 1"))
+        session.execute(select(Project.seq).where(Project.id == customer.project.id).with_for_update())
         waiting = [clients.submit(customer.create, training_file=file_id) for _ in range(48)]
         wait_until(lambda: has_no_thread(customer), seconds=30)
         started = time.monotonic()
