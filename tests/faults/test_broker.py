@@ -38,14 +38,14 @@ def test_a_broker_that_stands_still_beyond_the_lease_is_not_noticed(service: Run
     """A create is answered at once, the running job ends, and what waited is done when the broker goes on."""
     service.start_api()
     service.start_worker(queues="checks,train.cpu")
-    running = service.submit(steps=300)
+    running = service.submit(steps=200)
     service.wait_for_checkpoint(running)
     file_id = service.upload()
     with suspended(service.started[0].process.pid), service.client(timeout=5.0) as http:
         reply = http.post("/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id})
         assert reply.status_code == 200
         created = str(reply.json()["id"])
-        service.assert_ends_as_ever(running, steps=300)
+        service.assert_ends_as_ever(running, steps=200)
         assert http.get(f"/fine_tuning/jobs/{created}").json()["status"] == "validating_files"
     service.wait_for_state(created, JobState.SUCCEEDED)
     assert [service.scene.job(job_id).fence for job_id in (running, created)] == [1, 1]
