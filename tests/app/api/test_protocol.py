@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from app.core import projects
+from app.core.storage.tables import Project
 from tests.app.api.test_hostile_requests import check_envelope
 from tests.support.backends import lock_out
 from tests.support.http import Customer, chat_rows
