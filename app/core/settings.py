@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import quote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from finetuning.contract.progress import Stage
@@ -23,6 +23,19 @@ from finetuning.recipes.registry import OFFERED
 _PREFIX = "IMMUNOTUNE_"
 # no error may show what was set: it may be a secret, or lie beside one in a JSON value
 _FIXED = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def _listed(value: object) -> object:
+    """The parts of a text that is a JSON list, or has commas between them; what is no text as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+# how a variable may name several
+_Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
 
 
 class LeaseSettings(BaseModel):
@@ -146,11 +159,11 @@ class EdgeSettings(BaseModel):
     tokens_per_minute: int = Field(default=200_000, ge=1, description="of one project's chats, at one API process")
     chats: int = Field(default=32, ge=1, description="answers of one project in progress at one API process")
     wrong_keys_per_minute: int = Field(default=30, ge=1, description="from one address, before it must wait")
-    trusted_proxies: tuple[str, ...] = Field(
+    trusted_proxies: _Names = Field(
         default=(),
         description="addresses whose X-Forwarded-For is believed; unset: none, whoever connects is the client",
     )
-    allowed_hosts: tuple[str, ...] = Field(
+    allowed_hosts: _Names = Field(
         default=(), description="names that Host may give; unset: on a loopback address its names, elsewhere any"
     )
     metrics_host: str = "127.0.0.1"
@@ -217,7 +230,7 @@ class Settings(BaseModel):
         default=Path("/run/secrets"), description="files of single settings, named as their variables in small letters"
     )
     blob_url: str = Field(default_factory=lambda d: (d["data"] / "blobs").as_uri(), repr=False)
-    model_server_urls: Annotated[tuple[str, ...], NoDecode] = ()
+    model_server_urls: _Names = ()
     log_level: str = "info"
     lease: LeaseSettings = LeaseSettings()
     limits: LimitSettings = LimitSettings()
@@ -245,11 +258,6 @@ class Settings(BaseModel):
             return resolved(value) if value else value
         except BadGuard as error:
             raise _unfit_judge(error) from error
-
-    @field_validator("model_server_urls", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(url.strip() for url in value.split(",") if url.strip()) if isinstance(value, str) else value
 
 
 class _Environment(Settings, BaseSettings):

@@ -139,7 +139,10 @@ def _refusal(status: int, content: bytes) -> ImmunotuneError:
     except (ValueError, RecursionError):
         said = {}  # a proxy's own words, say
     message, code, param = (said.get(name) for name in ("message", "code", "param"))
-    if status != 400:
+    if status == 401:
+        advice = "set the same IMMUNOTUNE_MODEL_SERVER_SECRET on the API and on the model servers"
+        log.error("model_server.unauthorized", advice=advice)
+    elif status != 400:
         log.warning("model_server.refused", status=status, code=code)
     if status == 400 and message and code:
         return InvalidRequest(str(message), code=str(code), param=str(param) if param else None)

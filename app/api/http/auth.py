@@ -19,14 +19,12 @@ def get_caller(request: Request, resources: ResourcesDep) -> Caller:
         raise InvalidApiKey("An API key in a URL ends up in logs. Revoke it, and send keys as a bearer token.")
     secret, address = _bearer(request), request.client.host if request.client else ""
     key = hashlib.blake2b(secret.encode("utf-8", "surrogateescape"), key=resources.pepper).digest()
-    resources.rates.check_address(address, key)
     try:
         with resources.database.reading() as session:
             caller = projects.authenticate(session, resources.pepper, secret)
     except InvalidApiKey:
-        resources.rates.note_key(address, key, is_right=False)
+        resources.rates.note_wrong_key(address)
         raise
-    resources.rates.note_key(address, key, is_right=True)
     _check_rate(request, resources.rates.requests.take(key))
     _check_tenant(request, caller)
     request.state.org, request.state.project = caller.org.id, caller.project_id

@@ -160,7 +160,7 @@ class Pace:
             with anyio.fail_after(min(self._window_left, self._seconds_left)):
                 message = await receive()
         except TimeoutError:
-            raise _too_slow() from None
+            raise _too_slow(may_retry=self._window_left < self._seconds_left) from None
         waited = time.monotonic() - started
         self._seconds_left -= waited
         self._window_left -= waited
@@ -170,9 +170,12 @@ class Pace:
         return message
 
 
-def _too_slow() -> ProtocolError:
+def _too_slow(*, may_retry: bool) -> ProtocolError:
     advice = "The request body comes too slowly, or stopped. Send it again."
-    return ProtocolError(408, "request_timeout", advice, headers={"Connection": "close"})
+    if not may_retry:  # over this line it would take as long once more
+        advice = "The request body took longer in all than it may. Send less, or over a faster line."
+    steer = {} if may_retry else {"x-should-retry": "false"}
+    return ProtocolError(408, "request_timeout", advice, headers={"Connection": "close", **steer})
 
 
 def _limited(receive: Receive, limit_bytes: int, pace: Pace) -> Receive:

@@ -34,12 +34,14 @@ def page_query(
 def check_query(query: bytes) -> None:
     """Raises InvalidRequest when a name or a value holds a control character: no parameter means one by it.
 
+    Values of metadata may hold all but NUL, since a job's metadata may.
     Asked once for every request, since a database may refuse such a value where another one takes it.
     """
     if b"%" not in query:
         return  # a raw control character does not get past the HTTP parser
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if _CONTROL.search(name + value):
+        is_metadata = name.startswith("metadata[")
+        if _CONTROL.search(name) or ("\0" in value if is_metadata else _CONTROL.search(value)):
             if name == "after":
                 raise invalid_cursor()
             param = _CONTROL.split(name)[0].partition("[")[0][:64] or None

@@ -8,13 +8,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from threading import Lock
 
 from app.core.errors import RateLimited
 from app.core.settings import EdgeSettings
 
 _MOST_OWNERS = 10_000
-_MOST_KNOWN = 4_096
+_OWN_BITS = 64  # of an IPv6 address: whoever has one has all that differ in these
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class Rate:
         with self._lock:
             return self._set(owner, min(max(0.0, self._now(owner) + amount), 2.0 * self._limit), 0.0)
 
-    def wait_seconds(self, owner: object) -> float:
-        """Until there is one left."""
-        with self._lock:
-            return max(0.0, (self._now(owner) + 1 - self._limit) * 60 / self._limit)
-
     def _now(self, owner: object) -> float:
         used, then = self._used.get(owner, (0.0, 0.0))
         return max(0.0, used - (time.monotonic() - then) * self._limit / 60)
@@ -72,29 +68,17 @@ class Rates:
     def __init__(self, edge: EdgeSettings) -> None:
         self.requests, self.tokens = Rate(edge.requests_per_minute), Rate(edge.tokens_per_minute)
         self._wrong = Rate(edge.wrong_keys_per_minute)
-        self._known: OrderedDict[bytes, None] = OrderedDict()
         self._chats, self._most_chats = Counter[str](), edge.chats
         self._lock = Lock()
 
-    def check_address(self, address: str, key: bytes) -> None:
-        """Raises RateLimited for an address that sent many wrong keys, unless this one has been right before.
+    def note_wrong_key(self, address: str) -> None:
+        """Count a key that is wrong. Raises RateLimited for an address that sent many.
 
-        So whoever guesses learns nothing, and others behind the same address go on. `key` is a digest.
+        Right keys are not asked about the address: behind a proxy it is everybody's, and no key can be guessed.
         """
-        wait = self._wrong.wait_seconds(address)
-        if wait and key not in self._known:
+        wait = self._wrong.take(owner_of(address)).wait_seconds
+        if wait:
             raise RateLimited("Too many wrong API keys came from this address. Wait, then send a valid one.", wait)
-
-    def note_key(self, address: str, key: bytes, *, is_right: bool) -> None:
-        """Remember how a key turned out."""
-        if not is_right:
-            self._wrong.change(address, 1.0)
-            return
-        with self._lock:
-            self._known[key] = None
-            self._known.move_to_end(key)
-            if len(self._known) > _MOST_KNOWN:
-                self._known.popitem(last=False)
 
     @contextmanager
     def chat(self, project_id: str) -> Iterator[None]:
@@ -110,6 +94,19 @@ class Rates:
                 self._chats[project_id] -= 1
                 if not self._chats[project_id]:
                     del self._chats[project_id]
+
+
+def owner_of(address: str) -> str:
+    """What one client is counted by: its IPv4 address, or the network of its IPv6 one; other texts as they are."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(found, IPv6Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(IPv6Address(int(found) >> _OWN_BITS << _OWN_BITS))
 
 
 def rate_headers(kind: str, standing: Standing) -> dict[str, str]:

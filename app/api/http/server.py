@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.api.http.exception_handlers import ProtocolError, error_body
+from app.api.http.rates import owner_of
 from app.core.errors import ImmunotuneError, ServiceBusy
 from app.core.ids import Prefix, new_id
 from app.core.settings import EdgeSettings, Settings
@@ -169,7 +170,7 @@ class _GuardedProtocol(HttpToolsProtocol):
             raise self._fault
 
     def _address(self) -> str:
-        return self.client[0] if self.client else ""
+        return owner_of(self.client[0]) if self.client else ""
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

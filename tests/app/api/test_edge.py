@@ -124,6 +124,7 @@ def test_a_dripping_body_is_given_up(one: Customer, kind: str) -> None:
                 continue
     assert reply.startswith(b"HTTP/1.1 408")
     assert b'"code":"request_timeout"' in reply
+    assert b"x-should-retry" not in reply.lower()
 
 
 def test_an_upload_has_a_time_in_all(one: Customer) -> None:
@@ -138,6 +139,7 @@ def test_an_upload_has_a_time_in_all(one: Customer) -> None:
             except TimeoutError:
                 continue
     assert reply.startswith(b"HTTP/1.1 408")
+    assert b"x-should-retry: false" in reply.lower()  # review: the same file over the same line would end so again
     assert time.monotonic() - started > 4
 
 
@@ -181,7 +183,10 @@ def test_a_key_has_so_many_requests_a_minute(tight: Served, tmp_path: Path) -> N
 
 
 def test_who_guesses_keys_must_wait_and_others_need_not(tight: Served, tmp_path: Path) -> None:
-    """S11: an address that sent many wrong keys gets no answer to more, right or wrong; keys at work go on."""
+    """S11, review: an address that sent many wrong keys is told to wait; whoever has a right one never is.
+
+    Behind a proxy all have one address, and the keys that a process had not seen yet were locked out with the guesser.
+    """
     with api_of(tight.settings, EdgeSettings(wrong_keys_per_minute=5), tmp_path) as customer:
         assert customer.http.get("/files").status_code == 200
 
@@ -193,7 +198,7 @@ def test_who_guesses_keys_must_wait_and_others_need_not(tight: Served, tmp_path:
         assert found[:5] == [401] * 5
         assert found[-4:] == [429] * 4
         others = new_customer(customer.served)
-        assert ask(next(others).key) == 429  # nobody can tell a right guess from a wrong one
+        assert ask(next(others).key) == 200
         others.close()
         assert customer.http.get("/files").status_code == 200
 

@@ -413,6 +413,13 @@ def test_a_control_character_in_a_query_is_refused(customer: Customer, path: str
     check_envelope(customer.http.get(f"{path}?{query}"), 400, "invalid_value", name)
 
 
+def test_metadata_of_several_lines_can_be_asked_for(customer: Customer) -> None:
+    """Review: a job is made with such a value, and could not be found by it."""
+    job = customer.job(metadata={"note": "two\n\tlines\x7f"})
+    found = customer.http.get("/fine_tuning/jobs", params={"metadata[note]": "two\n\tlines\x7f"}).json()["data"]
+    assert [item["id"] for item in found] == [job.id]
+
+
 @pytest.mark.parametrize("after", ["a%00b", "x" * 5000, "file-..", "%F0%9F%98%80", "ftjob-0"])
 @pytest.mark.parametrize(
     "path", ["/files", "/fine_tuning/jobs", "/fine_tuning/jobs/{}/events", "/fine_tuning/jobs/{}/checkpoints"]

@@ -47,7 +47,23 @@ def test_nested_settings_can_be_set_one_by_one(monkeypatch: pytest.MonkeyPatch) 
     assert load_settings().lease == LeaseSettings(ttl_seconds=7)
 
 
-@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("API_KEY", "short"), ("LEASE__TTL_SECONDS", "-1")])
+@pytest.mark.parametrize("value", ["10.0.0.1, 10.0.0.2,", '["10.0.0.1", "10.0.0.2"]'])
+def test_a_variable_names_several_with_commas_or_as_json(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Review: one address, not written as JSON, stopped the start without a hint at what was wrong."""
+    for name in ("EDGE__TRUSTED_PROXIES", "EDGE__ALLOWED_HOSTS", "MODEL_SERVER_URLS"):
+        monkeypatch.setenv(f"IMMUNOTUNE_{name}", value)
+    found = load_settings()
+    for several in (found.edge.trusted_proxies, found.edge.allowed_hosts, found.model_server_urls):
+        assert several == ("10.0.0.1", "10.0.0.2")
+    for name, text in to_environment(found).items():
+        monkeypatch.setenv(name, text)
+    assert load_settings() == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("EDGE__ALLOWED_HOSTS", '["a"'), ("PORT", "eighty"), ("API_KEY", "short"), ("LEASE__TTL_SECONDS", "-1")],
+)
 def test_a_bad_variable_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"IMMUNOTUNE_{name}", value)
     with pytest.raises(ValidationError, match=name.rpartition("__")[2].lower()):

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from app.api.gateway.client import Gateway, Question, rendezvous
 from app.api.gateway.stream import AnswerTimedOut, Json
@@ -183,6 +184,15 @@ def test_the_only_server_gets_a_second_chance() -> None:
     events, asked = stream(restarted)
     assert text(events) == "soup"
     assert asked == [2]
+
+
+def test_a_server_that_does_not_know_us_is_the_operators_to_mend() -> None:
+    """Review: a secret that differs looked like a model server that is away; the log said no more than 401."""
+    with capture_logs() as logs, pytest.raises(ServiceBusy):
+        whole(replies(401, {"error": {"message": "Not for you.", "code": "unauthorized"}}))
+    told = [line for line in logs if line["log_level"] == "error"]
+    assert told
+    assert "IMMUNOTUNE_MODEL_SERVER_SECRET" in told[0]["advice"]
 
 
 def test_a_refusal_is_passed_on_and_not_repeated() -> None:

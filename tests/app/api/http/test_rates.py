@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.api.http.rates import Rate, Rates
+from app.api.http.rates import Rate, Rates, owner_of
 from app.core.errors import RateLimited
 from app.core.settings import EdgeSettings
 from tests.support.waiting import wait_until
@@ -30,14 +30,24 @@ def test_a_project_has_so_many_answers_in_progress() -> None:
         pass
 
 
-def test_a_key_that_was_right_is_known_wherever_it_comes_from() -> None:
-    """S11: a guesser behind the same address locks out nobody who is at work."""
+def test_an_address_has_so_many_wrong_keys_a_minute() -> None:
+    """S11: whoever guesses must wait; another address need not."""
     rates = Rates(EdgeSettings(wrong_keys_per_minute=2))
-    rates.note_key("elsewhere", b"right", is_right=True)
     for _ in range(2):
-        rates.check_address("here", b"guess")
-        rates.note_key("here", b"guess", is_right=False)
-    rates.check_address("here", b"right")
-    rates.check_address("elsewhere", b"guess")
+        rates.note_wrong_key("192.0.2.1")
     with pytest.raises(RateLimited):
-        rates.check_address("here", b"guess")
+        rates.note_wrong_key("192.0.2.1")
+    rates.note_wrong_key("192.0.2.2")
+
+
+def test_one_network_of_ipv6_is_one_client() -> None:
+    """Review: whoever has an IPv6 address has 2**64 of them, and guessed with a new one each time."""
+    rates = Rates(EdgeSettings(wrong_keys_per_minute=2))
+    for number in range(2):
+        rates.note_wrong_key(f"2001:db8:0:1::{number}")
+    with pytest.raises(RateLimited):
+        rates.note_wrong_key("2001:db8:0:1:ffff::9")
+    rates.note_wrong_key("2001:db8:0:2::1")
+    assert owner_of("::ffff:192.0.2.1") == owner_of("192.0.2.1") == "192.0.2.1"
+    assert owner_of("fe80::1%eth0") == "fe80::"
+    assert owner_of("") == ""
