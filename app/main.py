@@ -3,7 +3,6 @@
 The schema must be there already: one runner migrates before any API starts.
 """
 
-import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -17,7 +16,7 @@ from app.api.http import exception_handlers
 from app.api.http.middleware import RequestGuard, RequestLog
 from app.api.http.rates import Rates
 from app.api.http.resources import Resources
-from app.api.http.shares import Shares
+from app.api.http.shares import Shares, Turn
 from app.api.routes import chat, files, health, jobs, models, results
 from app.core import deployment, projects
 from app.core.broker import Waker, make_celery
@@ -112,6 +111,6 @@ def _open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
         uploads=Shares(edge.uploads, edge.uploads_per_project),
         body_bytes=Shares(edge.body_bytes, edge.body_bytes // 4),
         computing=CapacityLimiter(_COMPUTING_AT_ONCE),
-        turn=threading.Semaphore(_COMPUTING_AT_ONCE),
+        turn=Turn(),
         rates=Rates(edge),
     )

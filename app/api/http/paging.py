@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 from urllib.parse import parse_qsl
@@ -10,7 +9,7 @@ from urllib.parse import parse_qsl
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from app.api.http.shares import in_turn
+from app.api.http.shares import Turn
 from app.core.errors import InvalidRequest, invalid_cursor
 from app.core.ids import Prefix, is_id
 from app.core.storage.database import Listing, Page, TableRow
@@ -86,18 +85,22 @@ def long_page(
     read: Callable[[Page], Listing[R]],
     show: Callable[[R], dict[str, object]],
     *,
-    turn: threading.Semaphore,
+    turn: Turn,
 ) -> Response:
     """A page of a list that may be asked for in thousands, of which more than BIT_ROWS are read and made bit by bit.
 
     So neither a long page nor a slow client holds a database connection, much memory, or the turn of who computes.
     """
-    with turn:
-        first = read(_bit_of(asked, asked.after))
+    first = read(_bit_of(asked, asked.after))
+
+    def text_of(rows: Sequence[R]) -> str:
+        with turn:
+            return ",".join(json.dumps(show(row), separators=(",", ":")) for row in rows)
+
     if asked.limit <= len(first.rows) or not first.has_more:
-        return JSONResponse(page([show(row) for row in first.rows], has_more=first.has_more))
-    bits = in_turn(turn, _bits(first, asked, read, show))
-    return StreamingResponse(bits, media_type="application/json")
+        with turn:
+            return JSONResponse(page([show(row) for row in first.rows], has_more=first.has_more))
+    return StreamingResponse(_bits(first, asked, read, text_of), media_type="application/json")
 
 
 def _bit_of(asked: Page, after: str | None, given: int = 0) -> Page:
@@ -106,12 +109,12 @@ def _bit_of(asked: Page, after: str | None, given: int = 0) -> Page:
 
 
 def _bits(
-    found: Listing[R], asked: Page, read: Callable[[Page], Listing[R]], show: Callable[[R], dict[str, object]]
+    found: Listing[R], asked: Page, read: Callable[[Page], Listing[R]], text_of: Callable[[Sequence[R]], str]
 ) -> Iterator[str]:
     given, first_id, last_id = 0, found.rows[0].id, found.rows[0].id
     yield '{"object":"list","data":['
     while found.rows:
-        text = ",".join(json.dumps(show(row), separators=(",", ":")) for row in found.rows)
+        text = text_of(found.rows)
         yield f",{text}" if given else text
         given, last_id = given + len(found.rows), found.rows[-1].id
         if not found.has_more or given >= asked.limit:

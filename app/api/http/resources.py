@@ -1,6 +1,5 @@
 """What the API opened at start, handed to every handler."""
 
-import threading
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,7 +9,7 @@ from fastapi import Depends, Request
 
 from app.api.gateway.client import Gateway
 from app.api.http.rates import Rates
-from app.api.http.shares import Shares
+from app.api.http.shares import Shares, Turn
 from app.core.broker import Waker
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore
@@ -37,7 +36,7 @@ class Resources:
     uploads: Shares
     body_bytes: Shares
     computing: CapacityLimiter
-    turn: threading.Semaphore
+    turn: Turn
     rates: Rates
 
 

@@ -6,7 +6,7 @@ Shares live on the event loop alone.
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -20,14 +20,21 @@ class _Waiting:
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-def in_turn(turn: threading.Semaphore, pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces of an answer, each made while nobody else computes; for iterators that run in threads."""
-    while True:
-        with turn:
-            piece = next(pieces, None)
-        if piece is None:
-            return
-        yield piece
+class Turn:
+    """The turn of one thread to compute, so that the event loop waits for one at most; for nothing that waits itself.
+
+    Entering raises ServiceBusy when the turn did not come within `seconds`.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self._seconds, self._lock = seconds, threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._seconds):
+            raise ServiceBusy("The server is busy with large requests. Retry in a few seconds.", retry_after=5.0)
+
+    def __exit__(self, *_fault: object) -> None:
+        self._lock.release()
 
 
 class Shares:

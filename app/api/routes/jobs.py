@@ -67,15 +67,15 @@ def list_jobs(request: Request, caller: JobsReader, resources: ResourcesDep) -> 
     """The project's jobs, newest first; `metadata[k]=v` and `metadata=null` filter."""
     asked = page_query(request, Prefix.JOB, default=20, maximum=100)
     pairs, none_only = _metadata_filter(request)
-    with resources.turn, resources.database.reading() as session:
+    with resources.database.reading() as session:
         results_of = partial(jobs.list_artifacts, session, caller.project_id)
         found = jobs.list_jobs(session, caller.project_id, asked, metadata=pairs, no_metadata=none_only)
         now = read_clock(session)
-        items = [
-            # a live job has no results yet, which saves a query
-            job_to_body(job, JobFrame(caller.org.id, results_of(job.id) if job.state in FINAL else (), now))
-            for job in found.rows
-        ]
+        # a live job has no results yet, which saves a query
+        results = [results_of(job.id) if job.state in FINAL else () for job in found.rows]
+    with resources.turn:
+        frames = [JobFrame(caller.org.id, own, now) for own in results]
+        items = [job_to_body(job, frame) for job, frame in zip(found.rows, frames, strict=True)]
     return JSONResponse(page(items, has_more=found.has_more))
 
 

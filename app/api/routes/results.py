@@ -13,7 +13,6 @@ from app.api.http.downloads import Download, send_blob
 from app.api.http.paging import one_value, page, page_query
 from app.api.http.path_params import JobId
 from app.api.http.resources import ResourcesDep
-from app.api.http.shares import in_turn
 from app.api.schemas.results import (
     OFFERED_FORMS,
     artifact_to_body,
@@ -89,11 +88,12 @@ def list_rows(job_id: JobId, request: Request, caller: SafetyReader, resources: 
     with resources.database.reading() as session:
         result = jobs.get_job(session, caller.project_id, job_id).result
     prefix = "" if result is None else str(result["prefix"])
+    blobs, turn = resources.blobs, resources.turn
     if wants_csv:
-        rows = ledger.read_all(resources.blobs, prefix, RowQuery(query.order, query.verdict)) if prefix else iter(())
-        return StreamingResponse(in_turn(resources.turn, _csv_lines(rows)), media_type="text/csv")
-    with resources.turn:
-        found, has_more = ledger.read_page(resources.blobs, prefix, query) if prefix else ((), False)
+        whole = RowQuery(query.order, query.verdict)
+        rows = ledger.read_all(blobs, prefix, whole, turn=turn) if prefix else iter(())
+        return StreamingResponse(_csv_lines(rows), media_type="text/csv")
+    found, has_more = ledger.read_page(blobs, prefix, query, turn=turn) if prefix else ((), False)
     return JSONResponse(page([verdict_to_body(row) for row in found], has_more=has_more))
 
 

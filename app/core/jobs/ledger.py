@@ -7,6 +7,7 @@ import codecs
 import heapq
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +17,7 @@ from finetuning.contract.ledger import LedgerIndex, Order, read_index
 from finetuning.contract.report import RowVerdict
 
 _ROWS_AT_ONCE = 1000
+_NO_TURN = nullcontext()
 # bytes between two wanted rows that are read along rather than asked for twice
 _GAP_BYTES = 256 * 2**10
 
@@ -30,39 +32,49 @@ class RowQuery:
     limit: int = _ROWS_AT_ONCE
 
 
-def read_page(blobs: BlobStore, prefix: str, query: RowQuery) -> tuple[Sequence[RowVerdict], bool]:
+def read_page(
+    blobs: BlobStore, prefix: str, query: RowQuery, *, turn: AbstractContextManager[object] = _NO_TURN
+) -> tuple[Sequence[RowVerdict], bool]:
     """Rows of the ledger of the result under `prefix`, and whether more follow; none when there is no ledger.
 
-    Raises InvalidRequest `invalid_cursor`.
+    Computes in the `turn`, and reads outside of it; but ledgers of before the index are read in it, too. Raises
+    InvalidRequest `invalid_cursor`.
     """
     try:
-        index = read_index(read_bytes(blobs, f"{prefix}/ledger/{query.order}.index"))
+        data = read_bytes(blobs, f"{prefix}/ledger/{query.order}.index")
     except BlobMissing:
-        return _page_of_array(blobs, f"{prefix}/reports/rows.json", query)
-    try:
-        numbers, has_more = index.choose(query.after, query.limit, query.verdict)
-    except ValueError:
-        raise invalid_cursor() from None
-    return list(_rows(blobs, f"{prefix}/ledger/{query.order}.jsonl", index, numbers)), has_more
+        with turn:
+            return _page_of_array(blobs, f"{prefix}/reports/rows.json", query)
+    with turn:
+        index = read_index(data)
+        try:
+            numbers, has_more = index.choose(query.after, query.limit, query.verdict)
+        except ValueError:
+            raise invalid_cursor() from None
+    lines = list(_lines(blobs, f"{prefix}/ledger/{query.order}.jsonl", index, numbers))
+    with turn:
+        return [RowVerdict.model_validate_json(line, extra="ignore") for line in lines], has_more
 
 
-def read_all(blobs: BlobStore, prefix: str, query: RowQuery) -> Iterator[RowVerdict]:
-    """Every row of the ledger that the query is for, some at a time."""
+def read_all(
+    blobs: BlobStore, prefix: str, query: RowQuery, *, turn: AbstractContextManager[object] = _NO_TURN
+) -> Iterator[RowVerdict]:
+    """Every row of the ledger that the query is for, some at a time, in the `turn` as `read_page` is."""
     after, has_more = None, True
     while has_more:
-        rows, has_more = read_page(blobs, prefix, RowQuery(query.order, query.verdict, after, query.limit))
+        rows, has_more = read_page(blobs, prefix, RowQuery(query.order, query.verdict, after, query.limit), turn=turn)
         yield from rows
         after = rows[-1].line if rows else None
 
 
-def _rows(blobs: BlobStore, key: str, index: LedgerIndex, numbers: Sequence[int]) -> Iterator[RowVerdict]:
+def _lines(blobs: BlobStore, key: str, index: LedgerIndex, numbers: Sequence[int]) -> Iterator[bytes]:
     wanted = [index.span(number) for number in numbers]
     while wanted:
         count = next(
             (at for at in range(1, len(wanted)) if wanted[at][0] - wanted[at - 1][1] > _GAP_BYTES), len(wanted)
         )
         near, wanted = wanted[:count], wanted[count:]
-        yield from (RowVerdict.model_validate_json(line, extra="ignore") for line in _cut(blobs, key, near))
+        yield from _cut(blobs, key, near)
 
 
 def _cut(blobs: BlobStore, key: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
