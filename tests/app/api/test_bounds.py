@@ -87,7 +87,7 @@ def running(
     try:
         wait_until(lambda: is_ready(url), seconds=60)
         served = Served(url, settings, database, open_blobs(settings), projects.load_pepper(settings))
-        align(served)
+        align(served, b"PK alignment")
         with ExitStack() as stack:
             customer = next(customers := new_customer(served))
             stack.callback(customers.close)
