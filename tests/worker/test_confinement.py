@@ -114,3 +114,19 @@ def test_a_training_process_has_limits_and_goes_first_when_memory_runs_out(data:
     assert (score, core) == (1000, 0)
     assert 0 < size < 2**40
     assert 0 < processes < 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="only a superuser changes users")
+def test_a_platform_that_refuses_half_of_a_namespace_still_trains() -> None:
+    """Review, S14: unshare was allowed, its user map refused (as AppArmor does): every training process died there.
+
+    A process that has changed its user may not write its own map either, since /proc/self is not its own.
+    """
+    program = (
+        "import os; from worker.confinement import Reach, confine\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "confine(Reach()); print('trains')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "trains\n", done.stderr
