@@ -39,14 +39,14 @@ def data(tmp_path: Path) -> Path:
     return data
 
 
-def spied(data: Path, listener: socket.socket, *, judge: str = "") -> dict[str, str]:
+def spied(data: Path, listener: socket.socket, *, judge: str = "", private: tuple[str, ...] = ()) -> dict[str, str]:
     """What each attempt of a hostile training process came to, under a real worker's launch."""
     scratch, base = data / "scratch" / "job.1", data / "bases" / "tiny"
     write_order(
         scratch,
         TrainOrder(
             job_id="a", recipe=align_recipe("tiny"), base=str(base), states=str(data / "states"), judge=judge,
-            private=(str(data),),
+            private=(str(data), *private),
         ),
     )  # fmt: skip
     targets = {
@@ -97,6 +97,14 @@ def test_a_judge_behind_a_url_can_still_be_asked(data: Path, listener: socket.so
     guard.write_text(guard_text(f"http://127.0.0.1:{listener.getsockname()[1]}/v1"), encoding="utf-8")
     said = spied(data, listener, judge=str(guard))
     assert said["network"] == "done"
+    assert said["keys"] == "EACCES"
+
+
+@pytest.mark.skipif(not enforced_here(), reason="this kernel has no Landlock: docs/security.md says what then holds")
+def test_a_data_folder_around_the_program_closes_no_program(data: Path, listener: socket.socket) -> None:
+    """Review, S14: a virtual environment or clone inside the data folder was closed to the process that runs in it."""
+    said = spied(data, listener, private=(str(SOURCE_ROOT), sys.prefix, sys.base_prefix))
+    assert said["order"] == "done"
     assert said["keys"] == "EACCES"
 
 
