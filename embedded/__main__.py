@@ -70,7 +70,7 @@ def _up(settings: Settings) -> int:
 
     try:
         require_fit(settings.operator_rows)
-        with running(settings, _say) as service:
+        with running(programs.with_served_base(settings), _say) as service:
             if programs.is_base_aligned(service.settings):  # otherwise chat is refused until it is
                 _say("loading the model server")
                 service.wait_for_chat()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sqlalchemy.exc import DBAPIError
+
 from app.core import deployment, models, projects
 from app.core.broker import CHECKS_QUEUE
 from app.core.projects import BootstrapKeys, UnknownKey
@@ -29,6 +31,21 @@ def choose_ports(settings: Settings) -> Settings:
     _free_port(settings.host, port)
     model_server = f"http://127.0.0.1:{_free_port('127.0.0.1')}"
     return settings.model_copy(update={"port": port, "model_server_urls": (model_server,)})
+
+
+def with_served_base(settings: Settings) -> Settings:
+    """The settings, with the base that the deployment serves where they name none: the demo may have changed it."""
+    if "base" in settings.model_fields_set:
+        return settings
+    database = open_database(settings)
+    try:
+        with database.reading() as session:
+            source = models.served_source(session)
+    except DBAPIError:  # no tables yet, or no database: who prepares it says so
+        return settings
+    finally:
+        database.close()
+    return settings if source is None else settings.model_copy(update={"base": source})
 
 
 def base_folder(settings: Settings) -> Path:

@@ -12,7 +12,7 @@ import platform
 import resource
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,22 +114,45 @@ def _threads_of(user: int) -> int:
 
 def _leave_namespaces(reach: Reach) -> tuple[str, ...]:
     """A network without anybody in it, and private folders of sockets covered; in words what could not be had."""
+    if not _succeeds(lambda: _enter_namespaces(reach)):
+        return () if reach.network else ("network: no namespace can be made here",)
+    _enter_namespaces(reach)
+    uncovered = ("sockets: private folders could not be covered",)
+    if _libc().mount(b"none", b"/", None, _MS_PRIVATE_ALL, None) != 0:
+        return uncovered  # what is mounted now would be so for everybody
+    missing: tuple[str, ...] = ()
+    for folder in reach.private:
+        if folder.is_dir() and not any(path.is_relative_to(folder) for path in (*reach.read, *reach.written)):
+            options = _MS_READ_ONLY | _MS_NOSUID | _MS_NODEV  # Landlock does not see who connects to a unix socket
+            if _libc().mount(b"tmpfs", os.fsencode(folder), b"tmpfs", options, None) != 0:
+                missing = uncovered
+    return missing
+
+
+def _enter_namespaces(reach: Reach) -> None:
+    """Raises OSError, perhaps half-way: a platform may allow the first step and refuse the next (AppArmor does)."""
     flags = _NEW_MOUNTS | (0 if reach.network else _NEW_NETWORK)
     user, group = os.getuid(), os.getgid()
     if user != 0:
         flags |= _NEW_USER
-    if _libc().unshare(flags) != 0:
-        return () if reach.network else ("network: no namespace can be made here",)
+    _checked(_libc().unshare(flags), "unshare")
     if user != 0:
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{user} {user} 1")
         _write("/proc/self/gid_map", f"{group} {group} 1")
-    _libc().mount(b"none", b"/", None, _MS_PRIVATE_ALL, None)
-    for folder in reach.private:
-        if folder.is_dir() and not any(path.is_relative_to(folder) for path in (*reach.read, *reach.written)):
-            options = _MS_READ_ONLY | _MS_NOSUID | _MS_NODEV  # Landlock does not see who connects to a unix socket
-            _libc().mount(b"tmpfs", os.fsencode(folder), b"tmpfs", options, None)
-    return ()
+
+
+def _succeeds(step: Callable[[], object]) -> bool:
+    """Whether a step that cannot be undone would succeed: a child, which then ends, tries it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            step()
+            status = 0
+        finally:
+            os._exit(status)  # nothing of the parent's is unwound twice
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _write(path: str, text: str) -> None:
@@ -207,10 +230,10 @@ def _around(folder: Path, private: Iterable[Path]) -> Iterator[Path]:
                 yield from _around(child, private)
 
 
-def _checked(result: int) -> int:
+def _checked(result: int, what: str = "Landlock") -> int:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"Landlock: {os.strerror(number)}")
+        raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
 

@@ -26,6 +26,8 @@ from worker.processes import die_with_parent, exit_at_end_of_input
 # Where other programs of a user keep theirs.
 _CREDENTIALS = ("~/.aws", "~/.azure", "~/.config/gcloud", "~/.docker", "~/.kube", "~/.netrc", "~/.pgpass", "~/.ssh",
                 "/run/secrets")  # fmt: skip
+# What this process and those that it starts are loaded from.
+_PROGRAM = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +71,8 @@ def _close_the_rest(scratch: Path) -> None:
     missing = confine(
         Reach(
             private=_resolved(*order.private, *_CREDENTIALS),
-            read=[*_resolved(order.base, "~/.cache"), *guard_paths(judge)],
+            # ourselves, too: a data folder may lie above the environment that we run in
+            read=[*_resolved(order.base, "~/.cache", *_PROGRAM), *guard_paths(judge)],
             written=[scratch.resolve(), *_made(order.states)],
             network=asks_the_network(judge),
         )

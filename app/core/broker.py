@@ -97,8 +97,12 @@ class Waker:
 
     def _run(self) -> None:
         while (due := self._due.get()) is not None:
-            if not wake(self.celery, due):
-                self._drop()  # they would wait for the same broker, a second or more each
+            try:
+                if not wake(self.celery, due):
+                    self._drop()  # they would wait for the same broker, a second or more each
+            except Exception:  # a rim: nobody would notice that this thread has ended
+                WAKES_FAILED.inc()
+                log.exception("wake.broke", task=due.task, id=due.id)
 
     def _drop_if_full(self) -> None:
         if self._due.full():

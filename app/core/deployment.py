@@ -11,7 +11,7 @@ from sqlalchemy import case, delete, make_url, select, update
 from sqlalchemy.orm import Session
 
 from app.core.ids import Prefix, new_id
-from app.core.jobs.sweep import PREFIXES, Audit, audit
+from app.core.jobs.sweep import PREFIXES, Audit, audit, too_many
 from app.core.jobs.waiting import route
 from app.core.models import require_base
 from app.core.settings import Settings
@@ -149,7 +149,7 @@ def _first_start(session: Session, blobs: BlobStore, settings: Settings) -> Depl
         raise WrongDeployment(f"The blob store holds bytes, and the database knows of no job and no file. {_SET_BACK}")
     if bytes_there or _any_file(session):
         before = audit(session, blobs)
-        is_match = before.missing * 10 <= before.needed and before.unknown * 2 <= before.total
+        is_match = before.missing * 10 <= before.needed and not too_many(before.unknown, before.total, 0.5)
         if not (is_match and _in_one_folder(settings)):
             raise WrongDeployment(
                 "Database and blob store are of an earlier release and do not say that they belong together. "

@@ -13,7 +13,7 @@ from app.core.settings import LimitSettings
 from app.core.storage.blobs import Blob
 from app.core.storage.database import JsonObject, Listing, Page, change, db_now, fetch_page, read_clock
 from app.core.storage.job_states import LIVE
-from app.core.storage.tables import Artifact, BaseRow, File, FilePurpose, FileStatus, Job, Model
+from app.core.storage.tables import Artifact, BaseRow, File, FilePurpose, FileStatus, Job, Model, Project
 
 SHOWN = File.deleted_at.is_(None)
 _AT_ONCE = 100
@@ -59,6 +59,8 @@ def blob_key(project_id: str, file_id: str) -> str:
 
 def add_file(session: Session, project_id: str, new: NewFile, *, limits: LimitSettings) -> File:
     """Add an uploaded fine-tune file; its rows were checked. Raises QuotaExceeded `storage_quota_exceeded`."""
+    # uploads that end together are counted one after the other
+    session.execute(select(Project.seq).where(Project.id == project_id).with_for_update(key_share=True))
     stored = select(func.coalesce(func.sum(File.size_bytes), 0)).where(File.project_id == project_id, SHOWN)
     if session.scalars(stored).one() + new.blob.size_bytes > limits.project_bytes:
         raise QuotaExceeded(

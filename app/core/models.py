@@ -110,6 +110,12 @@ def require_base(session: Session, settings: Settings) -> None:
         )
 
 
+def served_source(session: Session) -> str | None:
+    """What IMMUNOTUNE_BASE must name to serve the base that is served; None before there is one."""
+    served = select(BaseRow.source).where(BaseRow.status != BaseStatus.RETIRED).order_by(BaseRow.seq)
+    return session.scalars(served).first()
+
+
 def retire_base(session: Session, base_id: str) -> int:
     """Stop serving a base, so that the next start may serve another; returns how many jobs wait for it from now on.
 

@@ -63,7 +63,7 @@ def save(setup: TrainSetup, state: LoopState, loss: float, accuracy: float) -> C
 def restore(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
     """Load a checkpoint into the setup; returns the state and whether the fingerprint is equal (bitwise resume).
 
-    Raises BadCheckpoint.
+    Raises BadCheckpoint; what a host that gave out raises (memory, device, disk) says nothing about the checkpoint.
     """
     _verify(folder)
     try:
@@ -71,6 +71,8 @@ def restore(setup: TrainSetup, folder: Path) -> tuple[LoopState, bool]:
     except BadCheckpoint:
         raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, SafetensorError) as error:
+        if _is_out_of_memory(error):
+            raise  # it would condemn every checkpoint in turn
         # whole, but not of this release: a key that is new, a tensor of another shape
         raise BadCheckpoint(f"checkpoint {folder.name} does not fit: {error.__class__.__name__}") from error
 
@@ -104,11 +106,16 @@ def attempt_of(folder: Path) -> int:
         raise BadCheckpoint(f"checkpoint {folder.name} does not fit: {error.__class__.__name__}") from error
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory or device gave out; on the CPU torch says so in words only."""
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "allocate memory" in str(error)
+
+
 def _verify(folder: Path) -> None:
     try:
         manifest: dict[str, str] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         actual = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _FILES}
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise BadCheckpoint(f"checkpoint {folder.name} is incomplete: {error.__class__.__name__}") from error
     if manifest != actual:
         raise BadCheckpoint(f"checkpoint {folder.name} was altered after it was written")

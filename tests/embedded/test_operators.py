@@ -9,13 +9,13 @@ import pytest
 from sqlalchemy import select
 
 from app.core import models, projects
-from app.core.settings import Settings
+from app.core.settings import Settings, load_settings
 from app.core.storage.blobs import open_blobs, put_bytes
 from app.core.storage.database import migrate, open_database
 from app.core.storage.identity import deployment_of
 from app.core.storage.tables import ApiKey, BaseRow, Project
 from embedded.__main__ import main
-from embedded.programs import prepare_database
+from embedded.programs import prepare_database, with_served_base
 
 
 @pytest.fixture
@@ -97,6 +97,18 @@ def test_the_demo_changes_the_base_and_opens_the_baseline_by_itself(settings: Se
         pepper = projects.load_pepper(settings)
         assert projects.authenticate(session, pepper, shown.baseline).project.name == "baseline"
         assert models.get_base(session, "tiny").status == "retired"
+
+
+def test_up_without_a_base_serves_the_one_that_is_served(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Review, S9: after a demo on another base than the default one, `up` was refused until the base was named."""
+    monkeypatch.delenv("IMMUNOTUNE_BASE")
+    unset = load_settings()
+    assert with_served_base(unset) == unset  # there is nothing yet
+    prepare_database(settings)
+    serve_base(settings)
+    assert with_served_base(unset).base == "tiny"
+    monkeypatch.setenv("IMMUNOTUNE_BASE", "smollm2")
+    assert with_served_base(load_settings()).base == "smollm2"
 
 
 def test_a_new_key_is_printed_once_and_kept(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from sqlalchemy import update
@@ -15,7 +18,7 @@ from app.core.ids import Prefix, new_id
 from app.core.jobs import jobs
 from app.core.jobs.policy import CreateJob
 from app.core.settings import LimitSettings, Settings
-from app.core.storage.blobs import open_blobs, put_bytes
+from app.core.storage.blobs import BlobStore, open_blobs, put_bytes
 from app.core.storage.database import Database, Page
 from app.core.storage.tables import BaseRow, Event, FileStatus, Job, Project
 from finetuning.rows.report import SHOWN_ERRORS
@@ -211,6 +214,29 @@ def test_a_check_that_takes_too_long_fails_its_job(shop: Shop) -> None:
     job = shop.job(job_id)
     assert job.error is not None
     assert (job.state, job.error["code"], job.error["param"]) == ("failed", "invalid_training_file", "training_file")
+
+
+@dataclass
+class SlowStore:
+    """A real blob store that takes its time before each answer."""
+
+    store: BlobStore
+    seconds: float
+
+    def read(self, key: str, *, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        threading.Event().wait(self.seconds)
+        return self.store.read(key, start=start, end=end)
+
+
+def test_a_store_that_takes_its_time_fails_no_job(shop: Shop) -> None:
+    """Review, S20: the limit counted what the check waited for, so that a slow store failed every job."""
+    hurried = shop.host.settings.model_copy(update={"limits": LimitSettings(check_seconds=1.5)})
+    job_id = shop.create(shop.upload(rows(40)))
+    slow = cast(BlobStore, SlowStore(shop.host.blobs, 2.0))
+    check_job(replace(shop.host, settings=hurried, blobs=slow), job_id)
+    assert shop.job(job_id).state == "validating_files"
+    check_job(shop.host, job_id)
+    assert shop.job(job_id).state == "queued"
 
 
 def test_the_hard_limits_stand_above_the_limits_of_job_and_check(settings: Settings) -> None:

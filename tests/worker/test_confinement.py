@@ -39,14 +39,14 @@ def data(tmp_path: Path) -> Path:
     return data
 
 
-def spied(data: Path, listener: socket.socket, *, judge: str = "") -> dict[str, str]:
+def spied(data: Path, listener: socket.socket, *, judge: str = "", private: tuple[str, ...] = ()) -> dict[str, str]:
     """What each attempt of a hostile training process came to, under a real worker's launch."""
     scratch, base = data / "scratch" / "job.1", data / "bases" / "tiny"
     write_order(
         scratch,
         TrainOrder(
             job_id="a", recipe=align_recipe("tiny"), base=str(base), states=str(data / "states"), judge=judge,
-            private=(str(data),),
+            private=(str(data), *private),
         ),
     )  # fmt: skip
     targets = {
@@ -100,6 +100,14 @@ def test_a_judge_behind_a_url_can_still_be_asked(data: Path, listener: socket.so
     assert said["keys"] == "EACCES"
 
 
+@pytest.mark.skipif(not enforced_here(), reason="this kernel has no Landlock: docs/security.md says what then holds")
+def test_a_data_folder_around_the_program_closes_no_program(data: Path, listener: socket.socket) -> None:
+    """Review, S14: a virtual environment or clone inside the data folder was closed to the process that runs in it."""
+    said = spied(data, listener, private=(str(SOURCE_ROOT), sys.prefix, sys.base_prefix))
+    assert said["order"] == "done"
+    assert said["keys"] == "EACCES"
+
+
 def test_a_training_process_has_limits_and_goes_first_when_memory_runs_out(data: Path, tmp_path: Path) -> None:
     """S14: no rlimits, and the kernel could pick the supervisor."""
     program = (
@@ -114,3 +122,19 @@ def test_a_training_process_has_limits_and_goes_first_when_memory_runs_out(data:
     assert (score, core) == (1000, 0)
     assert 0 < size < 2**40
     assert 0 < processes < 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="only a superuser changes users")
+def test_a_platform_that_refuses_half_of_a_namespace_still_trains() -> None:
+    """Review, S14: unshare was allowed, its user map refused (as AppArmor does): every training process died there.
+
+    A process that has changed its user may not write its own map either, since /proc/self is not its own.
+    """
+    program = (
+        "import os; from worker.confinement import Reach, confine\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "confine(Reach()); print('trains')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "trains\n", done.stderr

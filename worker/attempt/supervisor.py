@@ -55,7 +55,7 @@ from worker.attempt.messages import (
 from worker.attempt.progress_events import ProgressEvents, checkpoint_event
 from worker.attempt.publish import gate_error, publish
 from worker.attempt.training_process import TrainingProcess, describe_exit
-from worker.attempt.watched_store import WatchedStore
+from worker.attempt.watched_store import WatchedStore, require_store
 from worker.attempt.workspace import (
     RottenCheckpoint,
     Workspace,
@@ -95,8 +95,8 @@ class Host:
 def supervise(host: Host, job_id: str) -> None:
     """Work on a job if it is there to be worked on; returns when no process of this attempt is left.
 
-    A worker that rests takes none, and its message goes on to others. Raises what a database that is down raises at the
-    claim; later trouble is decided here.
+    A worker that rests takes none, and the reaper sends the message again. Raises what a database that is down raises
+    at the claim; later trouble is decided here.
     """
     if host.breaker.rest_seconds > 0:
         return
@@ -154,9 +154,9 @@ class _Attempt:
             raise
         except Exception as error:  # noqa: BLE001 - a rim: whatever went wrong, the job goes back to the queue
             _log.exception("attempt.fault")
-            cause = cause_of_error(error)
+            cause = cause_of_error(error, self._store)
             # bytes of this one job that are gone or altered say nothing about the worker
-            of_job = isinstance(error, (BlobMissing, CorruptBlob))
+            of_job = isinstance(error, (BlobMissing, CorruptBlob)) and cause is not ReleaseCause.STORAGE
             words = "No room is left, or the store does not answer" if cause is ReleaseCause.STORAGE else _NOT_BEGUN
             self._lose(cause, f"{words}; trying again later", of_worker=not (self._began or of_job))
 
@@ -172,6 +172,7 @@ class _Attempt:
         except RottenCheckpoint as rotten:
             if self._lease.checkpoint is None:
                 raise
+            require_store(self._store)
             _log.error("checkpoint.unusable", step=self._lease.checkpoint.step, reason=str(rotten))
             with self._host.database.writing() as session:
                 self._lease = leases.discard_checkpoint(session, self._lease, reason=str(rotten))
@@ -194,7 +195,7 @@ class _Attempt:
                 raise RottenCheckpoint("it is not of this release")
             case Failed(code=contract.HOST_UNFIT):
                 _log.error("child.host_unfit", log=str(keep_log(self._host.settings, workspace)))
-                self._lose(ReleaseCause.HOST, end.message, of_worker=not self._began)
+                self._lose(ReleaseCause.UNFIT, end.message, of_worker=not self._began)
             case Failed():
                 if end.code == "internal_error":  # the operator's to fix
                     _log.warning("child.failed", log=str(keep_log(self._host.settings, workspace)))

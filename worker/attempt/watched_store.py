@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from app.core.errors import StorageFull
 from app.core.storage.blobs import Blob, BlobMissing, BlobStore, StoredBlob
+from app.core.storage.identity import id_in_store
 
 T = TypeVar("T")
 
@@ -43,6 +44,12 @@ class WatchedStore:
     def discard_unfinished(self, older_than_seconds: float) -> int:
         """See BlobStore."""
         return self.store.discard_unfinished(older_than_seconds)
+
+
+def require_store(store: BlobStore) -> None:
+    """Raises StoreTrouble where nothing of the deployment is found: a volume that is not mounted misses every blob."""
+    if _watched(lambda: id_in_store(store)) is None:
+        raise StoreTrouble("the store holds no deployment's id")
 
 
 def _watched(ask: Callable[[], T]) -> T:

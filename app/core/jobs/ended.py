@@ -69,7 +69,8 @@ class ReleaseCause(StrEnum):
 
     DRAIN: saved, for a worker that stops. FAULT: the training process ended by itself after its work had begun, which
     counts against the job. HOST: the worker could not begin, or the process was killed from outside. UNFIT: the same of
-    a worker that has just lost other jobs too. STORAGE: the store or the disk could not be used.
+    a worker that has just lost other jobs too, or that says itself what it lacks (a judge, a disk, a device).
+    STORAGE: the store or the disk could not be used.
     """
 
     DRAIN = "drain"

@@ -338,8 +338,8 @@ def _waits_for(base: BaseRow) -> NewEvent:
 
 
 def _leave_room(session: Session, project: Project, live_jobs: int) -> None:
-    # the project row is the lock under which its jobs are counted, here and in lease.claim
-    session.execute(select(Project.seq).where(Project.id == project.id).with_for_update())
+    # the project row is the lock under which its jobs are counted, here and in lease.claim; foreign keys pass it
+    session.execute(select(Project.seq).where(Project.id == project.id).with_for_update(key_share=True))
     waiting = Job.project_id == project.id, Job.state.in_((JobState.VALIDATING, JobState.QUEUED))
     if session.scalars(select(func.count()).select_from(Job).where(*waiting)).one() >= live_jobs:
         raise QuotaExceeded(

@@ -104,7 +104,8 @@ def claim(session: Session, settings: Settings, job_id: str, worker_id: str) -> 
     worker has just lost it and others are there, or only a newer release knows the form of its recipe.
     """
     project_id = select(Job.project_id).where(Job.id == job_id).scalar_subquery()
-    session.execute(select(Project.seq).where(Project.id == project_id).with_for_update())
+    # what only points at the project passes: a cancel, which holds the job and waited for it, made a deadlock
+    session.execute(select(Project.seq).where(Project.id == project_id).with_for_update(key_share=True))
     other = aliased(Job)
     running = select(func.count()).where(other.project_id == Job.project_id, other.state == JobState.RUNNING)
     job = move(

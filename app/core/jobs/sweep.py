@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.core.settings import Settings
 from app.core.storage.blobs import BlobStore, StoredBlob
-from app.core.storage.database import Database, alone, change, db_now, read_clock
+from app.core.storage.database import Database, TurnNumber, alone, change, db_now, read_clock
 from app.core.storage.identity import (
     belong_together,
     deployment_of,
@@ -36,7 +36,6 @@ PREFIXES = ("files/", "jobs/")
 _AT_ONCE = 500
 # a share of little says nothing: uploads that were cut off leave a few blobs in any store
 _FEW = 20
-SWEEP_LOCK = 7300101
 T = TypeVar("T")
 
 
@@ -75,7 +74,7 @@ class Audit:
 def sweep_in_turn(database: Database, blobs: BlobStore, settings: Settings) -> int:
     """Sweep if none did for `sweep_seconds`, in this process alone. Returns how many blobs were deleted."""
     limits = settings.limits
-    with alone(database, SWEEP_LOCK) as elected:
+    with alone(database, TurnNumber.SWEEP) as elected:
         if not elected:
             return 0
         every = limits.sweep_seconds
@@ -181,7 +180,12 @@ def standing_of(session: Session, keys: Sequence[str], *, reports_days: float = 
 
 
 def audit(session: Session, blobs: BlobStore) -> Audit:
-    """Hold rows against bytes: every file that is shown, and the checkpoints of live jobs."""
+    """Hold rows against bytes: every file that is shown, and the checkpoints of live jobs that can be used."""
+    # before the listing: what is stored while it goes on would be taken for missing
+    wanted = set(session.scalars(select(File.blob_key).where(File.deleted_at.is_(None))))
+    usable = Job.state.in_(LIVE), Checkpoint.unusable_at.is_(None)
+    of_live = select(Checkpoint.prefix).join(Job, Job.id == Checkpoint.job_id).where(*usable)
+    wanted.update(f"{prefix}/contents.json" for prefix in session.scalars(of_live))
     total = unknown = 0
     stored: set[str] = set()
     for batch in _portions(_listed(blobs)):
@@ -189,9 +193,6 @@ def audit(session: Session, blobs: BlobStore) -> Audit:
         stored.update(keys)
         total += len(keys)
         unknown += len(standing_of(session, keys).unknown)
-    wanted = set(session.scalars(select(File.blob_key).where(File.deleted_at.is_(None))))
-    of_live = select(Checkpoint.prefix).join(Job, Job.id == Checkpoint.job_id).where(Job.state.in_(LIVE))
-    wanted.update(f"{prefix}/contents.json" for prefix in session.scalars(of_live))
     return Audit(len(wanted), len(wanted - stored), total, unknown)
 
 

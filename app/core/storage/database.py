@@ -8,9 +8,11 @@ import hashlib
 import operator
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum, unique
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -64,10 +66,18 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _MIGRATION_TRIES = 60
 _MIGRATION_PAUSE_SECONDS = 1.0
 _MIGRATION_SECONDS = 600.0  # SQLite: how long another writer, such as a migration, may take
-_LOCK_NOT_AVAILABLE = "55P03"
-_FULL = "53100"
+_LOCK_NOT_AVAILABLE, _DEADLOCK, _FULL = "55P03", "40P01", "53100"
 # how much later than the server's own limit we give up on its answer
 _ANSWER_GRACE_SECONDS = 1.0
+
+
+@unique
+class TurnNumber(IntEnum):
+    """Advisory locks of Postgres that have a number; every one is here, for two of one number wait for each other."""
+
+    SET_UP = 7300100
+    MIGRATION = 7300101
+    SWEEP = 7300102
 
 
 class db_now(FunctionElement[float]):  # noqa: N801  (an SQL function, spelled like one)
@@ -196,22 +206,34 @@ def open_database(settings: Settings) -> Database:
 def migrate(settings: Settings, revision: str = "head") -> None:
     """Bring the schema to a revision; the one place that changes tables. Safe to repeat.
 
-    Waits for another migration to end; a lock of a running service is asked for again and again, each time for no
-    longer than a request may wait behind it. Raises RuntimeError when rows point at absent rows afterwards,
+    Every revision has a transaction of its own, so that no request waits for all of them. Waits for another migration
+    to end; a lock of a running service is asked for again and again, each time for no longer than a request may wait
+    behind it. Raises RuntimeError when rows point at absent rows afterwards,
     OperationalError when a table stays locked, and WrongSchema where a newer release has been here.
     """
     engine = migration_engine(settings)
     try:
-        for left in reversed(range(_MIGRATION_TRIES)):
-            try:
-                return _migrate(engine, revision)
-            except exc.OperationalError as error:
-                if left == 0 or getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
-                    raise
-                log.warning("migration.waits", reason="a transaction holds a table that must change", tries_left=left)
-                time.sleep(_MIGRATION_PAUSE_SECONDS)
+        for step in _when_free(lambda: _steps(engine, revision)):
+            _when_free(partial(_migrate, engine, step))
     finally:
         engine.dispose()
+
+
+def _when_free(ask: Callable[[], T]) -> T:
+    for left in reversed(range(_MIGRATION_TRIES)):
+        try:
+            return ask()
+        except exc.OperationalError as error:
+            if left == 0 or getattr(error.orig, "sqlstate", None) not in (_LOCK_NOT_AVAILABLE, _DEADLOCK):
+                raise
+            log.warning("migration.waits", reason="a transaction holds a table that must change", tries_left=left)
+            time.sleep(_MIGRATION_PAUSE_SECONDS)
+    raise AssertionError("the last try returns or raises")
+
+
+def _steps(engine: Engine, revision: str) -> list[str]:
+    with engine.connect() as connection:
+        return schema.steps_to(connection, revision)
 
 
 def _migrate(engine: Engine, revision: str) -> None:
@@ -219,7 +241,7 @@ def _migrate(engine: Engine, revision: str) -> None:
         if connection.dialect.name == "postgresql":
             # another migration may take as long as it needs; what comes behind it must not
             connection.execute(text("SET LOCAL lock_timeout = 0"))
-            connection.execute(text("SELECT pg_advisory_xact_lock(7300101)"))
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({TurnNumber.MIGRATION})"))
             connection.execute(text("RESET lock_timeout"))
         schema.require_known(connection)
         config = schema.migrations()
@@ -243,7 +265,7 @@ def one_at_a_time(session: Session | Connection) -> None:
     """
     connection = session.connection() if isinstance(session, Session) else session
     if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(7300100)"))
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({TurnNumber.SET_UP})"))
 
 
 def try_turn(session: Session, name: str, *, shared: bool = False) -> bool:
@@ -261,7 +283,7 @@ def try_turn(session: Session, name: str, *, shared: bool = False) -> bool:
 
 
 @contextmanager
-def alone(database: Database, number: int) -> Iterator[bool]:
+def alone(database: Database, number: TurnNumber) -> Iterator[bool]:
     """Whether no other process is inside a block of this number; it ends with the process that holds it, however that
     ends. Nobody waits. On SQLite, where one API process is all there is, always True.
     """
@@ -270,12 +292,13 @@ def alone(database: Database, number: int) -> Iterator[bool]:
         return
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         # a lock of the connection, not of a transaction: the work inside may take longer than one may idle
-        held = bool(connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": number}).scalar_one())
+        number_of = {"number": int(number)}
+        held = bool(connection.execute(text("SELECT pg_try_advisory_lock(:number)"), number_of).scalar_one())
         try:
             yield held
         finally:
             if held:
-                connection.execute(text("SELECT pg_advisory_unlock(:number)"), {"number": number})
+                connection.execute(text("SELECT pg_advisory_unlock(:number)"), number_of)
 
 
 def read_clock(session: Session) -> float:

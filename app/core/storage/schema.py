@@ -25,6 +25,23 @@ def migrations() -> Config:
     return config
 
 
+def steps_to(connection: Connection, revision: str) -> list[str]:
+    """The revisions to upgrade to, one after the other, to reach this one; an empty database takes all at once.
+
+    Raises WrongSchema like `require_known`.
+    """
+    require_known(connection)
+    found = set(_found(connection))
+    if not found:
+        return [revision]
+    behind: list[str] = []
+    for script in ScriptDirectory.from_config(migrations()).iterate_revisions(revision, "base"):
+        if script.revision in found:
+            break
+        behind.append(script.revision)
+    return behind[::-1] or [revision]
+
+
 def require_known(connection: Connection) -> None:
     """Raises WrongSchema where a newer release has migrated: nobody else can tell what its tables mean."""
     known = {revision.revision for revision in ScriptDirectory.from_config(migrations()).walk_revisions()}

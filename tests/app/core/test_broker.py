@@ -4,6 +4,7 @@ import signal
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 from celery import Celery
 from redis import Redis
@@ -23,6 +24,15 @@ def test_a_message_carries_one_id_and_nothing_else(broker: Celery) -> None:
     assert message.headers["task"] == RUN_JOB
     assert message.content_type == "application/json"
     assert message.payload[:2] == [["ftjob-x"], {}]
+
+
+def test_a_message_that_cannot_be_sent_ends_no_sender(broker: Celery) -> None:
+    """Review, S6: an error that no broker raises ended the thread of wake-ups in silence."""
+    waker = Waker(broker)
+    waker.start()
+    waker.soon(Wake(CHECK_JOB, cast(str, object()), CHECKS_QUEUE), Wake(CHECK_JOB, "next", CHECKS_QUEUE))
+    wait_until(lambda: queue_depth(broker, CHECKS_QUEUE) == 1, seconds=10)
+    waker.stop()
 
 
 def test_depth_counts_waiting_messages_by_queue(broker: Celery) -> None:

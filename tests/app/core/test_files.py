@@ -93,6 +93,29 @@ def test_a_project_cannot_store_more_than_it_may(database: Database, settings: S
     assert caught.value.code == "storage_quota_exceeded"
 
 
+def test_uploads_that_end_together_share_one_quota(database: Database, settings: Settings, project: Project) -> None:
+    """Review: each of them counted without the others, and a project stored more than it may."""
+    limits = settings.limits.model_copy(update={"project_bytes": 10})
+
+    def upload(ends: threading.Event | None = None) -> None:
+        with database.writing() as session:
+            file_id = new_id(Prefix.FILE)
+            new = files.NewFile(file_id, Blob(f"files/{file_id}", 6, "0"), "a", FileStatus.PROCESSED, {})
+            files.add_file(session, project.id, new, limits=limits)
+            if ends is not None:
+                begun.set()
+                ends.wait(0.5)  # nobody else can end it: the other waits for this commit
+            session.commit()
+
+    begun = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(upload, threading.Event())
+        assert begun.wait(10)
+        with pytest.raises(QuotaExceeded):
+            pool.submit(upload).result(10)
+        first.result(10)
+
+
 def test_a_deleted_file_is_gone_but_still_says_where_a_list_goes_on(
     database: Database, settings: Settings, project: Project
 ) -> None:

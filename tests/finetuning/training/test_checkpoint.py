@@ -105,6 +105,35 @@ def test_a_checkpoint_of_another_release_is_refused_by_name(tmp_path: Path, chan
         checkpoint.attempt_of(folder)
 
 
+class Hungry:
+    """A strategy whose state needs more than any machine has."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, _state: dict[str, torch.Tensor]) -> None:
+        torch.empty(2**50)
+
+    def __call__(self, *_: object) -> None:
+        raise NotImplementedError
+
+
+def test_memory_that_gives_out_condemns_no_checkpoint(tmp_path: Path) -> None:
+    """Review, S10: a RuntimeError of torch's allocator was told as a checkpoint that does not fit, and so the next."""
+    setup, _, folder = saved(tmp_path)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        checkpoint.restore(replace(setup, step=Hungry()), folder)
+
+
+def test_a_disk_that_gives_out_condemns_no_checkpoint(tmp_path: Path) -> None:
+    """Review, S10: an error of reading (EIO, which address 0 of our own memory gives) was told as incomplete."""
+    setup, _, folder = saved(tmp_path)
+    (folder / "adapter.safetensors").unlink()
+    (folder / "adapter.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.restore(setup, folder)
+
+
 def test_attempts_of_the_ladder_do_not_share_folders(tmp_path: Path) -> None:
     setup, state, folder = saved(tmp_path)
     assert checkpoint.attempt_of(folder) == 1

@@ -13,6 +13,7 @@ from app.core.jobs.lease import enrol_worker
 from app.core.jobs.waiting import count_baseless
 from app.core.jobs.workers import count_resting
 from app.core.storage.blobs import put_bytes, read_bytes
+from app.core.storage.blobs.folder import FolderBlobs
 from app.core.storage.database import open_database, read_clock
 from app.core.storage.job_states import JobState
 from app.core.storage.tables import BaseRow, BaseStatus, Form, Worker
@@ -185,13 +186,15 @@ def test_what_a_job_does_to_itself_still_ends_it(scene: Scene, status: int) -> N
     assert (job.error["code"], job.losses, job.fence) == ("worker_crashed", 3, 3)
 
 
-@pytest.mark.parametrize("status", [143, 145])
-def test_a_status_that_blames_the_host_is_no_loss_of_the_job(scene: Scene, status: int) -> None:
-    """S1: a full disk, a judge that does not answer, a stop from outside."""
+@pytest.mark.parametrize(("status", "counted"), [(143, (1, 0)), (145, (0, 1))])
+def test_a_status_that_blames_the_host_is_no_loss_of_the_job(
+    scene: Scene, status: int, counted: tuple[int, int]
+) -> None:
+    """S1: a stop from outside; a full disk or a judge that does not answer, which twenty times ended a job (review)."""
     job_id = scene.add_job(recipe())
     supervise(scene.host(scripted(exit_at=5, exit_status=status)), job_id)
     job = scene.job(job_id)
-    assert (job.state, job.losses, job.host_losses) == (JobState.QUEUED, 0, 1)
+    assert (job.state, job.losses, (job.host_losses, job.rests)) == (JobState.QUEUED, 0, counted)
 
 
 def test_what_the_operator_set_up_wrongly_fails_no_job(scene: Scene) -> None:
@@ -199,8 +202,25 @@ def test_what_the_operator_set_up_wrongly_fails_no_job(scene: Scene) -> None:
     job_id = scene.add_job(recipe())
     supervise(scene.host(scripted(failed="host_unfit")), job_id)
     assert (scene.job(job_id).state, scene.job(job_id).error) == (JobState.QUEUED, None)
+    assert (scene.job(job_id).host_losses, scene.job(job_id).rests) == (0, 1)
     supervise(scene.host(scripted()), job_id)
     assert scene.job(job_id).state == JobState.SUCCEEDED
+
+
+def test_a_volume_that_is_not_mounted_is_no_loss_and_condemns_no_checkpoint(scene: Scene, tmp_path: Path) -> None:
+    """S1, S10 (review): an empty folder misses every blob, and was taken for a job whose own are gone."""
+    job_id, resumed = (scene.add_job(recipe(steps=40)) for _ in range(2))
+    supervise(scene.host(scripted(die_at=25)), resumed)
+    saved, counted = scene.checkpoints(resumed), scene.job(resumed).host_losses
+    unmounted = replace(scene.host(scripted()), blobs=FolderBlobs(tmp_path / "unmounted", free_bytes=0))
+    for lost in (job_id, resumed):
+        supervise(unmounted, lost)
+    assert (scene.job(job_id).host_losses, scene.job(job_id).rests) == (0, 1)
+    assert (scene.job(resumed).host_losses, scene.job(resumed).rests) == (counted, 1)
+    work_until_done(scene, scene.host(scripted()), [job_id, resumed])
+    assert not [told for told in scene.messages(resumed) if "cannot be used" in told]
+    assert scene.checkpoints(resumed)[: len(saved)] == saved
+    assert scene.checkpoints(resumed)[len(saved) :] == [(30, 3)]
 
 
 def test_a_job_that_waits_for_its_store_tells_so_less_and_less(scene: Scene) -> None:

@@ -388,3 +388,15 @@ def test_a_cancelled_job_lets_the_projects_next_one_run(
             job, wakes = ended.cancel(session, project.id, running.id)
             session.commit()
         assert (job.state, wakes) == ("cancelled", expected)  # a repeat frees nothing
+
+
+def test_a_claim_lets_pass_what_only_points_at_the_project(
+    database: Database, settings: Settings, project: Project, base: BaseRow
+) -> None:
+    """Review: a cancel held the job and waited for the project, a claim the other way round: a deadlock on Postgres."""
+    job = add_job(database, project, settings, queued=True)
+    points_at = select(Project.seq).where(Project.id == project.id)
+    points_at = points_at.with_for_update(read=True, key_share=True, nowait=True)
+    with database.writing() as claiming, database.reading() as other:
+        assert lease.claim(claiming, settings, job.id, "worker_one") is not None
+        assert other.scalars(points_at).one()  # what a foreign key asks for

@@ -10,7 +10,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.orm import Session
 
 from app.core.settings import Settings
-from app.core.storage import tables
+from app.core.storage import schema, tables
 from app.core.storage.database import Database, TableRow, migrate, migration_engine, one_at_a_time, open_database
 from tests.support.backends import BACKEND, postgres_missing
 from tests.support.waiting import wait_until
@@ -134,6 +134,46 @@ def test_a_table_in_use_is_asked_for_again(empty: Settings) -> None:
                 assert not changing.done()
         changing.result(30)
     database.close()
+
+
+def test_a_deadlock_with_a_request_is_tried_again(empty: Settings) -> None:
+    """Review, S17: Postgres ends one of two that wait for each other; was that the migration, the start failed."""
+    migrate(empty, REVISIONS[-1])
+    database, engine = open_database(empty), migration_engine(empty)
+    if engine.dialect.name != "postgresql":
+        pytest.skip("a migration of SQLite has the database to itself")
+    with engine.begin() as connection:
+        # the function stands for a transaction that waits for the migration, which no test can time
+        connection.execute(sa.text("CREATE SEQUENCE refusals"))
+        connection.execute(sa.text(REFUSE_ONCE))
+    migrate(empty)
+    with database.reading() as session:
+        schema.require_newest(session.connection())
+    database.close()
+    engine.dispose()
+
+
+REFUSE_ONCE = """
+CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF nextval('refusals') = 1 THEN RAISE EXCEPTION 'deadlock' USING ERRCODE = '40P01'; END IF;
+END $$;
+CREATE EVENT TRIGGER refusing ON ddl_command_start EXECUTE FUNCTION refuse();
+"""
+
+
+def test_each_revision_has_a_transaction_of_its_own(empty: Settings) -> None:
+    """Review, S17: requests waited behind all revisions together, for one held its locks until the last had ended."""
+    migrate(empty, REVISIONS[-1])
+    engine = migration_engine(empty)
+    with engine.connect() as connection:
+        assert schema.steps_to(connection, "head") == REVISIONS[-2::-1]
+        assert schema.steps_to(connection, REVISIONS[0]) == REVISIONS[-2::-1]
+    migrate(empty)
+    migrate(empty, REVISIONS[-1])  # a revision of before is no step back
+    with engine.connect() as connection:
+        schema.require_newest(connection)
+    engine.dispose()
 
 
 def hold_the_version(session: Session) -> None:
