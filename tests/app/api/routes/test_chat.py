@@ -190,11 +190,11 @@ def test_tokens_are_counted_and_what_was_not_used_is_given_back(customer: Custom
     """S11: a reply says what is left of the project's tokens a minute."""
     left: list[int] = []
     for _ in range(3):
-        reply = ask(customer, max_tokens=5000, stream=stream, stop=["e", "a", " ", "o"])
+        reply = ask(customer, n=8, max_tokens=5000, stream=stream, stop=["e", "a", " ", "o"])
         assert reply.status_code == 200
         assert reply.headers["x-ratelimit-limit-tokens"] == "200000"
         left.append(int(reply.headers["x-ratelimit-remaining-tokens"]))
-    assert left[0] <= 195_000  # held while it lasts
+    assert left[0] <= 196_000  # held while it lasts: eight times what the base can answer
     assert left[2] > 190_000  # most of it given back since
 
 
