@@ -42,7 +42,7 @@ def test_the_production_backend_is_for_what_a_backend_can_change(door: ModuleTyp
     """The tests of the service, on every core; arguments of pytest's own are passed on as they are."""
     found = door.arguments_of_tests(["--backend", "production"])
     assert found[:2] == ["--backend", "production"]
-    assert {"tests/app", "tests/worker", "tests/embedded", "-n"} <= set(found)
+    assert {"tests/app", "tests/worker", "tests/embedded", "tests/faults", "-n"} <= set(found)
     assert all((ROOT / path).is_dir() for path in found if path.startswith("tests/"))
     assert "tests/app" not in door.arguments_of_tests([])
     assert door.arguments_of_tests(["-x", "tests/app"]) == ["-x", "tests/app"]

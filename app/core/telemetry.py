@@ -3,6 +3,9 @@
 import logging
 import sys
 import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TextIO, cast
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -45,8 +48,30 @@ def trace_of(exc_info: ExcInfo) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class _Unfailing:
+    """A stream whose trouble is nobody's: whoever has an answer to give must not fail at saying so in a log.
+
+    The disk that is full under a request is often the one on which the log lies.
+    """
+
+    stream: TextIO
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def configure_logging(process: str, level: str) -> None:
-    """One JSON line per event on standard error, `process` and all bound context in each. Once per process."""
+    """One JSON line per event on standard error, `process` and all bound context in each. Once per process.
+
+    A line that cannot be written is lost, and nothing else.
+    """
 
     def name_process(_logger: object, _method: str, event: EventDict) -> EventDict:
         event["process"] = process
@@ -62,7 +87,7 @@ def configure_logging(process: str, level: str) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")

@@ -8,7 +8,9 @@ import pytest
 from tests.support.running import Running, running
 from tests.support.worlds import SHORT
 
-BRIEF = SHORT.model_copy(update={"ttl_seconds": 9.0, "self_stop_seconds": 4.0, "kill_seconds": 5.0})
+BRIEF = SHORT.model_copy(
+    update={"ttl_seconds": 9.0, "self_stop_seconds": 4.0, "kill_seconds": 5.0, "rest_seconds": 1.0}
+)
 
 
 @pytest.fixture

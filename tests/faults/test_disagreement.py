@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from app.core.jobs import jobs
 from app.core.settings import Settings, to_environment
 from tests.support.apis import new_customer, serving
 from tests.support.backends import BACKEND
 from tests.support.http import Customer, Served
+from tests.support.waiting import wait_until
 from tests.support.worlds import settings_in
 from worker.attempt.launch import SOURCE_ROOT
 from worker.processes import StartedProgram
@@ -95,6 +97,11 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int | None, str]:
     return process.returncode, said
 
 
+def queue_of(customer: Customer, job_id: str) -> str:
+    with customer.served.database.reading() as session:
+        return jobs.get_job(session, customer.project.id, job_id).queue
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_process_that_disagrees_with_its_deployment_does_not_start(
     first: Customer, tmp_path: Path, case: str
@@ -112,3 +119,18 @@ def test_a_process_that_disagrees_with_its_deployment_does_not_start(
         assert wrong.says in said, f"{name}: {said[-2000:]}"
     assert first.http.get(f"/fine_tuning/jobs/{before}").json()["status"] == "validating_files"
     assert first.create().status_code == 200
+
+
+def test_of_two_replicas_with_different_queues_the_newest_decides(first: Customer) -> None:
+    """No job of either may wait in a queue that nobody serves: those that wait are sent to the new one, too."""
+    before = first.job()
+    assert before.queue == "train.cpu"
+    settings = first.served.settings.model_copy(update={"port": 0, "train_queue": "train.gpu24"})
+    second = begin(settings, *VERBS["API"])
+    try:
+        wait_until(lambda: queue_of(first, before.id) == "train.gpu24", seconds=SECONDS)
+        later = first.job()  # of the replica that is set to the old one
+        wait_until(lambda: queue_of(first, later.id) == "train.gpu24", seconds=SECONDS)
+    finally:
+        second.terminate()
+        second.communicate(timeout=SECONDS)

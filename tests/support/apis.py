@@ -20,8 +20,8 @@ from tests.support.http import WORKER, Customer, Served, safety_report
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[Served]:
-    """The API of these settings, with its base aligned."""
+def serving(settings: Settings, *, alignment: bytes = b"PK alignment") -> Iterator[Served]:
+    """The API of these settings, with its base aligned by what this zip holds."""
     migrate(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     server = make_server(build_app(settings), settings)
@@ -32,7 +32,7 @@ def serving(settings: Settings) -> Iterator[Served]:
     httpx2.get(f"{url}/readyz", timeout=30.0).raise_for_status()
     database = open_database(settings)
     opened = Served(url, settings, database, open_blobs(settings), projects.load_pepper(settings))
-    align(opened)
+    align(opened, alignment)
     try:
         yield opened
     finally:
@@ -53,7 +53,7 @@ def new_customer(served: Served) -> Iterator[Customer]:
         yield Customer(served, project, secret, http)
 
 
-def align(served: Served) -> None:
+def align(served: Served, alignment: bytes) -> None:
     """Finish the align job that the API queued at start."""
     with served.database.writing() as session:
         job = models.get_alignment(session, "tiny")
@@ -61,7 +61,7 @@ def align(served: Served) -> None:
         held = lease.claim(session, served.settings, job.id, WORKER)
         assert held is not None
         prefix = f"{held.prefix}/result"
-        blob = put_bytes(served.blobs, f"{prefix}/alignment.zip", b"PK alignment")
+        blob = put_bytes(served.blobs, f"{prefix}/alignment.zip", alignment)
         files = (ended.PublishedFile(Form.ALIGNMENT, "alignment.zip", blob),)
         summary: dict[str, object] = {"safety": safety_report(passed=True).model_dump(mode="json")}
         ended.finish(session, held, ended.Published(prefix, files, summary, 0))

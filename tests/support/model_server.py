@@ -37,7 +37,8 @@ class ModelServer:
 def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServer]:
     """Run `worker.serving.server` on `base`, with the blobs of `data`; ready when the block begins.
 
-    At the end its input closes, as when its parent dies; every such server must then end by itself.
+    At the end its input closes, as when its parent dies; every such server that a test has not killed must then end by
+    itself.
     """
     port = port or free_port()
     argv = [sys.executable, "-m", "worker.serving.server", "--port", str(port), "--base", str(base)]
@@ -50,9 +51,10 @@ def model_server(base: Path, data: Path, *, port: int = 0) -> Iterator[ModelServ
     try:
         _wait_until_it_answers(server, data)
         yield server
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(timeout=20) == 0
+        if process.poll() is None:
+            assert process.stdin is not None
+            process.stdin.close()
+            assert process.wait(timeout=20) == 0
     finally:
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -63,24 +63,29 @@ class Running:
         """Remove the file of a broker that does not run."""
         shutil.rmtree(self.scene.settings.runtime / "broker")
 
-    def start_worker(self, *, queues: str = "train.cpu", **script: object) -> StartedProgram:
+    def start_worker(
+        self, *, queues: str = "train.cpu", env: Mapping[str, str] | None = None, **script: object
+    ) -> StartedProgram:
+        """A worker whose training processes follow the script; `env` goes over its environment."""
         scripted = json.dumps({"pid_file": str(self.pid_file), **SLOW, **script})
         argv = (sys.executable, "-P", str(PROGRAMS / "worker.py"), scripted, queues)
         log = self.scene.settings.data / "worker.log"
-        return self._start(Program("worker", argv, self.environment(), log, grace_seconds=40.0))
+        return self._start(Program("worker", argv, self.environment() | dict(env or {}), log, grace_seconds=40.0))
 
     def start_reaper(self) -> None:
         """The part of an API that helps jobs along, in this process."""
         self.reaper = Reaper(self.scene.database, self.celery, self.scene.blobs, self.scene.settings)
         self.reaper.start()
 
-    def start_api(self) -> StartedProgram:
-        """Start the API, which reaps too; returns when it is ready."""
+    def start_api(self, env: Mapping[str, str] | None = None) -> StartedProgram:
+        """Start the API, which reaps too; returns when it is ready. `env` goes over its environment."""
         base = self.scene.settings.data / "bases" / "tiny"
         if not base.exists():
             make_base(base)
         argv = (sys.executable, "-P", "-m", "embedded", "serve")
-        child = self._start(Program("API", argv, self.environment(), self.scene.settings.data / "api.log"))
+        child = self._start(
+            Program("API", argv, self.environment() | dict(env or {}), self.scene.settings.data / "api.log")
+        )
         wait_until(self.is_ready, seconds=SECONDS)
         return child
 

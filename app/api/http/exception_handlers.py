@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from app.core.errors import ImmunotuneError, RateLimited, ServiceBusy
-from app.core.storage.database import DATABASE_DOWN
+from app.core.storage.blobs.store import storage_full
+from app.core.storage.database import DATABASE_DOWN, has_no_room
 
 _log = structlog.get_logger(__name__)
 
@@ -84,6 +85,9 @@ def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
         return error_response(_from_validation(error))
 
     def database_down(_request: Request, error: Exception) -> JSONResponse:
+        if has_no_room(error):
+            _log.error("database.full")
+            return error_response(storage_full())
         _log.error("database.down", reason=type(error).__name__)
         return error_response(ServiceBusy("The database does not answer. Retry in a few seconds.", retry_after=5.0))
 

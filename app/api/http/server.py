@@ -4,6 +4,7 @@ A proxy in front should have the same limits (docs/getting-started/operator.md);
 """
 
 import asyncio
+import ctypes
 import gc
 import json
 import resource
@@ -25,6 +26,7 @@ from app.core.settings import EdgeSettings, Settings
 DRAIN_SECONDS, DRAIN_BYTES = 2.0, 4 * 2**20
 SHUTDOWN_SECONDS = 30
 _MOST_FILES = 65_536
+_M_ARENA_MAX = -8  # malloc.h
 # a thread that computes lets the event loop in after this: a request crosses the loop some ten times
 _SWITCH_SECONDS = 0.001
 
@@ -57,6 +59,7 @@ def make_server(app: ASGIApp, settings: Settings) -> uvicorn.Server:
 def serve(app: ASGIApp, settings: Settings) -> None:
     """Serve the app until a signal comes."""
     _allow_many_files()
+    _keep_few_arenas()
     sys.setswitchinterval(_SWITCH_SECONDS)
     # what is loaded by now stays: a full collection, which stops every thread, need not look at it again
     gc.collect()
@@ -71,6 +74,12 @@ def _allow_many_files() -> None:
     if soft < wanted:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _keep_few_arenas() -> None:
+    """Let all threads share two heaps of glibc: with one each, what a large body leaves in one helps no other."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 class _GuardedProtocol(HttpToolsProtocol):

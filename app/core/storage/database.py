@@ -66,7 +66,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _MIGRATION_TRIES = 60
 _MIGRATION_PAUSE_SECONDS = 1.0
 _MIGRATION_SECONDS = 600.0  # SQLite: how long another writer, such as a migration, may take
-_LOCK_NOT_AVAILABLE, _DEADLOCK = "55P03", "40P01"
+_LOCK_NOT_AVAILABLE, _DEADLOCK, _FULL = "55P03", "40P01", "53100"
 # how much later than the server's own limit we give up on its answer
 _ANSWER_GRACE_SECONDS = 1.0
 
@@ -190,6 +190,12 @@ class Listing(Generic[T]):
 
     rows: Sequence[T]
     has_more: bool
+
+
+def has_no_room(error: BaseException) -> bool:
+    """Whether one of DATABASE_DOWN says that the database's disk is full: asking again alone does not help."""
+    said = error.orig if isinstance(error, exc.DBAPIError) else None
+    return getattr(said, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(said, "sqlstate", None) == _FULL
 
 
 def open_database(settings: Settings) -> Database:

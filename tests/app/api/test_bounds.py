@@ -91,6 +91,7 @@ def running(
         with ExitStack() as stack:
             customer = next(customers := new_customer(served))
             stack.callback(customers.close)
+            customer.http.timeout = 120.0  # what costs much time is not what is measured
             yield Running(customer, process)
     finally:
         stop([process])
