@@ -11,6 +11,7 @@ from app.core.storage.tables import BaseStatus
 from finetuning.contract.recipe import AntidoteSettings, EvaluationSettings, GateLimits, GateSettings, JobKind
 from tests.support.judge_server import JudgeServer, guard_text, judge_server
 from tests.support.models import byte_tokenizer, tiny_base
+from tests.support.waiting import wait_until
 from tests.support.worlds import FAST, Scene, open_scene, recipe, settings_in
 from worker.attempt.launch import launch_command
 from worker.attempt.supervisor import supervise
@@ -44,7 +45,7 @@ def scene(tmp_path: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("good_for", [0, 4], ids=["at the start", "while it measures"])
-def test_an_unreachable_judge_is_a_lost_attempt_and_the_next_one_goes_on(
+def test_an_unreachable_judge_costs_an_attempt_and_the_next_one_goes_on(
     scene: Scene, server: JudgeServer, good_for: int
 ) -> None:
     job_id = scene.add_job(
@@ -58,14 +59,19 @@ def test_an_unreachable_judge_is_a_lost_attempt_and_the_next_one_goes_on(
     supervise(scene.host(launch_command), job_id)
     job = scene.job(job_id)
     assert (job.state, job.error, job.fence) == (JobState.QUEUED, None, 1)
-    assert (job.losses, job.host_losses) == (0, 1)  # S1: the judge's silence is not the job's fault
+    assert (job.losses, job.host_losses) == (0, 0)  # S1: however long the judge is silent, it costs the job time alone
     assert "guard" not in " ".join(scene.messages(job_id)).lower()
     (log,) = (scene.settings.data / "logs" / "attempts").iterdir()
     assert "JudgeUnreachable: judge elsewhere@" in log.read_text()
     assert "secret-1" not in log.read_text()
 
     server.trouble = ""
-    supervise(scene.host(launch_command), job_id)
+
+    def goes_on() -> bool:  # once it has rested
+        supervise(scene.host(launch_command), job_id)
+        return scene.job(job_id).state != JobState.QUEUED
+
+    wait_until(goes_on, seconds=120)
     job = scene.job(job_id)
     assert (job.state, job.fence) == (JobState.SUCCEEDED, 2), job.error
     assert set(server.keys) == {"Bearer secret-1"}
