@@ -23,8 +23,7 @@ Ids = tuple[int, ...]
 # Lengths are multiples of _LENGTH_STEP, and about so many tokens are computed together: on a CPU few rows are as fast
 # as many, and a group that is filled up costs as much as a full one. A GPU wants more at once.
 _LENGTH_STEP = 8
-_TOKENS_TOGETHER = {"cpu": 192}
-_TOKENS_ON_ACCELERATORS = 8192
+_TOKENS_ON_CPU, _TOKENS_ON_ACCELERATORS = 192, 8192
 _MOST_TOGETHER = 8
 
 
@@ -185,7 +184,7 @@ class PrefixCache:
 
     def _together(self, length: int) -> int:
         """How many rows of this length class are computed at once."""
-        tokens = _TOKENS_TOGETHER.get(self._base.device.type, _TOKENS_ON_ACCELERATORS)
+        tokens = _TOKENS_ON_CPU if self._base.device.type == "cpu" else _TOKENS_ON_ACCELERATORS
         return max(1, min(_MOST_TOGETHER, tokens // length))
 
     def _open(self, folder: Path | None) -> np.memmap[Any, Any] | np.ndarray[Any, Any] | None:
